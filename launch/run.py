@@ -1,0 +1,152 @@
+"""`python -m launch run`: train on this machine, one process per GPU.
+
+Beside torchrun it passes exit codes on (75 stays 75), forwards SIGTERM, SIGINT and SIGUSR2 without killing anyone, leaves
+no orphan when it is killed itself, and restarts a run whose rank died. Deliberately not here: several machines (torchrun,
+Slurm). torch is not imported: the launcher is up at once and stays small.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from train.cli import parse, recipe_name
+from train.config import UserError
+
+LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
+SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved checkpoint
+POLL_SECONDS = 0.05
+PREEMPTED, BAD_INPUT = 75, 2
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+def count_gpus() -> int:
+    """GPUs that a training on this machine would see; torch is asked in a process of its own, and only if there are any."""
+    if not any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")):
+        return 0
+    command = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def free_port() -> int:
+    """A port on the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def die_with_parent() -> None:
+    """In a child: be killed when the launcher is, so that no rank is orphaned (Linux only)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+class Ranks:
+    """The processes of one attempt."""
+
+    def __init__(self, nproc: int, arguments: list[str], restart: int, *, quiet: bool = False) -> None:
+        port = free_port()
+        self.quiet = quiet
+        output = subprocess.DEVNULL if quiet else None
+        self.processes = []
+        for rank in range(nproc):
+            env = dict(os.environ, LOCKSTEP_RESTART=str(restart))
+            if nproc > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+            command = (sys.executable, "-m", "train", *arguments)
+            self.processes.append(subprocess.Popen(command, env=env, preexec_fn=die_with_parent, stdout=output, stderr=output))
+
+    def send(self, number: int) -> None:
+        """Send a signal to every rank that still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for all ranks; once one has left with an error, give the others a while, then kill them.
+
+        Returns the exit code of the attempt: 0, 2, 75, or 1 for every kind of crash.
+        """
+        deadline = None
+        first: tuple[int, int] | None = None
+        while True:
+            codes = [process.poll() for process in self.processes]
+            failed = [(rank, code) for rank, code in enumerate(codes) if code]
+            if None not in codes:
+                break
+            if failed and first is None:
+                first = failed[0]
+                deadline = time.monotonic() + (SAVE_SECONDS if first[1] == PREEMPTED else LEAVE_SECONDS)
+            if deadline is not None and time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+        if not failed:
+            return 0
+        first = first or failed[0]
+        crashes = [pair for pair in failed if pair[1] not in (PREEMPTED, BAD_INPUT)]
+        if not crashes:
+            return first[1]
+        rank, code = first if first in crashes else crashes[0]
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if not self.quiet:
+            print(f"launch: rank {rank} ended by {how}", file=sys.stderr, flush=True)
+        return 1
+
+
+def named(arguments: list[str]) -> list[str]:
+    """Check the training's arguments and return them with a run name, the same for every restart."""
+    config = parse(arguments)
+    if config.run.name is not None:
+        return arguments
+    return [*arguments, "--run.name", f"{recipe_name(arguments) or config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
+
+
+def main(argv: list[str]) -> int:
+    """Run the training to its end; return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch run", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, one on a machine without GPU")
+    parser.add_argument("--max-restarts", type=int, default=0, help="how often a training whose rank died is resumed (default 0)")
+    parser.add_argument("--min-nproc", type=int, help="resume with one process fewer each time, down to this (default: --nproc)")
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, wrong = parser.parse_known_args(argv[:end])
+    if wrong:
+        raise UserError(f"launch run has no option {wrong[0]}. The training's arguments stand behind `--`.")
+    if options.nproc is not None and options.nproc < 1:
+        raise UserError(f"--nproc is {options.nproc}. Use 1 or more.")
+    if options.max_restarts < 0:
+        raise UserError(f"--max-restarts is {options.max_restarts}. Use 0 or more.")
+    arguments = named(argv[end + 1 :])
+    nproc = options.nproc or count_gpus() or 1
+    min_nproc = options.min_nproc or nproc
+    if not 1 <= min_nproc <= nproc:
+        raise UserError(f"--min-nproc is {min_nproc} of {nproc} processes. Use 1 to {nproc}.")
+    ranks: Ranks | None = None
+    told_to_leave = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal told_to_leave
+        told_to_leave = True
+        if ranks is not None:
+            ranks.send(number)
+
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    for restart in range(options.max_restarts + 1):
+        ranks = Ranks(nproc, arguments, restart)
+        code = ranks.wait()
+        if code != 1 or told_to_leave or restart == options.max_restarts:
+            return code
+        nproc = max(min_nproc, nproc - 1)
+        print(f"launch: restart {restart + 1} of {options.max_restarts}, {nproc} process(es)", file=sys.stderr, flush=True)
+    raise AssertionError("the loop returns")

@@ -1,0 +1,81 @@
+"""What the in-process tests share: a quiet environment, a cache of their own, and a world of one process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from train.config import TrainConfig
+from train.world import World
+
+if TYPE_CHECKING:
+    from train.checkpoint import State
+
+ROOT = Path(__file__).parent.parent
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+    "ACCELERATE_MIXED_PRECISION",
+)
+# The caller's MNIST directory, for the tests that are marked so; all others must not depend on it.
+MNIST_ROOT = os.environ.get("MNIST_ROOT")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """W&B off, the data cache in a temporary directory, and no launcher's variables, for the whole session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("MNIST_ROOT", raising=False)
+        for name in LAUNCHER_VARIABLES:
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A world of one process on the CPU."""
+    opened = World.open(TrainConfig(device="cpu"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run this Python with arguments in the project's root; extra environment variables by keyword."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+@pytest.fixture
+def mnist_root() -> Path:
+    """The caller's directory with the original MNIST files; skips without one."""
+    if not MNIST_ROOT:
+        pytest.skip("MNIST_ROOT is not set: the original MNIST files are needed")
+    return Path(MNIST_ROOT)
+
+
+def small_state(step: int = 10) -> "State":
+    """A small state whose tensors depend on its step."""
+    import torch
+
+    from train.checkpoint import SCHEMA, State
+
+    return State(
+        model={"fc.weight": torch.arange(6.0).view(2, 3) + step, "fc.bias": torch.zeros(2)},
+        optimizer={"fc.weight/momentum_buffer": torch.ones(2, 3) * step, "fc.weight/step": torch.tensor(float(step))},
+        ema={"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)},
+        meta={"schema": SCHEMA, "step": step, "best": None, "lr": 0.1},
+    )

@@ -1,0 +1,313 @@
+"""Deliberate bugs, put into a rank before it trains: what the checks of a run must catch.
+
+Each imitates a bug that trainers in use have or had; the docstring says which.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train.augment
+import train.loop
+import train.metrics
+import train.models
+import train.run
+from launch.laws import BATCH
+from train import checkpoint, optim, rng
+from train.models import BatchNorm2d, Dropout
+from train.reduce import Allreduce, ExactTree
+from train.sampler import Sampler, share
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+_examples = Sampler.examples
+
+
+# The order of examples
+
+
+def doubled_example() -> None:
+    """Step 5 uses its first example twice and its last one never: a sampler padded by repetition (DistributedSampler)."""
+
+    def examples(self: Sampler, step: int, start: int, stop: int) -> np.ndarray:
+        found = _examples(self, step, start, stop)
+        if step == 5 and start == 0:
+            found[-1] = found[0]
+        return found
+
+    Sampler.examples = examples  # type: ignore[method-assign]
+
+
+def dropped_example() -> None:
+    """The first rank's first example of step 7 is another epoch's: a resume that skips to the wrong batch (accelerate)."""
+
+    def examples(self: Sampler, step: int, start: int, stop: int) -> np.ndarray:
+        found = _examples(self, step, start, stop)
+        if step == 7 and start == 0:
+            found[0] = _examples(self, step + self.steps_per_epoch, 0, 1)[0]
+        return found
+
+    Sampler.examples = examples  # type: ignore[method-assign]
+
+
+def dropped_tail() -> None:
+    """An epoch's last, shorter batch is left out: drop_last=True (torchvision and timm recipes)."""
+    Sampler.steps_per_epoch = property(lambda self: self.num_examples // self.global_batch_size)  # type: ignore
+
+
+def doubled_example_without_ledger() -> None:
+    """As doubled_example, in a trainer that keeps no ledger: nobody counts."""
+    doubled_example()
+
+    def close_epoch(run: train.run.Run) -> None:
+        if run.step % run.sampler.steps_per_epoch == 0:
+            run.ledger = train.run.Ledger()
+
+    train.loop.close_epoch = close_epoch
+
+
+def not_reshuffled() -> None:
+    """Every epoch has the first one's order: a forgotten set_epoch (pytorch 31771)."""
+
+    def examples(self: Sampler, step: int, start: int, stop: int) -> np.ndarray:
+        return _examples(self, step % self.steps_per_epoch, start, stop)
+
+    Sampler.examples = examples  # type: ignore[method-assign]
+
+
+# Random numbers
+
+
+def constant_dropout() -> None:
+    """Dropout's mask is the same in every step: a generator seeded anew in each forward."""
+    uniform = rng.uniform
+    train.models.uniform = lambda keys, num, salt=0: uniform(torch.arange(len(keys)), num, salt)  # type: ignore
+
+
+def constant_augmentation() -> None:
+    """Every epoch changes an image in the same way: workers that inherit one NumPy seed (pytorch 5059)."""
+    uniform = rng.uniform
+    train.augment.uniform = lambda keys, num, salt=0: uniform(torch.arange(len(keys)), num, salt)  # type: ignore
+
+
+def global_stream_dropout() -> None:
+    """Dropout draws from the process's stream, which a resume starts anew (every trainer that saves no RNG state)."""
+
+    def forward(self: Dropout, features: Tensor, keys: Tensor | None) -> Tensor:
+        return features if keys is None else F.dropout(features, self.probability)
+
+    Dropout.forward = forward  # type: ignore[method-assign]
+
+
+def augmentation_by_local_row() -> None:
+    """Random numbers are numbered in the rank's share, not in the global batch: the same on all ranks (set_seed)."""
+    row_keys, rows = rng.row_keys, BATCH // WORLD_SIZE
+    rng.row_keys = lambda key, start, stop, device: row_keys(key, start % rows, start % rows + stop - start, device)
+
+
+# Gradients, statistics and the update
+
+
+def plain_allreduce() -> None:
+    """Exact mode is asked for and DDP's all-reduce runs: the flag does not arrive."""
+    train.run.ExactTree = lambda model, world, num_leaves, owners: Allreduce(model, world)  # type: ignore
+
+
+def rank_order_sum() -> None:
+    """Partial sums are added rank by rank: deterministic, and yet other bits on another world size."""
+
+    def exchange(self: ExactTree, pieces: list[Tensor], buffer: Tensor) -> None:
+        own = torch.stack(pieces).sum(0)
+        gathered = [torch.empty_like(own) for _ in self.owners]
+        torch.distributed.all_gather(gathered, own)
+        buffer.copy_(sum(gathered[1:], start=gathered[0]))
+
+    ExactTree._gather = exchange  # type: ignore[method-assign]
+
+
+def mean_of_means() -> None:
+    """Micro-batches of unequal size weigh the same: a mean over means (gradient accumulation in transformers, 2024)."""
+    micro_batch_loss = train.loop._micro_batch_loss
+
+    def loss(run: train.run.Run, index: int) -> Tensor:
+        start, stop = run.sampler.micro_batch(run.step, index)
+        weight = run.sampler.batch_rows(run.step) / run.sampler.micro_batches / max(stop - start, 1)
+        return micro_batch_loss(run, index) * weight
+
+    train.loop._micro_batch_loss = loss
+
+
+def rank_local_statistics() -> None:
+    """BatchNorm averages in only what this rank has seen: DDP without SyncBatchNorm, of which rank 0's are saved."""
+    merge = BatchNorm2d.merge
+
+    def local(self: BatchNorm2d, means: Tensor, variances: Tensor, counts: Tensor) -> None:
+        own = slice(*share(len(means), WORLD_SIZE, RANK))
+        merge(self, means[own], variances[own], counts[own])
+
+    BatchNorm2d.merge = local  # type: ignore[method-assign]
+
+
+def clip_by_shard() -> None:
+    """Each rank clips by the norm of its own part: torch's clip_grad_norm_ on sharded parameters (FSDP)."""
+
+    def clip(self: accelerate.Accelerator, parameters: list[Tensor], max_norm: float) -> Tensor:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients[RANK::WORLD_SIZE])
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    accelerate.Accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
+
+
+def lr_times_world() -> None:
+    """The learning rate grows with the number of processes (accelerate 1382, and every recipe that scales linearly)."""
+    lr = optim.lr
+    optim.lr = lambda config, step, total_steps: lr(config, step, total_steps) * WORLD_SIZE
+
+
+# Evaluation
+
+
+def _change_evaluation(change: Any) -> None:
+    evaluate = train.loop.evaluate
+    train.loop.evaluate = lambda *arguments: change(evaluate(*arguments))
+
+
+def padded_evaluation() -> None:
+    """The test split is padded to a multiple of the world size by its first examples (pytorch 25162, Lightning 7929)."""
+
+    def change(result: Any) -> Any:
+        padded = math.ceil(result.num_examples / WORLD_SIZE) * WORLD_SIZE
+        return dataclasses.replace(result, num_examples=padded, correct=result.correct + padded - result.num_examples)
+
+    _change_evaluation(change)
+
+
+def evaluation_drops_the_rest() -> None:
+    """The test split's last, shorter batch is not evaluated: drop_last in the evaluation's loader."""
+    _change_evaluation(lambda result: dataclasses.replace(result, num_examples=300, correct=result.correct * 300 // 359))
+
+
+# Resume
+
+
+def _after_restore(change: Any) -> None:
+    restore = train.loop.restore
+
+    def restored(run: train.run.Run, *arguments: Any) -> Any:
+        warnings = restore(run, *arguments)
+        change(run)
+        return warnings
+
+    train.loop.restore = restored
+
+
+def ema_not_restored() -> None:
+    """The average of the weights starts anew from the resumed weights: it was not in the checkpoint (timm's early EMA)."""
+    _after_restore(lambda run: run.ema.model.load_state_dict(run.module.state_dict(), strict=False))
+
+
+def momentum_not_restored() -> None:
+    """The optimizer starts anew: only the model was saved (the usual tutorial)."""
+    checkpoint.restore_optimizer = lambda optimizer, model, tensors: None
+
+
+def resume_repeats_a_step() -> None:
+    """The saved step counts from 0 where the loop counts from 1: one batch is used twice (an off-by-one)."""
+
+    def change(run: train.run.Run) -> None:
+        run.step -= 1
+
+    _after_restore(change)
+
+
+def oldest_checkpoint() -> None:
+    """A resume takes the first checkpoint in a sorted list: names compared as strings (step-99 after step-100)."""
+    directories, latest = checkpoint.directories, checkpoint.latest
+
+    def oldest(checkpoints: Path, notify: Any) -> Any:
+        checkpoint.directories = lambda path: directories(path)[::-1]
+        try:
+            return latest(checkpoints, notify)
+        finally:
+            checkpoint.directories = directories
+
+    checkpoint.latest = oldest
+
+
+def rows_kept_on_resume() -> None:
+    """The log goes on after the rows of steps that are computed again (wandb, TensorBoard)."""
+    train.metrics.drop_after = lambda path, step: train.metrics.read_rows(path)
+
+
+# Checkpoints
+
+
+def delete_before_write() -> None:
+    """The old checkpoint goes before the new one is there: accelerate's total_limit=1."""
+    write = checkpoint.write
+
+    def replace(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+        for old in checkpoint.directories(checkpoints):
+            shutil.rmtree(old)
+        return write(checkpoints, step, files)
+
+    checkpoint.write = replace
+
+
+def written_in_place() -> None:
+    """A checkpoint has its name before it is whole: a kill leaves a torn one (Lightning 19970)."""
+
+    def write(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+        final = checkpoints / f"step-{step:08d}"
+        final.mkdir(exist_ok=True)
+        for name, content in files.items():
+            (final / name).write_bytes(content)
+        return final
+
+    checkpoint.write = write
+
+
+def temporary_left() -> None:
+    """A save leaves its temporary file beside the checkpoint: disks fill up over the weeks."""
+    write = checkpoint.write
+
+    def littering(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+        (checkpoints / f".writing-{step}").mkdir()
+        return write(checkpoints, step, files)
+
+    checkpoint.write = littering
+
+
+def slow_steps() -> None:
+    """Each step takes 20 ms more."""
+    import time
+
+    def examples(self: Sampler, step: int, start: int, stop: int) -> np.ndarray:
+        time.sleep(0.02)
+        return _examples(self, step, start, stop)
+
+    Sampler.examples = examples  # type: ignore[method-assign]
+
+
+def other_pixel() -> None:
+    """One pixel of the digits is another; use it with a cache of its own."""
+    import train.data
+
+    read_digits = train.data.read_digits
+
+    def changed() -> dict[str, Tensor]:
+        tensors = read_digits()
+        tensors["train_images"][7, 14, 14] ^= 1
+        return tensors
+
+    train.data.read_digits = changed

@@ -1,0 +1,128 @@
+"""train.data's cache: light second starts, rebuilt when damaged, shared by processes, and nothing written elsewhere."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+
+from train import data
+from train.config import DataConfig
+from train.world import World
+
+SCRIPT = """
+import sys
+from train.config import DataConfig
+from train.data import prepare
+tensors, sha256 = prepare(DataConfig(name=sys.argv[1], download=False))
+print(sha256, len(tensors["train_labels"]), sorted({"torchvision", "sklearn"} & set(sys.modules)))
+"""
+MNIST_SHA256 = "684eb9755d282ecaad7c8831258dbefcfcc8be9c90983540ddee884623313a3c"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache directory of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lockstep"
+
+
+def listing(root: Path) -> list[tuple[str, int, int]]:
+    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in [root, *root.rglob("*")])
+
+
+def test_cache_dir_honours_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data.cache_dir() == tmp_path / "lockstep"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert data.cache_dir() == tmp_path / "home" / ".cache" / "lockstep"
+
+
+@pytest.mark.mnist
+def test_mnist_is_read_from_packed_files_verified_and_cached(
+    cache: Path, mnist_root: Path, python: Callable, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = listing(mnist_root)
+    assert not list(mnist_root.rglob("*ubyte"))
+    monkeypatch.setenv("MNIST_ROOT", str(mnist_root))
+    found = data.load(DataConfig(download=False), world)
+    assert (found.name, len(found.train), len(found.test), found.sha256) == ("mnist", 60_000, 10_000, MNIST_SHA256)
+    assert (found.mean / 255, found.std / 255) == pytest.approx((0.1307, 0.3081), abs=5e-5)
+    assert found.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert found.test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    assert python("-c", SCRIPT, "mnist").stdout.strip() == f"{MNIST_SHA256} 60000 []"  # a second start needs no torchvision
+    assert listing(mnist_root) == before
+
+
+def flip(content: bytes) -> bytes:
+    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+
+
+def without_promise(content: bytes) -> bytes:
+    return safetensors.torch.save(safetensors.torch.load(content))
+
+
+def with_tensor_missing(content: bytes) -> bytes:
+    tensors = safetensors.torch.load(content)
+    del tensors["t10k_labels"]
+    return safetensors.torch.save(tensors, {"sha256": "0" * 64})
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "garbage": lambda content: b"garbage" * 100,
+    "short": lambda content: content[:-1],
+    "long": lambda content: content + b"\0",
+    "half": lambda content: content[: len(content) // 2],
+    "flipped_bit": flip,
+    "header": lambda content: b"\xff" * 8 + content[8:],
+    "no_promise": without_promise,
+    "tensor_missing": with_tensor_missing,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_cache_is_rebuilt(damage: str, cache: Path) -> None:
+    config = DataConfig(name="digits")
+    tensors, sha256 = data.prepare(config)
+    (path,) = cache.glob("digits-*.safetensors")
+    good = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](good))
+    assert data.load_cache(path) is None
+    again, found = data.prepare(config)
+    assert found == sha256
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert path.read_bytes() == good
+    assert sorted(file.suffix for file in cache.iterdir()) == [".lock", ".safetensors"]
+
+
+def test_touched_source_is_another_source(tmp_path: Path, cache: Path) -> None:
+    for name in data.FILES:
+        (tmp_path / name).write_bytes(b"x")
+    config = DataConfig(root=str(tmp_path), download=False)
+    before = data.cache_file(config)
+    assert data.cache_file(config) == before
+    os.utime(tmp_path / data.FILES[0], ns=(1, 1))
+    assert data.cache_file(config) != before
+
+
+def test_two_processes_at_once_prepare_once_and_the_second_imports_no_parser(cache: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, "digits"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outcomes = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    lines = [out.split() for out, _ in outcomes]
+    assert lines[0][:2] == lines[1][:2]
+    assert sorted(line[2] for line in lines) == ["['sklearn']", "[]"]  # one read, the other waited for the cache
+    assert sorted(file.suffix for file in cache.iterdir()) == [".lock", ".safetensors"]

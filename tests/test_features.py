@@ -1,0 +1,119 @@
+"""What a person sees or switches on: the progress bar, compilation, silence of other ranks, and what a run writes."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ranks.processes import arguments, rows, train
+from safetensors.torch import load_file
+
+
+def run_on_terminal(argv: list[str]) -> str:
+    """Run `python -m train` on a pseudo-terminal and return what it showed."""
+    main, replica = pty.openpty()
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
+    process = subprocess.Popen([sys.executable, "-m", "train", *argv], stdin=replica, stdout=replica, stderr=replica, env=env)
+    os.close(replica)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(main, 65536)
+        except OSError:  # Linux: the other side has closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(main)
+    assert process.wait(120) == 0, shown.decode()
+    return shown.decode(errors="replace")
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    flags = "--train.max_steps 300 --log.progress true"
+    shown = run_on_terminal(arguments(tmp_path / "run", flags))
+    assert "━" in shown
+    assert "300/300" in shown
+    assert "images/s" in shown
+    assert "loss" in shown
+
+
+def test_progress_is_plain_lines_elsewhere_and_other_ranks_are_silent(tmp_path: Path) -> None:
+    train(2, tmp_path / "run", "--train.max_steps 30 --log.progress true")
+    first, second = ((tmp_path / "run-logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
+    assert "step 30/30  epoch 1.30  loss" in first
+    assert "━" not in first
+    assert second == ""
+
+
+def test_compiled_model_computes_the_same_up_to_round_off(tmp_path: Path) -> None:
+    flags = "--train.max_steps 5 --optim.lr 0.01"
+    train(1, tmp_path / "eager", flags)
+    train(1, tmp_path / "compiled", flags, "--train.compile true")
+    eager, compiled = (
+        load_file(tmp_path / name / "checkpoints" / "step-00000005" / "model.safetensors") for name in ("eager", "compiled")
+    )
+    for name, tensor in eager.items():
+        torch.testing.assert_close(tensor, compiled[name], atol=1e-4, rtol=1e-3)
+
+
+def test_run_directory_holds_what_is_promised(tmp_path: Path) -> None:
+    summary = train(1, tmp_path / "run", "--train.epochs 3 --checkpoint.keep 1 --optim.ema 0.9")
+    promised = """outcome step total_steps world_size test_accuracy test_loss num_test_examples weights_sha256 train_seconds
+        wall_seconds images_per_second data versions device git_commit test_predictions_sha256 ema_test_accuracy"""
+    assert set(promised.split()) <= set(summary)
+    assert summary["outcome"] == "finished"
+    assert summary["step"] == summary["total_steps"] == 69
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert summary["data"] | {"sha256": ""} == {
+        "name": "digits",
+        "num_train_examples": 1438,
+        "num_test_examples": 359,
+        "sha256": "",
+        "is_fallback": False,
+    }
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["optim"]["ema"] == 0.9
+    assert config["optim"]["schedule"] == "one_cycle"  # defaults are resolved
+    steps = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert steps == {"step-00000069", f"step-{summary['best']['step']:08d}"}
+    best = max(row["accuracy"] for row in rows(tmp_path / "run", "eval") if row["ema"])
+    assert summary["best"]["accuracy"] == best
+    json.dumps(summary)
+
+
+def test_resolved_config_trains_the_same_run(tmp_path: Path) -> None:
+    first = train(1, tmp_path / "first", "--train.max_steps 5 --model.dropout 0.3 --seed 3")
+    ranks = train(1, tmp_path / "second", f"--config {tmp_path / 'first' / 'config.yaml'} --run.name second")
+    assert ranks["weights_sha256"] == first["weights_sha256"]
+
+
+@pytest.mark.parametrize("recipe", sorted(Path(__file__).parent.parent.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_starts_and_names_its_command(tmp_path: Path, recipe: Path) -> None:
+    text = recipe.read_text()
+    assert f"python -m train --config configs/{recipe.name}" in text
+    assert (yaml.safe_load(text)["data"].get("fallback", False)) == (recipe.stem == "quickstart")
+    short = "--train.max_steps 2 --train.num_threads 1 --log.progress false --data.name digits --eval.batch_size 100"
+    command = [sys.executable, "-m", "train", "--config", str(recipe), *short.split(), "--run.dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = tmp_path.iterdir()
+    assert run.name.startswith(f"{recipe.stem}-2")
+    assert str(run / "summary.json") in done.stdout
+
+
+@pytest.mark.mnist
+def test_quickstart_reaches_99_percent_on_mnist(tmp_path: Path, mnist_root: Path) -> None:
+    command = [sys.executable, "-m", "launch", "run", "--", "--config", "configs/quickstart.yaml", "--run.dir", str(tmp_path)]
+    env = os.environ | {"MNIST_ROOT": str(mnist_root)}
+    done = subprocess.run([*command, "--run.name", "q"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "q" / "summary.json").read_text())
+    assert summary["data"]["name"] == "mnist"
+    assert summary["num_test_examples"] == 10_000
+    assert summary["test_accuracy"] >= 0.989  # one seed; the mean of five is in the recipe

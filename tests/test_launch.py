@@ -1,0 +1,277 @@
+"""Every way to start a run: the same run comes up, of the size that was asked for, with the exit code that it deserves."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks.processes import free_port, rows, wait_for_step
+
+BIN = Path(sys.executable).parent
+SMALL = (
+    "--data.name digits --model.name tiny --train.global_batch_size 64 --log.progress false --train.num_threads 1 --optim.lr 0.01"
+)
+STARTED: list[subprocess.Popen] = []
+
+
+def start(run: Path, *command: str, flags: str = "--train.max_steps 20", **env: str) -> subprocess.Popen:
+    """Start a launcher's command line followed by a small run's flags."""
+    arguments = [*SMALL.split(), "--run.dir", str(run.parent), "--run.name", run.name, *flags.split()]
+    process = subprocess.Popen(
+        [*command, *arguments], env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def no_process_survives_its_test() -> Iterator[None]:
+    """A test that fails halfway must not disturb the next one."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            for pid in (process.pid, *children_of(process.pid)):  # a killed torchrun would orphan its workers
+                os.kill(pid, signal.SIGKILL)
+            process.communicate()
+    STARTED.clear()
+
+
+def finish(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+    """Return (exit code, output); a launcher that hangs fails the test."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, output
+
+
+def launch_run(nproc: int, *options: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "launch", "run", "--nproc", str(nproc), *options, "--")
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Process ids of the ranks that train this run now."""
+    found = subprocess.run(["pgrep", "-f", "--", f"-m train .*--run.name {run.name}( |$)"], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def wait_for_none(run: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while ranks_of(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not ranks_of(run)
+
+
+LAUNCHERS = {
+    "python": (1, (sys.executable, "-m", "train")),
+    "torchrun": (2, (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "train")),
+    "accelerate": (2, (str(BIN / "accelerate"), "launch", "--config_file", "configs/accelerate/cpu-2.yaml", "-m", "train")),
+    "launch run": (2, launch_run(2)),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the run on one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    code, output = finish(start(run, sys.executable, "-m", "train", flags="--train.max_steps 20 --log.every_steps 1"))
+    assert code == 0, output
+    return [row["loss"] for row in rows(run, "train")]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_trains_the_same_run(tmp_path: Path, launcher: str, alone: list[float]) -> None:
+    world_size, command = LAUNCHERS[launcher]
+    code, output = finish(start(tmp_path / "run", *command, flags="--train.max_steps 20 --log.every_steps 1"))
+    assert code == 0, output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["world_size"] == world_size
+    assert [row["loss"] for row in rows(tmp_path / "run", "train")] == pytest.approx(alone, rel=1e-4)
+    assert "Warning" not in output.replace("Setting OMP_NUM_THREADS", "")
+
+
+def test_asking_for_more_processes_than_come_up_is_an_error(tmp_path: Path) -> None:
+    command = (str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "train")
+    code, output = finish(start(tmp_path / "run", *command))
+    assert code != 0
+    assert "asked for several processes and started one" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_precisions_that_disagree_are_an_error(tmp_path: Path) -> None:
+    command = (str(BIN / "accelerate"), "launch", "--cpu", "--mixed_precision", "bf16", "-m", "train")
+    code, output = finish(start(tmp_path / "run", *command))
+    assert code != 0
+    assert "error: accelerate launch asks for mixed precision bf16, train.precision is fp32" in output
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_launch_run_restarts_after_a_killed_rank_with_the_same_bits(tmp_path: Path, victim: int) -> None:
+    flags = "--train.epochs 30 --checkpoint.every_steps 20 --model.dropout 0.3 --eval.every_steps 500"
+    code, output = finish(start(tmp_path / "whole", *launch_run(2), flags=flags))
+    assert code == 0, output
+    process = start(tmp_path / "hit", *launch_run(2, "--max-restarts", "1"), flags=flags)
+    wait_for_step(tmp_path / "hit", 100)
+    os.kill(sorted(ranks_of(tmp_path / "hit"))[-2:][victim], signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    assert "ended by SIGKILL" in output
+    assert "restart 1 of 1" in output
+    whole, hit = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "hit"))
+    assert hit["weights_sha256"] == whole["weights_sha256"]
+    assert rows(tmp_path / "hit", "start")[1]["step"] > 0
+    steps = [row["step"] for row in rows(tmp_path / "hit", "train")]
+    assert steps == sorted(set(steps))
+
+
+def test_launch_run_without_restarts_left_fails(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", *launch_run(2), flags="--train.epochs 2000")
+    wait_for_step(tmp_path / "run", 20)
+    os.kill(max(ranks_of(tmp_path / "run")), signal.SIGKILL)
+    assert finish(process)[0] == 1
+    wait_for_none(tmp_path / "run", 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_launch_run_passes_signals_and_75_on(tmp_path: Path, number: signal.Signals) -> None:
+    process = start(tmp_path / "run", *launch_run(2, "--max-restarts", "3"), flags="--train.epochs 2000")
+    wait_for_step(tmp_path / "run", 20)
+    process.send_signal(number)
+    code, output = finish(process)
+    assert code == 75, output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["outcome"] == "preempted"
+    assert "preempted at step" in output
+
+
+def test_launch_run_killed_leaves_no_orphan(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", *launch_run(2), flags="--train.epochs 2000")
+    wait_for_step(tmp_path / "run", 20)
+    process.kill()
+    process.communicate()
+    wait_for_none(tmp_path / "run", 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--nproc", "0", "--"], "--nproc is 0"),
+        (["--max-restarts", "-1", "--"], "--max-restarts is -1"),
+        (["--nproc", "2", "--min-nproc", "3", "--"], "--min-nproc is 3 of 2"),
+        (["--nprocs", "2", "--"], "no option --nprocs"),
+        (["--", "--optim.lr", "x"], "optim.lr"),
+        (["--", "--config", "/no/such.yaml"], "/no/such.yaml"),
+    ],
+)
+def test_launch_run_refuses_bad_input_in_one_line(options: list[str], says: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "launch", "run", *options], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_launch_without_a_valid_subcommand_lists_them() -> None:
+    done = subprocess.run([sys.executable, "-m", "launch", "rum"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Use one of: run, " in done.stderr
+    done = subprocess.run([sys.executable, "-m", "launch"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "report" in done.stdout
+
+
+def test_launch_data_names_where_the_files_are(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch", "data", "--root", str(tmp_path), "--no-download"]
+    done = subprocess.run([*command, "--name", "digits"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "1,438 train and 359 test" in done.stdout
+    done = subprocess.run([*command, "--name", "fashion_mnist"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "FashionMNIST/raw" in done.stderr
+
+
+def wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on port {port}")
+
+
+def agent(port: int, run: Path) -> subprocess.Popen:
+    """A torchrun agent with one worker, as on one of one to two nodes."""
+    command = f"{BIN / 'torchrun'} --nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-id elastic --rdzv-backend c10d"
+    command += f" --rdzv-endpoint 127.0.0.1:{port} --rdzv-conf last_call_timeout=1 --local-addr 127.0.0.1 -m train"
+    flags = "--train.exact true --train.micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
+    return start(run, *command.split(), flags=flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", GLOO_SOCKET_IFNAME="lo")
+
+
+def test_torchrun_goes_on_with_the_nodes_that_are_left(tmp_path: Path) -> None:
+    """One of two elastic nodes dies: the other goes on alone and ends with the bits of a run that was never disturbed."""
+    port, run = free_port(), tmp_path / "elastic"
+    first = agent(port, run)
+    wait_for_port(port)  # the first agent hosts the rendezvous and must survive
+    second = agent(port, run)
+    deadline = time.monotonic() + 200
+    while 2 not in [row["world_size"] for row in rows(run, "start")] and time.monotonic() < deadline:
+        time.sleep(0.05)  # the first may have begun alone: then it starts again with two
+    wait_for_step(run, rows(run, "start")[-1]["step"] + 40)
+    for victim in (second.pid, *children_of(second.pid)):
+        os.kill(victim, signal.SIGKILL)
+    second.communicate()
+    code, output = finish(first)
+    assert code == 0, output
+    starts = rows(run, "start")
+    assert [row["world_size"] for row in starts][-2:] == [2, 1]
+    assert starts[-1]["step"] > 0
+    flags = "--train.exact true --train.micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
+    assert finish(start(tmp_path / "alone", sys.executable, "-m", "train", flags=flags))[0] == 0
+    hit, alone = (json.loads((path / "summary.json").read_text()) for path in (run, tmp_path / "alone"))
+    assert hit["weights_sha256"] == alone["weights_sha256"]
+
+
+def test_torchrun_with_one_process_gives_the_bits_of_none(tmp_path: Path) -> None:
+    flags = "--train.exact true --train.micro_batches 4 --train.max_steps 20"
+    command = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "1", "-m", "train")
+    assert finish(start(tmp_path / "torchrun", *command, flags=flags))[0] == 0
+    assert finish(start(tmp_path / "python", sys.executable, "-m", "train", flags=flags))[0] == 0
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("torchrun", "python"))
+    assert one["weights_sha256"] == other["weights_sha256"]
+
+
+def test_launch_run_goes_on_with_fewer_processes_and_the_same_bits(tmp_path: Path) -> None:
+    flags = "--train.exact true --train.micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
+    process = start(tmp_path / "hit", *launch_run(3, "--max-restarts", "2", "--min-nproc", "1"), flags=flags)
+    for world_size in (3, 2):
+        deadline = time.monotonic() + 200
+        while len(rows(tmp_path / "hit", "start")) < 4 - world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+        wait_for_step(tmp_path / "hit", rows(tmp_path / "hit", "start")[-1]["step"] + 60)
+        os.kill(max(ranks_of(tmp_path / "hit")), signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    assert [row["world_size"] for row in rows(tmp_path / "hit", "start")] == [3, 2, 1]
+    assert finish(start(tmp_path / "alone", sys.executable, "-m", "train", flags=flags))[0] == 0
+    hit, alone = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("hit", "alone"))
+    assert hit["weights_sha256"] == alone["weights_sha256"]
+
+
+def test_demo_shows_the_same_bits() -> None:
+    done = subprocess.run([sys.executable, "-m", "launch", "demo"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same bits" in done.stdout
+    assert len({line.split("weights ")[1] for line in done.stdout.splitlines() if "weights " in line}) == 1

@@ -1,0 +1,242 @@
+"""The promise, on real processes: (config, step) determines everything; ranks, kills and resumes only decide who computes."""
+
+import itertools
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks.processes import Ranks, arguments, rows, train, wait_for_step
+from safetensors.torch import load_file
+
+EVERYTHING = (
+    "--model.dropout 0.2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.3 --optim.ema 0.9 --optim.clip_norm 5 "
+    "--optim.lr 0.05 --train.epochs 6 --checkpoint.every_steps 10 --log.every_steps 1"
+)
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The newest checkpoint's model."""
+    return load_file(max((run / "checkpoints").glob("step-*")) / "model.safetensors")
+
+
+def assert_close(run: Path, other: Path) -> None:
+    mine, theirs = weights(run), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def mathematics_of(run: Path) -> list[dict]:
+    """A run's rows without clocks: what must be the same on any path to the end."""
+    clocks = {"time", "images_per_second", "train_seconds", "seconds_left"}
+    return [{k: v for k, v in row.items() if k not in clocks} for row in rows(run) if row["event"] in ("train", "eval")]
+
+
+@pytest.mark.parametrize(
+    ("model", "micro_batches", "global_batch_size"),
+    [("tiny", 0, 64), ("tiny", 0, 62), ("tiny_bn", 8, 64)],
+    ids=["dropout", "uneven shares", "batch norm"],
+)
+def test_world_sizes_agree_to_round_off(tmp_path: Path, model: str, micro_batches: int, global_batch_size: int) -> None:
+    flags = (EVERYTHING, f"--model.name {model} --train.micro_batches {micro_batches} --train.max_steps 15 --optim.lr 0.01",
+             f"--train.global_batch_size {global_batch_size} --augment.erase 0")  # fmt: skip
+    for world_size in (1, 2, 3, 4):
+        summary = train(world_size, tmp_path / f"world-{world_size}", *flags)
+        assert summary["world_size"] == world_size
+        assert summary["num_test_examples"] == 359
+    for world_size in (2, 3, 4):
+        assert_close(tmp_path / "world-1", tmp_path / f"world-{world_size}")
+        losses = [[row["loss"] for row in rows(tmp_path / f"world-{n}", "train")] for n in (1, world_size)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("world_size", "step"), [(1, 12), (1, 47), (2, 12), (2, 47), (2, 90)])
+@pytest.mark.parametrize(("model", "precision"), [("tiny", "fp32"), ("tiny_bn", "bf16")])
+def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, world_size: int, step: int, model: str, precision: str) -> None:
+    flags = (EVERYTHING, f"--model.name {model} --train.precision {precision} --train.micro_batches 4")
+    undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
+    killed = Ranks(world_size, arguments(tmp_path / "killed", *flags), tmp_path / "killed-logs")
+    wait_for_step(tmp_path / "killed", step)
+    killed.signal(signal.SIGKILL)
+    assert set(killed.wait()) == {-signal.SIGKILL}
+    resumed = train(world_size, tmp_path / "killed", *flags)
+    starts = rows(tmp_path / "killed", "start")
+    assert len(starts) == 2
+    assert starts[1]["step"] > 0
+    for name in ("weights_sha256", "ema_weights_sha256", "test_predictions_sha256", "test_loss"):
+        assert resumed[name] == undisturbed[name]
+    assert mathematics_of(tmp_path / "killed") == mathematics_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR2), (2, signal.SIGINT)])
+def test_signal_saves_at_an_agreed_step_and_exits_75(tmp_path: Path, world_size: int, number: signal.Signals) -> None:
+    flags = (EVERYTHING, "--model.name tiny_bn --train.micro_batches 2 --checkpoint.every_steps 1000 --eval.every_steps 1000")
+    undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
+    ranks = Ranks(world_size, arguments(tmp_path / "told", *flags), tmp_path / "told-logs")
+    wait_for_step(tmp_path / "told", 20)
+    ranks.signal(number, rank=world_size - 1)  # one rank is told, all leave
+    ranks.signal(number, rank=world_size - 1)  # and a second signal changes nothing
+    assert set(ranks.wait()) == {75}, ranks.output()
+    summary = json.loads((tmp_path / "told" / "summary.json").read_text())
+    assert summary["outcome"] == "preempted"
+    assert 20 <= summary["step"] < summary["total_steps"]
+    newest = max((tmp_path / "told" / "checkpoints").glob("step-*"))
+    assert newest.name == f"step-{summary['step']:08d}"
+    resumed = train(world_size, tmp_path / "told", *flags)
+    assert resumed["weights_sha256"] == undisturbed["weights_sha256"]
+    assert mathematics_of(tmp_path / "told") == mathematics_of(tmp_path / "undisturbed")
+    assert rows(tmp_path / "told", "start")[1]["step"] == summary["step"]  # no step was computed twice
+
+
+def test_resume_on_another_world_size_agrees_to_round_off(tmp_path: Path) -> None:
+    flags = (EVERYTHING, "--train.max_steps 30 --optim.lr 0.01 --checkpoint.every_steps 1000")
+    train(1, tmp_path / "undisturbed", *flags)
+    ranks = Ranks(2, arguments(tmp_path / "moved", *flags), tmp_path / "moved-logs")
+    wait_for_step(tmp_path / "moved", 5)
+    ranks.signal(signal.SIGTERM)
+    if set(ranks.wait()) == {75}:
+        assert train(1, tmp_path / "moved", *flags)["world_size"] == 1
+    assert [row["world_size"] for row in rows(tmp_path / "moved", "start")] == [2, 1]
+    assert_close(tmp_path / "undisturbed", tmp_path / "moved")
+
+
+@pytest.mark.parametrize(("world_size", "examples"), [(1, 359), (2, 359), (4, 3), (3, 1)])
+def test_evaluation_counts_each_example_once(tmp_path: Path, world_size: int, examples: int) -> None:
+    flags = ["--train.max_steps 3 --eval.batch_size 50 --model.name tiny_bn --train.micro_batches 4 --train.exact true"]
+    split = "test" if examples == 359 else "validation"
+    flags += [f"--data.validation {examples}"] if split == "validation" else []
+    summary = train(world_size, tmp_path / "run", *flags)
+    alone = train(1, tmp_path / "alone", *flags)
+    assert summary[f"num_{split}_examples"] == examples
+    assert sum(itertools.chain(*summary[f"{split}_confusion"])) == examples
+    correct = sum(row[label] for label, row in enumerate(summary[f"{split}_confusion"]))
+    assert summary[f"{split}_correct"] == correct
+    assert summary[f"{split}_accuracy"] == correct / examples
+    for name in ("loss", "predictions_sha256", "confusion"):
+        assert summary[f"{split}_{name}"] == alone[f"{split}_{name}"]
+
+
+def test_changed_mathematics_is_refused_and_named(tmp_path: Path) -> None:
+    flags = "--train.max_steps 4 --checkpoint.every_steps 2"
+    train(1, tmp_path / "run", flags)
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    for change in ("--optim.lr 0.2", "--seed 7", "--train.max_steps 5", "--model.dropout 0.5"):
+        ranks = Ranks(2, arguments(tmp_path / "run", flags, change), tmp_path / "refused")
+        assert ranks.wait() == [2, 2]
+        assert change.split()[0].removeprefix("--") in ranks.output()
+    assert "Traceback" not in ranks.output()
+    assert before == sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert train(1, tmp_path / "run", flags, "--log.every_steps 3 --eval.every_steps 1 --train.num_threads 2")["step"] == 4
+
+
+def test_resume_never_and_from_a_path(tmp_path: Path) -> None:
+    flags = "--train.max_steps 6 --checkpoint.every_steps 2 --checkpoint.keep 9"
+    first = train(1, tmp_path / "run", flags)
+    ranks = Ranks(1, arguments(tmp_path / "run", flags, "--run.resume never"), tmp_path / "logs")
+    assert ranks.wait() == [2]
+    assert "run.resume is never" in ranks.output()
+    path = tmp_path / "run" / "checkpoints" / "step-00000002"
+    other = train(1, tmp_path / "other", flags, f"--run.resume {path}")
+    assert rows(tmp_path / "other", "start")[0]["step"] == 2
+    assert other["weights_sha256"] == first["weights_sha256"]
+    ranks = Ranks(2, arguments(tmp_path / "third", flags, "--run.resume /nowhere"), tmp_path / "logs-3")
+    assert ranks.wait() == [2, 2]
+    assert "/nowhere" in ranks.output()
+
+
+def test_finished_run_says_so_and_keeps_its_summary(tmp_path: Path) -> None:
+    first = train(1, tmp_path / "run", "--train.max_steps 3")
+    assert train(1, tmp_path / "run", "--train.max_steps 3") == first
+    assert "This run is finished" in (tmp_path / "run-logs" / "rank-0.log").read_text()
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    flags = "--train.max_steps 12 --checkpoint.every_steps 4 --checkpoint.keep 9 --eval.every_steps 100"
+    first = train(1, tmp_path / "run", flags)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000012" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    again = train(1, tmp_path / "run", flags)
+    assert again["weights_sha256"] == first["weights_sha256"]
+    assert str(newest) in (tmp_path / "run-logs" / "rank-0.log").read_text()
+    assert rows(tmp_path / "run", "start")[1]["step"] == 8
+    assert (tmp_path / "run" / "checkpoints" / "damaged-step-00000012-0").is_dir()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--train.global_batch_size 0", "train.global_batch_size is 0"),
+        ("--optim.lrr 3", "Did you mean optim.lr?"),
+        ("--model.name tiny_bn", "BatchNorm"),
+        ("--train.precision fp16", "fp16 needs a GPU"),
+        ("--train.device cuda", "shows no GPU"),
+        ("--data.validation 1438", "data.validation is 1438"),
+        ("--data.name kmnist --data.download false", "kmnist cannot be had"),
+    ],
+)
+@pytest.mark.filterwarnings("default")
+def test_bad_input_is_one_line_and_exit_2_on_every_rank(tmp_path: Path, world_size: int, flag: str, says: str) -> None:
+    if torch.cuda.is_available() and flag.split()[0] in ("--train.precision", "--train.device"):
+        pytest.skip("true only without a GPU")
+    ranks = Ranks(world_size, arguments(tmp_path / "run", flag), tmp_path / "logs")
+    assert set(ranks.wait(30)) == {2}
+    lines = [line for line in ranks.output().splitlines() if line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
+
+
+def test_more_ranks_than_micro_batches_is_refused(tmp_path: Path) -> None:
+    ranks = Ranks(3, arguments(tmp_path / "run", "--model.name tiny_bn --train.micro_batches 2"), tmp_path / "logs")
+    assert set(ranks.wait()) == {2}
+    assert "3 processes cannot share train.micro_batches 2" in ranks.output()
+
+
+def test_missing_mnist_falls_back_loudly_only_when_asked(tmp_path: Path) -> None:
+    flags = f"--data.name kmnist --data.root {tmp_path} --data.download false --train.max_steps 2"
+    summary = train(2, tmp_path / "run", flags, "--data.fallback true")
+    assert summary["data"]["is_fallback"]
+    assert summary["data"]["name"] == "digits"
+    log = (tmp_path / "run-logs" / "rank-0.log").read_text()
+    assert log.count("!!!") == 4  # at the start and at the end
+
+
+def test_accumulation_follows_the_memory_limit(tmp_path: Path) -> None:
+    whole = train(1, tmp_path / "whole", "--train.max_steps 10 --optim.lr 0.01")
+    cut = train(2, tmp_path / "cut", "--train.max_steps 10 --optim.lr 0.01 --train.micro_batch_limit 10")
+    assert (whole["micro_batches"], cut["micro_batches"]) == (1, 8)
+    assert (
+        "64 examples per step = 2 rank(s) x 4 micro-batch(es) x 8 examples" in (tmp_path / "cut-logs" / "rank-0.log").read_text()
+    )
+    assert_close(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("mutant", ["doubled_example", "dropped_example"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ledger_stops_a_run_that_misuses_an_example(tmp_path: Path, mutant: str, world_size: int) -> None:
+    ranks = Ranks(world_size, arguments(tmp_path / "run", "--train.epochs 2"), tmp_path / "logs", MUTANT=mutant)
+    assert 0 not in ranks.wait()
+    assert "used twice or never" in ranks.output()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    flags = "--optim.lr 900 --optim.warmup 0 --checkpoint.every_steps 1 --train.epochs 2"
+    ranks = Ranks(2, arguments(tmp_path / "run", flags), tmp_path / "logs")
+    assert ranks.wait() == [1, 1]
+    assert "The loss of step" in ranks.output()
+    for tensor in weights(tmp_path / "run").values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_train_seconds_count_every_step_and_nothing_else(tmp_path: Path) -> None:
+    summary = train(1, tmp_path / "run", "--train.max_steps 30 --log.every_steps 7 --eval.every_steps 1", MUTANT="slow_steps")
+    assert 30 * 0.02 <= summary["train_seconds"] <= summary["wall_seconds"]
+    assert summary["images_per_second"] == pytest.approx(30 * 64 / summary["train_seconds"], rel=0.05)
+    seconds = [row["train_seconds"] for row in rows(tmp_path / "run", "train")]
+    assert all(later - earlier >= 0.02 for earlier, later in itertools.pairwise(seconds))

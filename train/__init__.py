@@ -1,0 +1,3 @@
+"""Lockstep: the program that every rank runs. `(config, step)` determines everything; ranks only decide who computes it."""
+
+__version__ = "0.1.0"

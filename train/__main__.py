@@ -1,0 +1,76 @@
+"""argv -> Config -> World -> train -> exit code; nothing else.
+
+Exit codes: 0 finished, 1 crash, 2 bad config or data, 75 preempted with a checkpoint saved.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from train import preempt
+from train.cli import parse, recipe_name
+from train.config import Config, UserError
+from train.world import World, env_rank, run_suffix
+
+OTHER_RANKS_WAIT_SECONDS = 2.0
+
+
+def complain(error: UserError) -> int:
+    """Print one line; return exit code 2. Rank 0 speaks, and the others wait: a launcher kills all when one has left."""
+    if env_rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+    return 2
+
+
+def run_directory(config: Config, argv: list[str], world: World) -> Path:
+    """Return run.dir/run.name, the same on all ranks. Collective: every rank must call it."""
+    name = config.run.name or f"{recipe_name(argv) or config.data.name}-{run_suffix()}"
+    return Path(config.run.dir) / world.broadcast(name)
+
+
+def main(argv: list[str]) -> int:
+    """Train as the command line says; return the exit code."""
+    try:
+        config = parse(argv)
+        preempt.install()
+        world = World.open(config.train)
+    except UserError as error:
+        return complain(error)
+    try:
+        from train.loop import train
+
+        run_dir = run_directory(config, argv, world)
+        outcome, summary = train(config, world, run_dir, argv)
+    except UserError as error:
+        return complain(error)
+    finally:
+        world.close()
+    if world.is_main:
+        report(run_dir, outcome, summary)
+    return 0 if outcome == "finished" else preempt.EXIT_CODE
+
+
+def report(run_dir: Path, outcome: str, summary: dict) -> None:
+    """Print what a person wants to know at the end."""
+    if outcome == "preempted":
+        print(f"preempted at step {summary['step']}: saved. The same command with --run.name {run_dir.name} goes on.")
+        return
+    split = "test" if "test_accuracy" in summary else "validation"
+    prefix = f"ema_{split}" if f"ema_{split}_accuracy" in summary else split
+    speed = f", {summary['images_per_second']:,.0f} images/s" if summary["images_per_second"] else ""
+    print(
+        f"{split} accuracy {summary[f'{prefix}_accuracy']:.2%} "
+        f"({summary[f'{prefix}_correct']} of {summary[f'num_{split}_examples']} {summary['data']['name']} images)"
+        f" in {summary['train_seconds']:.1f} s of training{speed}"
+    )
+    if summary["data"]["is_fallback"]:
+        print("!!! THIS IS NOT MNIST: trained on the fallback data set digits !!!")
+    print(f"weights {summary['weights_sha256'][:16]}...")
+    for name in ("summary.json", "metrics.jsonl", "config.yaml", "checkpoints"):
+        print(f"  {run_dir / name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

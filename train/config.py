@@ -1,0 +1,323 @@
+"""Frozen dataclasses: the only home of defaults, units and rules. Nothing heavy is imported here, so `--help` is instant.
+
+A field's docstring is its help text. A rule that needs no knowledge of the machine is checked in `__post_init__`; rules
+about ranks and devices live in `world.py` and `loop.py`. What a person wrote wrongly is a `UserError`: one line, exit code 2.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake in what a person gave us (config, data, checkpoint): what was got, what was expected, what to do."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that jsonargparse, but not YAML 1.1, would read back as floats, such as 1e3."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_.]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+CLASS_NAMES = {
+    "fashion_mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"],
+    "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
+}
+
+
+def class_names(data_name: str) -> list[str]:
+    """One name per label of a data set; the digits 0..9 where the labels are digits."""
+    return CLASS_NAMES.get(data_name, [str(digit) for digit in range(10)])
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it starts."""
+
+    dir: str = "runs"
+    """Directory that holds all runs."""
+    name: str | None = None
+    """Directory of this run inside run.dir. Default: the recipe's file name and the time."""
+    resume: str = "auto"
+    """auto: continue the run directory's latest good checkpoint; never: refuse a used directory; or a checkpoint's path."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.dir), "run.dir is empty. Give a directory, such as runs.")
+        if self.name is not None:
+            bad = not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", self.name)
+            _check(not bad, f"run.name is {self.name!r}. Use letters, digits and . _ = + - only: it names a directory.")
+        _check(bool(self.resume), "run.resume is empty. Use auto, never, or the path of a checkpoint.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and where they come from."""
+
+    name: Literal["mnist", "fashion_mnist", "kmnist", "digits", "random"] = "mnist"
+    """Data set. digits: 1,797 real digits that scikit-learn carries; random: noise, for measuring throughput."""
+    root: str | None = None
+    """Directory with torchvision's layout (ROOT/MNIST/raw/*.gz). Default: $MNIST_ROOT, else a cache directory."""
+    download: bool = True
+    """Download the files if root does not hold them."""
+    fallback: bool = False
+    """Train on digits, loudly, if the data set cannot be had."""
+    validation: int = 0
+    """Hold out the last N training examples and evaluate on them instead of on the test split (to choose recipes)."""
+    random_examples: int = 60000
+    """Training examples of the random data set (its test split has a sixth of it)."""
+
+    def __post_init__(self) -> None:
+        _check(self.validation >= 0, f"data.validation is {self.validation} examples. Use 0 (off) or more.")
+        _check(self.random_examples >= 6, f"data.random_examples is {self.random_examples}. Use 6 or more.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: Literal["cnn", "vgg", "vgg_wide", "tiny", "tiny_bn"] = "cnn"
+    """cnn: the classic MNIST CNN; vgg, vgg_wide: accurate ones, with BatchNorm; tiny, tiny_bn: small ones for tests."""
+    dropout: float = 0.0
+    """Probability with which a feature in front of the last layer is dropped in training."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.dropout < 1, f"model.dropout is {self.dropout}. Use 0 (off) or more, and less than 1.")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of the training images; each is off at 0 and a function of (seed, step, row of the global batch)."""
+
+    shift: int = 0
+    """Largest shift in x and in y, in pixels."""
+    rotate: float = 0.0
+    """Largest rotation, in degrees."""
+    scale: float = 0.0
+    """Largest relative change of size: 0.1 scales by 0.9 to 1.1."""
+    shear: float = 0.0
+    """Largest shear, in degrees."""
+    erase: float = 0.0
+    """Probability that a square of the image is blanked."""
+    erase_size: int = 8
+    """Largest side of the blanked square, in pixels."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.shift <= 14, f"augment.shift is {self.shift} pixels. Use 0 (off) to 14.")
+        _check(0 <= self.rotate <= 180, f"augment.rotate is {self.rotate} degrees. Use 0 (off) to 180.")
+        _check(0 <= self.scale < 1, f"augment.scale is {self.scale}. Use 0 (off) or more, and less than 1.")
+        _check(0 <= self.shear < 90, f"augment.shear is {self.shear} degrees. Use 0 (off) or more, and less than 90.")
+        _check(0 <= self.erase <= 1, f"augment.erase is {self.erase}. It is a probability: 0 (off) to 1.")
+        _check(1 <= self.erase_size <= 28, f"augment.erase_size is {self.erase_size} pixels. Use 1 to 28.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The update. The learning rate is never scaled by the world size: the global batch is the same on all of them."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd: Nesterov momentum; adamw: decoupled weight decay."""
+    lr: float = 0.1
+    """Highest learning rate of the schedule."""
+    momentum: float = 0.9
+    """Momentum of sgd; first beta of adamw."""
+    beta2: float = 0.999
+    """Second beta of adamw."""
+    weight_decay: float = 0.0
+    """Weight decay of kernels and matrices; biases and norms have none."""
+    schedule: Literal["one_cycle", "cosine", "linear", "constant"] = "one_cycle"
+    """Shape of lr(step) after the warm-up; one_cycle warms up along a cosine too."""
+    warmup: float = 0.2
+    """Share of all steps in which the learning rate rises."""
+    final_lr: float = 0.0
+    """Learning rate after the last step, as a share of optim.lr."""
+    clip_norm: float = 0.0
+    """Largest gradient norm (L2, over all parameters); 0: off."""
+    label_smoothing: float = 0.0
+    """Share of the target's mass that is spread over all classes."""
+    ema: float = 0.0
+    """Decay per step of the moving average of the weights, which is evaluated beside them; 0: off."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.lr < 1000, f"optim.lr is {self.lr}. Use a positive number below 1000, such as 0.1.")
+        for name in ("momentum", "beta2", "weight_decay", "label_smoothing", "ema"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optim.{name} is {value}. Use 0 or more, and less than 1.")
+        for name in ("warmup", "final_lr"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"optim.{name} is {value}. It is a share: 0 to 1.")
+        _check(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}. Use 0 (off) or a positive norm.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in what portions, in which arithmetic, on what."""
+
+    epochs: int = 1
+    """Passes over the training split."""
+    max_steps: int = 0
+    """Train this many steps instead of train.epochs; 0: off. The schedule ends there too."""
+    global_batch_size: int = 512
+    """Examples per step over all ranks: the same set, in the same order, on any world size."""
+    micro_batches: int = 0
+    """Portions of the global batch, each one forward and backward pass; 0: as few as the ranks and the limit allow. Exact
+    mode and BatchNorm need it fixed: it is part of the mathematics there, and the largest possible world size."""
+    micro_batch_limit: int = 0
+    """Examples that fit in memory in one pass; 0: no limit. Decides the number of portions where micro_batches is 0."""
+    exact: bool = False
+    """Sum gradients in one fixed order, so that every world size gives the same bits."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward (autocast); weights and the update stay fp32. fp16 needs a GPU."""
+    compile: bool = False
+    """Compile the model by torch.compile."""
+    channels_last: bool = True
+    """Lay images out with the channel innermost, which convolutions prefer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPUs if there are any."""
+    num_threads: int = 0
+    """CPU threads of each process; 0: an equal share of the cores (in exact mode 1, since the bits depend on it)."""
+    timeout: int = 120
+    """Seconds after which a collective that a lost rank never joins is an error (600 until the first step is done)."""
+
+    def __post_init__(self) -> None:
+        for name, unit in (("epochs", "epochs"), ("global_batch_size", "examples"), ("timeout", "seconds")):
+            value = getattr(self, name)
+            _check(value >= 1, f"train.{name} is {value} {unit}. Use 1 or more.")
+        for name in ("max_steps", "micro_batches", "micro_batch_limit", "num_threads"):
+            value = getattr(self, name)
+            _check(value >= 0, f"train.{name} is {value}. Use 0 (automatic) or more.")
+        size, parts, limit = self.global_batch_size, self.micro_batches, self.micro_batch_limit
+        _check(parts > 0 or not self.exact, "train.exact needs train.micro_batches: the largest world size, such as 8.")
+        _check(parts <= size, f"train.micro_batches is {parts}, more than the {size} examples of train.global_batch_size.")
+        if parts and size % parts:
+            near = f"{size // parts * parts} or {(size // parts + 1) * parts}"
+            down = next(d for d in range(parts, 0, -1) if size % d == 0)
+            raise UserError(
+                f"train.global_batch_size is {size}, which {parts} micro-batches do not divide. "
+                f"Use {near}, or train.micro_batches {down}."
+            )
+        if parts and limit and size // parts > limit:
+            raise UserError(
+                f"train.micro_batches {parts} makes portions of {size // parts} examples, more than "
+                f"train.micro_batch_limit {limit}. Use train.micro_batches {-(-size // limit)} or more."
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When and in what portions the test split is evaluated."""
+
+    every_steps: int = 0
+    """Steps between evaluations; 0: once an epoch. The last step is always evaluated."""
+    batch_size: int = 500
+    """Examples per pass. Portions are the same on every world size."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_steps >= 0, f"eval.every_steps is {self.every_steps}. Use 0 (once an epoch) or more.")
+        _check(self.batch_size >= 1, f"eval.batch_size is {self.batch_size} examples. Use 1 or more.")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int = 0
+    """Steps between checkpoints; 0: once an epoch. The last step, the best one and a preemption always save."""
+    keep: int = 2
+    """Newest checkpoints that stay, beside the best."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}. Use 0 (once an epoch) or more.")
+        _check(self.keep >= 1, f"checkpoint.keep is {self.keep}. Use 1 or more: without one there is nothing to resume.")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written down while training."""
+
+    every_steps: int = 10
+    """Steps between rows of metrics.jsonl."""
+    progress: bool = True
+    """Show progress: a bar on a terminal, plain lines elsewhere."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_steps >= 1, f"log.every_steps is {self.every_steps}. Use 1 or more.")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases: a mirror of metrics.jsonl, never in the way of training."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with a key and a server that answers, else offline."""
+    project: str = "lockstep"
+    """Project that the run appears in."""
+    entity: str | None = None
+    """User or team. Default: the key's own."""
+    group: str | None = None
+    """Runs with the same group are shown together."""
+    tags: list[str] = field(default_factory=list)
+    """Labels of the run."""
+    notes: str | None = None
+    """A sentence about the run."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    seed: int = 0
+    """Source of everything random: initial weights, order, augmentation, dropout."""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.seed >= 0, f"seed is {self.seed}. Use 0 or more.")
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML that `--config` reads back to an equal Config."""
+        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False)
+
+
+# Changing one of these does not change the weights: whole sections, or single fields.
+NOT_MATHEMATICS = {
+    *("run", "eval", "checkpoint", "log", "wandb"),
+    *("data.root", "data.download", "data.fallback"),
+    *("train.micro_batch_limit", "train.device", "train.num_threads", "train.timeout", "train.compile"),
+}
+
+
+def mathematics(config: Config | dict[str, Any]) -> dict[str, Any]:
+    """Return `{"section.field": value}` of the fields that decide the weights: what a resume must find unchanged.
+
+    Takes a Config or what config.yaml holds.
+    """
+    flat: dict[str, Any] = {}
+    for section, value in (config if isinstance(config, dict) else dataclasses.asdict(config)).items():
+        for name, item in value.items() if isinstance(value, dict) else [(None, value)]:
+            path = f"{section}.{name}" if name else section
+            if section not in NOT_MATHEMATICS and path not in NOT_MATHEMATICS:
+                flat[path] = item
+    return flat
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs between two flat mappings, as `name before -> after`."""
+    names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    return [f"{name} {before.get(name)!r} -> {after.get(name)!r}" for name in names]

@@ -1,0 +1,86 @@
+"""Exact evaluation: every example of a split counted once, on any world size, and a certificate that it was so.
+
+The split is cut into portions that do not depend on the world size, each rank computes a contiguous block of them, and
+per-example results meet by adding zeros: nothing is padded, dropped or averaged twice.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.augment import normalize
+from train.data import Data
+from train.models import NUM_CLASSES
+from train.sampler import share
+from train.world import World
+
+
+@dataclass(frozen=True)
+class Result:
+    """Counts over a split; `predictions` int64 [N] in the split's order, on the CPU."""
+
+    num_examples: int
+    correct: int
+    loss: float
+    predictions: Tensor
+    confusion: list[list[int]]  # [label][prediction]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples whose label was predicted, 0..1."""
+        return self.correct / self.num_examples
+
+    def record(self) -> dict[str, Any]:
+        """The scalars of a metrics row."""
+        return {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "correct": self.correct,
+            "num_examples": self.num_examples,
+        }
+
+    def certificate(self) -> dict[str, Any]:
+        """What proves in summary.json which predictions were made."""
+        sha256 = hashlib.sha256(self.predictions.to(torch.uint8).numpy().tobytes()).hexdigest()
+        return {**self.record(), "predictions_sha256": sha256, "confusion": self.confusion}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory_format: torch.memory_format) -> Result:
+    """Evaluate an unwrapped model on `data.test` in portions of `batch_size` examples.
+
+    Collective: every rank must call it. Raises RuntimeError if an example was not evaluated exactly once.
+    """
+    split, num_examples = data.test, len(data.test)
+    num_portions = -(-num_examples // batch_size)
+    # Rows: predictions, losses, and how often each example was seen. Zeros elsewhere add up exactly.
+    table = torch.zeros(3, num_examples, dtype=torch.float64, device=world.device)
+    was_training = model.training
+    model.eval()
+    for portion in range(*share(num_portions, world.world_size, world.rank)):
+        rows = slice(portion * batch_size, min((portion + 1) * batch_size, num_examples))
+        inputs = normalize(split.images[rows], data.mean, data.std).to(memory_format=memory_format)
+        with world.accelerator.autocast():
+            logits = model(inputs)
+        logits = logits.float()
+        table[0, rows] = logits.argmax(1).double()
+        table[1, rows] = F.cross_entropy(logits, split.labels[rows], reduction="none").double()
+        table[2, rows] += 1
+    model.train(was_training)
+    predictions, losses, seen = world.sum_(table).cpu()
+    if not bool((seen == 1).all()):
+        wrong = int((seen != 1).sum())
+        raise RuntimeError(f"The evaluation used {wrong} of {num_examples} examples not exactly once. Its sums are void.")
+    predicted, labels = predictions.long(), split.labels.cpu()
+    confusion = torch.bincount(labels * NUM_CLASSES + predicted, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
+    return Result(
+        num_examples=num_examples,
+        correct=int((predicted == labels).sum()),
+        loss=float(losses.sum()) / num_examples,
+        predictions=predicted,
+        confusion=confusion.tolist(),
+    )

@@ -1,0 +1,102 @@
+"""What a run says of itself: how a batch is cut, and the contents of summary.json."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from train import checkpoint
+from train.config import mathematics
+from train.evaluate import Result
+from train.run import Run, contract
+
+PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "safetensors")
+
+
+def arithmetic(run: Run) -> str:
+    """How a global batch is cut, in one line."""
+    sampler, world_size = run.sampler, run.world.world_size
+    size, parts = sampler.global_batch_size, sampler.micro_batches
+    first, last = sampler.micro_batch(0, 0)
+    if parts % world_size == 0 and size % parts == 0:
+        cut = f"{world_size} rank(s) x {parts // world_size} micro-batch(es) x {last - first} examples"
+    else:
+        cut = f"{parts} micro-batches of about {size / parts:.0f} examples, shared by {world_size} ranks"
+    return (
+        f"{size} examples per step = {cut}; {sampler.num_examples:,} examples = {sampler.steps_per_epoch} steps per epoch; "
+        f"{run.total_steps} steps"
+    )
+
+
+def headline(run: Run, run_dir: Path, resumed_from: str | None) -> str:
+    """Which run this is and where it goes on, in one line."""
+    origin = f"resumed from {resumed_from}" if resumed_from else "a new run"
+    mode = f"{run.config.train.precision}{', exact' if run.config.train.exact else ''}"
+    ranks = f"{run.world.world_size} process(es) on {run.world.device.type}"
+    return f"{run_dir}: {origin}, step {run.step} of {run.total_steps}, {ranks}, {mode}"
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+` if files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(Path(__file__).parent), *arguments), capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def summarize(run: Run, outcome: str, results: dict[str, Result], wall_seconds: float) -> dict[str, Any]:
+    """Build the contents of summary.json."""
+    split = run.data.eval_split
+    summary: dict[str, Any] = {
+        "outcome": outcome,
+        "step": run.step,
+        "total_steps": run.total_steps,
+        "world_size": run.world.world_size,
+        "weights_sha256": checkpoint.tensors_sha256(run.module.state_dict()),
+        "train_seconds": round(run.train_seconds, 3),
+        "wall_seconds": round(wall_seconds, 3),
+        "images_per_second": round(run.life_examples / run.life_seconds, 1) if run.life_seconds else None,
+        "best": run.best,
+        "data": run.data.summary(),
+        "config": mathematics(run.config),
+        "ledger": run.closed_epoch,
+        "exact": run.config.train.exact,
+        "micro_batches": run.sampler.micro_batches,
+        "precision": run.config.train.precision,
+        "device": run.world.device.type,
+        "contract": contract(run.world),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, "lockstep")}},
+        "git_commit": git_commit(),
+    }
+    for name, result in results.items():
+        prefix = f"{split}_" if name == "weights" else f"ema_{split}_"
+        certificate = result.certificate()
+        summary |= {f"{prefix}{field}": value for field, value in certificate.items() if field != "num_examples"}
+        summary |= {f"num_{split}_examples": result.num_examples}
+    if run.ema:
+        summary["ema_weights_sha256"] = checkpoint.tensors_sha256(run.ema.model.state_dict())
+    return summary
+
+
+def read_finished(path: Path, run: Run) -> dict[str, Any] | None:
+    """Return the summary of a run that has nothing left to do; None on other ranks than 0."""
+    if not run.world.is_main or run.step < run.total_steps or not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    return summary if summary["outcome"] == "finished" and summary["step"] == run.step else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON atomically."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,212 @@
+"""Who am I: rank, local_rank, world_size, device, the Accelerator; and the collectives that the other modules use.
+
+Invariant: the world that came up is the one that was asked for, or the run stops. The only home of RANK and WORLD_SIZE
+and, with reduce.py, of torch.distributed. torch is imported inside functions, so that a rank can refuse a bad config
+before it has paid for torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from train.config import TrainConfig, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+START_TIMEOUT_SECONDS = 600  # ranks may start minutes apart; after the first step train.timeout applies
+
+
+def env_rank() -> int:
+    """This process's rank as its launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def run_suffix() -> str:
+    """What tells this run from others of its recipe: torchrun's id, which its restarts share, or the time."""
+    identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if identity != "none":
+        return identity
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise UserError("torchrun --max-restarts needs --run.name (or its --rdzv-id): a restart must find the same run.")
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def check_launcher(config: TrainConfig) -> int:
+    """Return the world size that the launcher asked for; raise UserError where it would silently give another one."""
+    env = os.environ
+    if "WORLD_SIZE" not in env and "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one (its CPU launcher does that). Use "
+            "`accelerate launch --multi_gpu --num_processes N` with ACCELERATE_USE_CPU=1, or torchrun --nproc-per-node N."
+        )
+    asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "no" and asked != config.precision:
+        raise UserError(
+            f"accelerate launch asks for mixed precision {asked}, train.precision is {config.precision}. "
+            f"Use --train.precision {asked}, or leave it out of accelerate's config."
+        )
+    if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise UserError("Set train.micro_batch_limit instead of accelerate's gradient_accumulation_steps.")
+    if "SLURM_STEP_NUM_TASKS" in env and "WORLD_SIZE" not in env and int(env["SLURM_STEP_NUM_TASKS"]) > 1:
+        raise UserError(
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without RANK and WORLD_SIZE. Set them from SLURM_PROCID "
+            "and SLURM_NTASKS, or start one task per node with torchrun inside."
+        )
+    return int(env.get("WORLD_SIZE", "1"))
+
+
+def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -> torch.device:
+    """Return this rank's device; raise UserError where the machine cannot do what the config asks."""
+    import torch
+
+    use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    num_gpus = 0 if use_cpu else torch.cuda.device_count()
+    if config.device == "cuda" and not num_gpus:
+        raise UserError("train.device is cuda and this machine shows no GPU. Use train.device auto or cpu.")
+    if num_gpus and local_world_size > num_gpus:
+        raise UserError(
+            f"{local_world_size} processes on this machine, but {num_gpus} GPU(s). Start {num_gpus}, or use --train.device cpu."
+        )
+    if not num_gpus and config.precision == "fp16":
+        raise UserError("train.precision fp16 needs a GPU: on a CPU it silently runs in fp32. Use bf16 or fp32.")
+    if num_gpus and config.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise UserError("This GPU does not compute in bf16. Use train.precision fp16 or fp32.")
+    return torch.device("cuda", local_rank) if num_gpus else torch.device("cpu")
+
+
+@dataclasses.dataclass
+class World:
+    """One process's place among all, and its Accelerator."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    num_threads: int
+    accelerator: Accelerator
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> World:
+        """Join the process group. Collective: every rank must call it. Close it in a `finally`."""
+        asked = check_launcher(config)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        import torch
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+        device = choose_device(config, local_rank, local_world_size)
+        if asked == 1:  # torchrun with one process would get DDP around the model, and other gradients than without
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_threads = config.num_threads or (1 if config.exact else max(1, cores // local_world_size))
+        if config.exact:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # accelerate explains OMP_NUM_THREADS, which we have set
+            accelerator = Accelerator(
+                cpu=device.type == "cpu",
+                mixed_precision="no" if config.precision == "fp32" else config.precision,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=timedelta(seconds=max(START_TIMEOUT_SECONDS, config.timeout))),
+                ],
+                step_scheduler_with_optimizer=False,
+            )
+        torch.set_num_threads(num_threads)  # after Accelerator(), which sets it to its own idea on several ranks
+        world = cls(
+            rank=accelerator.process_index,
+            local_rank=accelerator.local_process_index,
+            world_size=accelerator.num_processes,
+            local_world_size=local_world_size,
+            device=accelerator.device,
+            num_threads=num_threads,
+            accelerator=accelerator,
+        )
+        if world.world_size != asked:
+            world.close()
+            raise UserError(
+                f"The launcher asked for {asked} processes and {world.world_size} came up. Start with `python -m launch run`."
+            )
+        return world
+
+    def close(self) -> None:
+        """Leave the process group (otherwise some exits end in SIGABRT) and forget accelerate's global state."""
+        import torch.distributed as dist
+        from accelerate.state import AcceleratorState
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(True)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only rank that writes to the run directory."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Put model and optimizer into accelerate's wrappers: precision, and DDP on several ranks.
+
+        Collective: every rank must call it.
+        """
+        with warnings.catch_warnings():
+            # broadcast_buffers has a new name since torch 2.13, which accelerate 1.15 and torch 2.11 do not know
+            warnings.simplefilter("ignore", FutureWarning)
+            return self.accelerator.prepare(model, optimizer)
+
+    def set_timeout(self, seconds: int) -> None:
+        """Shorten the time after which a collective without all ranks is an error."""
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            # torch 2.13 made it public; we support 2.11 on
+            set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
+            set_timeout(timedelta(seconds=seconds))
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add `values` over all ranks, in place; int64 sums wrap. Collective: every rank must call it."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            on_device = values.to(self.device)
+            dist.all_reduce(on_device)
+            values.copy_(on_device)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank. Collective: every rank must call it."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def agree(self, error: UserError | None) -> None:
+        """Raise the first rank's UserError on every rank, if any has one. Collective: every rank must call it."""
+        errors: list[Any] = [error]
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            errors = [None] * self.world_size
+            dist.all_gather_object(errors, error)
+        for found in errors:
+            if found is not None:
+                raise found
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective: every rank must call it."""
+        self.accelerator.wait_for_everyone()
