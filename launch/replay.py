@@ -111,6 +111,7 @@ def replay(run_dir: Path, record: Record, config: Config, first: int, last: int)
     """Compute the steps first+1 to last again; return whether everything agrees."""
     from train import data, loop
     from train.run import contract, restore, set_up
+    from train.step import train_step
     from train.world import World
 
     comparison = Comparison(record)
@@ -137,7 +138,7 @@ def replay(run_dir: Path, record: Record, config: Config, first: int, last: int)
         print(f"{run_dir}: steps {first + 1} to {last} on 1 process, from {start[0] if start else 'scratch'}")
         run.model.train()
         while run.step < last:
-            loop.train_step(run)
+            train_step(run)
             loop.close_epoch(run)
             comparison.step(run, loop.take_fingerprints(run), is_asked=run.step > first)
     finally:

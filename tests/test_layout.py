@@ -9,14 +9,14 @@ from conftest import ROOT
 
 # A module may import from the rows above its own only.
 LAYERS = [
-    {"config", "sampler", "preempt"},
-    {"cli", "rng", "report", "fingerprint"},
+    {"config", "sampler", "preempt", "clock"},
+    {"cli", "rng", "report", "fingerprint", "watchdog"},
     {"augment", "models", "optim", "picture"},
     {"world", "checkpoint", "metrics"},
     {"data", "reduce"},
     {"evaluate"},
     {"run"},
-    {"summary"},
+    {"summary", "step", "alarms"},
     {"loop"},
     {"__main__", "export", "predict"},
 ]
@@ -114,7 +114,7 @@ def test_models_know_nothing_of_ranks() -> None:
 
 LIGHT = [
     ROOT / "train" / f"{stem}.py"
-    for stem in ("config", "cli", "world", "preempt", "report", "picture", "fingerprint", "__main__")
+    for stem in ("config", "cli", "world", "preempt", "report", "picture", "fingerprint", "clock", "watchdog", "__main__")
 ]
 
 

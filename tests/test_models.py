@@ -123,7 +123,7 @@ def test_batch_norm_computes_what_torchs_does() -> None:
         (mine**3).sum().backward()
         (reference**3).sum().backward()
         assert torch.equal(batch.grad, copy.grad)  # type: ignore[arg-type]
-        ours.merge(ours.batch_mean[None], ours.batch_var[None], torch.tensor([8.0]))
+        ours.merge(ours.batch_mean[None], ours.batch_var[None], torch.tensor([8.0]), torch.tensor(True))
     for name in ("running_mean", "running_var"):
         assert torch.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-7)
         getattr(ours, name).copy_(getattr(theirs, name))
@@ -149,7 +149,7 @@ def test_merge_of_micro_batches_equals_the_pooled_statistics(cuts: list[int]) ->
     parts = [part if len(part) else batch[:1] for part in batch.split(cuts)]  # nothing: one example that weighs nothing
     means = torch.stack([part.mean((0, 2, 3)) for part in parts])
     variances = torch.stack([part.var((0, 2, 3), unbiased=False) for part in parts])
-    ours.merge(means, variances, torch.tensor(cuts, dtype=torch.float32))
+    ours.merge(means, variances, torch.tensor(cuts, dtype=torch.float32), torch.tensor(True))
     mean, variance = batch.mean((0, 2, 3)), batch.var((0, 2, 3), unbiased=False)
     assert torch.allclose(ours.running_mean, start_mean.lerp(mean, 0.1), rtol=1e-5)  # type: ignore[arg-type]
     assert torch.allclose(ours.running_var, start_var.lerp(variance, 0.1), rtol=1e-5)  # type: ignore[arg-type]
@@ -163,7 +163,9 @@ def test_merge_of_what_forward_left_is_close_to_one_big_batch(parts: int) -> Non
     for part in batch.chunk(parts):
         ours(part)
         left.append((ours.batch_mean, ours.batch_var))
-    ours.merge(*(torch.stack(column) for column in zip(*left, strict=True)), torch.full((parts,), 16.0 / parts))
+    ours.merge(
+        *(torch.stack(column) for column in zip(*left, strict=True)), torch.full((parts,), 16.0 / parts), torch.tensor(True)
+    )
     theirs(batch)
     bias = parts / (16 * 144)  # the parts' variances are unbiased: each a little larger than its share of the whole
     assert torch.allclose(ours.running_mean, theirs.running_mean, atol=1e-6)  # type: ignore[arg-type]

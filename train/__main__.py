@@ -3,25 +3,26 @@
 Exit codes: 0 finished, 1 crash, 2 bad config or data, 75 preempted with a checkpoint saved.
 """
 
+import faulthandler
 import sys
 import time
 from pathlib import Path
 
 from train import preempt
 from train.cli import parse, recipe_name
-from train.config import Config, UserError
+from train.config import Config, RunError, UserError
 from train.world import World, env_rank, run_suffix
 
 OTHER_RANKS_WAIT_SECONDS = 2.0
 
 
-def complain(error: UserError) -> int:
-    """Print one line; return exit code 2. Rank 0 speaks, and the others wait: a launcher kills all when one has left."""
+def complain(error: UserError | RunError) -> int:
+    """Print one line; return the exit code. Rank 0 speaks, and the others wait: a launcher kills all when one has left."""
     if env_rank() == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
-    return 2
+    return 2 if isinstance(error, UserError) else 1
 
 
 def run_directory(config: Config, argv: list[str], world: World) -> Path:
@@ -32,9 +33,11 @@ def run_directory(config: Config, argv: list[str], world: World) -> Path:
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; return the exit code."""
+    preempt.install()  # first of all: a signal must find its handler while torch is being imported
+    preempt.die_with_launcher()
+    faulthandler.enable()
     try:
         config = parse(argv)
-        preempt.install()
         world = World.open(config.train)
     except UserError as error:
         return complain(error)
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
 
         run_dir = run_directory(config, argv, world)
         outcome, summary = train(config, world, run_dir, argv)
-    except UserError as error:
+    except (UserError, RunError) as error:
         return complain(error)
     finally:
         world.close()

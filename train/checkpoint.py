@@ -202,19 +202,25 @@ def write(checkpoints: Path, step: int, files: Files) -> Path:
     temporary = checkpoints / f".writing-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, content in files.items():
-        with open(temporary / name, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync_directory(temporary)
+    try:
+        for name, content in files.items():
+            with open(temporary / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync_directory(temporary)
+    except OSError:  # a full disk: half a checkpoint would fill it further
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     temporary.rename(final)
     _sync_directory(checkpoints)
     return final
 
 
-def sweep(checkpoints: Path) -> None:
-    """Remove what a killed save or prune left behind; only the run's owner may call it."""
+def make_room(checkpoints: Path) -> None:
+    """Make the directory, and try it; remove what a killed save or prune left behind. Only the run's owner may call it."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (checkpoints / ".writing-nothing").mkdir(exist_ok=True)
     for leftover in checkpoints.glob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

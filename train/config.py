@@ -16,6 +16,10 @@ class UserError(ValueError):
     """A mistake in what a person gave us (config, data, checkpoint): what was got, what was expected, what to do."""
 
 
+class RunError(RuntimeError):
+    """What went wrong on the way although config and data are good: one line, exit code 1."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes the strings that jsonargparse, but not YAML 1.1, would read back as floats, such as 1e3."""
 
@@ -145,6 +149,10 @@ class OptimConfig:
     """Share of the target's mass that is spread over all classes."""
     ema: float = 0.0
     """Decay per step of the moving average of the weights, which is evaluated beside them; 0: off."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient norm of NaN or infinity does: stop the run, or skip that update. Never reaches the weights."""
+    max_skips: int = 10
+    """Updates that optim.nonfinite skip may leave out in the whole run; one more stops it."""
 
     def __post_init__(self) -> None:
         _check(0 < self.lr < 1000, f"optim.lr is {self.lr}. Use a positive number below 1000, such as 0.1.")
@@ -154,6 +162,7 @@ class OptimConfig:
         for name in ("warmup", "final_lr"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"optim.{name} is {value}. It is a share: 0 to 1.")
+        _check(self.max_skips >= 1, f"optim.max_skips is {self.max_skips} updates. Use 1 or more, or optim.nonfinite stop.")
         _check(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}. Use 0 (off) or a positive norm.")
 
 
@@ -185,7 +194,8 @@ class TrainConfig:
     num_threads: int = 0
     """CPU threads of each process; 0: an equal share of the cores (in exact mode 1, since the bits depend on it)."""
     timeout: int = 120
-    """Seconds after which a collective that a lost rank never joins is an error (600 until the first step is done)."""
+    """Seconds without any progress after which a rank ends with an error that says who is to blame (600 until the first
+    step is done)."""
 
     def __post_init__(self) -> None:
         for name, unit in (("epochs", "epochs"), ("global_batch_size", "examples"), ("timeout", "seconds")):
@@ -247,9 +257,16 @@ class LogConfig:
     """Steps between rows of metrics.jsonl."""
     progress: bool = True
     """Show progress: a bar on a terminal, plain lines elsewhere."""
+    spike: float = 3.0
+    """Warn of a logged loss this many times the largest of the 20 rows before it; 0: off."""
+    slow_rank: float = 2.0
+    """Name a rank whose own work takes this many times as long as the median rank's; 0: off."""
 
     def __post_init__(self) -> None:
         _check(self.every_steps >= 1, f"log.every_steps is {self.every_steps}. Use 1 or more.")
+        for name in ("spike", "slow_rank"):
+            value = getattr(self, name)
+            _check(value == 0 or value > 1, f"log.{name} is {value}. Use 0 (off) or more than 1.")
 
 
 @dataclass(frozen=True)
@@ -295,9 +312,10 @@ class Config:
         return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False)
 
 
-# Changing one of these does not change the weights: whole sections, or single fields.
+# Changing one of these does not change the weights: whole sections, or single fields. (optim.nonfinite: until the first
+# such step both policies do the same, and after it only skip goes on.)
 NOT_MATHEMATICS = {
-    *("run", "eval", "checkpoint", "log", "wandb"),
+    *("run", "eval", "checkpoint", "log", "wandb", "optim.nonfinite", "optim.max_skips"),
     *("data.root", "data.download", "data.fallback"),
     *("train.micro_batch_limit", "train.device", "train.num_threads", "train.timeout", "train.compile"),
 }

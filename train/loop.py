@@ -6,122 +6,26 @@ the world size never enter it. `step` counts finished updates and is the only cl
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from train import checkpoint, data, fingerprint, models, optim, preempt, rng
-from train.augment import augment
-from train.config import Config, UserError
+from train import checkpoint, data, fingerprint, preempt
+from train.alarms import Alarms
+from train.config import Config, RunError, UserError
 from train.evaluate import Result, evaluate
 from train.metrics import Metrics, read_rows
 from train.run import Ledger, Run, is_due, make_state, restore, set_up
-from train.sampler import Sampler, expected_ledger, key
-from train.summary import arithmetic, headline, read_finished, summarize, write_json
+from train.sampler import expected_ledger
+from train.step import StepResult, check_numbers, train_step
+from train.summary import arithmetic, headline, phases, read_finished, summarize, write_json
+from train.watchdog import Watchdog
 from train.world import World
 
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves behind, on the device: reading it synchronizes."""
-
-    loss: Tensor
-    grad_norm: Tensor | None
-    stops: Tensor  # how many ranks were told to leave
-    lr: float
-
-
-def train_step(run: Run) -> StepResult:
-    """Make one update from the global batch of `run.step`. Collective: every rank must call it.
-
-    On the CPU a loss that is not finite raises RuntimeError before the update; on a GPU the caller looks when it logs.
-    """
-    config, world, sampler, step = run.config, run.world, run.sampler, run.step
-    num_examples = sampler.batch_rows(step)
-    norms = models.norms(run.module)
-    width = 1 + 2 * sum(norm.num_features for norm in norms)
-    # One row per micro-batch: loss_sum, then each norm's mean and variance; the last row holds the ranks' stop flags.
-    # A rank fills its own rows; zeros elsewhere add up exactly, so the sum has the same bits on any world size.
-    table = torch.zeros(sampler.micro_batches + 1, width, dtype=torch.float64, device=world.device)
-    own = sampler.own_micro_batches(world.rank, world.world_size)
-    for index in own:
-        with run.reducer.micro_batch(index, own):
-            loss_sum = _micro_batch_loss(run, index)
-            world.accelerator.backward(loss_sum * (run.reducer.loss_scale / num_examples))
-        statistics = [values for norm in norms for values in (norm.batch_mean, norm.batch_var)]
-        table[index] = torch.cat([loss_sum.detach().view(1), *statistics]).double()
-    table[-1, 0] = float(preempt.requested() is not None)
-    world.sum_(table)
-    loss = table[:-1, 0].sum() / num_examples
-    if world.device.type == "cpu":
-        check_loss(float(loss), step)
-    _merge_statistics(norms, table[:-1, 1:], sampler, step)
-    grad_norm = _clip(run)
-    lr = optim.lr(config.optim, step, run.total_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.ema:
-        run.ema.update(run.module)
-    run.step += 1
-    run.life_examples += num_examples
-    if config.train.exact and grad_norm is not None:
-        run.fingerprints.append((loss, grad_norm))
-    return StepResult(loss, grad_norm, table[-1, 0], lr)
-
-
-def _micro_batch_loss(run: Run, index: int) -> Tensor:
-    """Return the summed loss, float32 [], over micro-batch `index` of the current step, and enter it in the ledger."""
-    config, device, source = run.config, run.world.device, run.data
-    start, stop = run.sampler.micro_batch(run.step, index)
-    is_empty = start == stop  # a last batch of fewer examples than micro-batches: one example that weighs nothing
-    examples = run.sampler.examples(run.step, start, stop)
-    run.ledger.add(examples)
-    rows = torch.zeros(1, dtype=torch.int64) if is_empty else torch.from_numpy(examples)
-    rows = rows.to(device, non_blocking=True)
-    stop += is_empty
-    keys = {purpose: rng.row_keys(key(config.seed, purpose, run.step), start, stop, device) for purpose in ("augment", "dropout")}
-    inputs = augment(source.train.images[rows], keys["augment"], config.augment, source.mean, source.std)
-    logits = run.model(inputs.to(memory_format=run.memory_format), keys["dropout"])
-    smoothing = config.optim.label_smoothing
-    loss_sum = F.cross_entropy(logits.float(), source.train.labels[rows], reduction="sum", label_smoothing=smoothing)
-    return loss_sum * 0 if is_empty else loss_sum
-
-
-def _merge_statistics(norms: list[models.BatchNorm2d], table: Tensor, sampler: Sampler, step: int) -> None:
-    """Update running statistics from all micro-batches of the step, in their order."""
-    if not norms:
-        return
-    bounds = [sampler.micro_batch(step, index) for index in range(sampler.micro_batches)]
-    counts = torch.tensor([stop - start for start, stop in bounds], dtype=torch.float32, device=table.device)
-    widths = [norm.num_features for norm in norms for _ in range(2)]
-    columns = iter(table.float().split(widths, dim=1))
-    for norm in norms:
-        norm.merge(next(columns), next(columns), counts)
-
-
-def _clip(run: Run) -> Tensor | None:
-    """Return the gradient norm, clipped to optim.clip_norm if that is on; None in steps that need no norm."""
-    config, parameters = run.config, list(run.module.parameters())
-    if config.optim.clip_norm:
-        return run.world.accelerator.clip_grad_norm_(parameters, config.optim.clip_norm)
-    if config.train.exact or is_due(run, config.log.every_steps, run.step + 1):
-        run.world.accelerator.unscale_gradients(run.optimizer)
-        return optim.grad_norm(parameters)
-    return None
-
-
-def check_loss(loss: float, step: int) -> None:
-    """Raise RuntimeError if a loss is not a number any more."""
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"The loss of step {step} is {loss}. The last checkpoint is from before; try a smaller optim.lr or optim.clip_norm 1."
-        )
+T = TypeVar("T")
 
 
 def evaluate_run(run: Run) -> dict[str, Result]:
@@ -159,17 +63,42 @@ def record_fingerprints(run: Run, metrics: Metrics) -> None:
         metrics.record("fingerprint", run.step, first=first, **take_fingerprints(run))
 
 
-def save(run: Run, checkpoints: Path, metrics: Metrics) -> None:
+def main_writes(world: World, kind: type[Exception], action: Callable[[], T]) -> T | None:
+    """Let rank 0 write; raise `kind` on every rank if its disk does not let it. Collective: every rank must call it."""
+    result, error = None, None
+    if world.is_main:
+        try:
+            result = action()
+        except OSError as problem:
+            error = kind(f"{problem.filename or 'The run directory'} cannot be written: {problem.strerror}. Nothing was deleted.")
+    world.agree(error)
+    return result
+
+
+def save(run: Run, checkpoints: Path, metrics: Metrics, *, must: bool) -> None:
     """Write a checkpoint of the current step and prune old ones. Collective: every rank must call it.
 
-    The rows come first: a resume keeps the rows up to its checkpoint's step, so whole stretches must end there.
+    The rows come first: a resume keeps the rows up to its checkpoint's step, so whole stretches must end there. A disk that
+    fails costs this checkpoint, not the run; but a run that leaves `must` save, or it raises RunError.
     """
+    run.world.clock.enter("save")
     record_fingerprints(run, metrics)
     state = make_state(run)
-    if run.world.is_main:
+
+    def write() -> None:
         metrics.record("saved", run.step, weights_sha256=checkpoint.tensors_sha256(state.model))
+        metrics.flush()
         checkpoint.write(checkpoints, run.step, checkpoint.encode(state))
         checkpoint.prune(checkpoints, run.config.checkpoint.keep, {run.step, run.best["step"] if run.best else run.step})
+
+    if must:
+        main_writes(run.world, RunError, write)
+    elif run.world.is_main:
+        try:
+            write()
+        except OSError as error:
+            metrics.say(f"warning: no checkpoint of step {run.step}: {error.strerror} ({error.filename}). Training goes on.")
+            metrics.record("save_failed", run.step, error=str(error.strerror))
 
 
 def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: World) -> tuple[str, checkpoint.State] | None:
@@ -212,21 +141,35 @@ class Stopwatch:
         self.started = now
 
 
-def log_step(run: Run, result: StepResult, metrics: Metrics) -> None:
+def check(run: Run, metrics: Metrics) -> None:
+    """Look whether the steps since the last look were computed with finite numbers; stop, or write down what was left out."""
+    try:
+        skipped = check_numbers(run)
+    except RunError:
+        record_fingerprints(run, metrics)  # they say at which step it went wrong
+        raise
+    for step in skipped:
+        metrics.say(f"warning: step {step} gave numbers that are not finite: no update ({run.skips} left out so far).")
+        metrics.record("skipped", step, skips=run.skips)
+
+
+def log_step(run: Run, result: StepResult, metrics: Metrics, alarms: Alarms, rank_seconds: list[Tensor]) -> None:
     """Write the row of the step that just ended."""
     per_second = run.life_examples / max(run.life_seconds, 1e-9)
     steps_left = run.total_steps - run.step
-    record_fingerprints(run, metrics)  # even of a loss that is not finite: they say at which step it went wrong
-    loss = float(result.loss)
-    check_loss(loss, run.step - 1)
-    norm = float(result.grad_norm) if result.grad_norm is not None else None
+    record_fingerprints(run, metrics)
+    loss, norm = float(result.loss), float(result.grad_norm)
+    is_finite = math.isfinite(loss)
+    if is_finite:
+        alarms.loss(run.step, loss)
     metrics.record(
         "train",
         run.step,
         epoch=run.step / run.sampler.steps_per_epoch,
-        loss=loss,
+        loss=loss if is_finite else None,  # a step that was left out
         lr=result.lr,
-        grad_norm=norm if norm is not None and math.isfinite(norm) else None,  # fp16 overflows while it finds its scale
+        grad_norm=norm if math.isfinite(norm) else None,  # fp16 overflows while it finds its scale
+        rank_seconds=alarms.ranks(run.step, torch.stack(rank_seconds).tolist()),
         images_per_second=round(per_second, 1),
         train_seconds=round(run.train_seconds, 4),
         seconds_left=round(steps_left * run.sampler.global_batch_size / per_second, 1),
@@ -238,6 +181,7 @@ def finish_step(run: Run, metrics: Metrics, checkpoints: Path, *, leaving: bool)
     close_epoch(run)
     results, improved = None, False
     if is_due(run, run.config.eval.every_steps, run.step):
+        run.world.clock.enter("evaluate")
         results = evaluate_run(run)
         for name, result in results.items():
             metrics.record("eval", run.step, split=run.data.eval_split, ema=name == "ema", **result.record())
@@ -246,7 +190,7 @@ def finish_step(run: Run, metrics: Metrics, checkpoints: Path, *, leaving: bool)
         if improved:
             run.best = {"step": run.step, "accuracy": accuracy}
     if improved or leaving or is_due(run, run.config.checkpoint.every_steps, run.step):
-        save(run, checkpoints, metrics)
+        save(run, checkpoints, metrics, must=leaving or run.step == run.total_steps)
     return results
 
 
@@ -256,19 +200,18 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
     Collective: every rank must call it. Raises UserError for bad config or data, RuntimeError for what fails on the way.
     """
     began = time.perf_counter()
-    with Metrics(config, run_dir, is_main=world.is_main, total_steps=0) as metrics:
+    watchdog = Watchdog(world.clock, run_dir / ".ranks", world.rank, world.world_size)
+    with Metrics(config, run_dir, is_main=world.is_main, total_steps=0) as metrics, watchdog:
         source = data.load(config.data, world, metrics.say)
         run = set_up(config, world, source)
         metrics.total_steps = run.total_steps
         checkpoints = run_dir / "checkpoints"
-        if world.is_main:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            checkpoint.sweep(checkpoints)
+        main_writes(world, UserError, lambda: checkpoint.make_room(checkpoints))
         found = find_checkpoint(config, checkpoints, metrics, world)
         warnings = restore(run, found[1], found[0]) if found else []
-        if world.is_main:
-            (run_dir / "config.yaml").write_text(config.to_yaml())
-        rows = metrics.open(run.step, {"dataset": source.summary(), "world_size": world.world_size})
+        main_writes(world, UserError, lambda: (run_dir / "config.yaml").write_text(config.to_yaml()))
+        about = {"dataset": source.summary(), "world_size": world.world_size}
+        rows = main_writes(world, UserError, lambda: metrics.open(run.step, about)) or []
         kept = [row["train_seconds"] for row in rows if row["event"] == "train"]
         run.train_seconds = kept[-1] if kept else 0.0
         for line in (headline(run, run_dir, found[0] if found else None), arithmetic(run), *warnings):
@@ -279,20 +222,23 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         if finished:
             metrics.say("This run is finished; nothing to do.")
             return "finished", finished
-        outcome, results = run_steps(run, metrics, checkpoints)
+        outcome, results = run_steps(run, metrics, checkpoints, Alarms(config.log, metrics, rows))
+        world.clock.enter("finish")
         if outcome == "finished" and results is None:  # killed between the last save and the summary
             results = evaluate_run(run)
         summary = summarize(run, outcome, results or {}, time.perf_counter() - began)
+        summary["phases"] = phases(world)
         if world.is_main:
             summary["fingerprints"] = fingerprint.receipt(read_rows(metrics.path))
-            write_json(run_dir / "summary.json", summary)
-        world.barrier()  # nobody leaves while rank 0 still writes: a launcher would kill it
+        # Nobody leaves while rank 0 still writes: a launcher would kill it.
+        main_writes(world, RunError, lambda: write_json(run_dir / "summary.json", summary))
         return outcome, summary
 
 
-def run_steps(run: Run, metrics: Metrics, checkpoints: Path) -> tuple[str, dict[str, Result] | None]:
+def run_steps(run: Run, metrics: Metrics, checkpoints: Path, alarms: Alarms) -> tuple[str, dict[str, Result] | None]:
     """Step until the end, or until a signal has reached any rank -> (outcome, results of the last step's evaluation)."""
-    results = None
+    results, clock = None, run.world.clock
+    rank_seconds: list[Tensor] = []  # of the steps since the last row
     watch = Stopwatch(run)
     run.model.train()
     first = run.step
@@ -300,14 +246,21 @@ def run_steps(run: Run, metrics: Metrics, checkpoints: Path) -> tuple[str, dict[
         result = train_step(run)
         if run.step == first + 1:
             run.world.set_timeout(run.config.train.timeout)
+        clock.enter("log")
+        rank_seconds.append(result.rank_seconds)
         logs = is_due(run, run.config.log.every_steps, run.step)
-        # Reading the flag waits for the device: on a GPU only in steps that wait anyway, the same on all ranks.
-        leaving = (logs or run.world.device.type == "cpu") and float(result.stops) > 0
+        due = is_due(run, run.config.eval.every_steps, run.step) or is_due(run, run.config.checkpoint.every_steps, run.step)
+        due |= run.step % run.sampler.steps_per_epoch == 0
+        # Reading numbers waits for the device: on a GPU only in steps that wait anyway, the same on all ranks.
+        looks = logs or due or run.world.device.type == "cpu"
+        if looks:
+            check(run, metrics)
+        leaving = looks and float(result.stops) > 0
         if logs:
             watch.stop()
-            log_step(run, result, metrics)
-        due = is_due(run, run.config.eval.every_steps, run.step) or is_due(run, run.config.checkpoint.every_steps, run.step)
-        if due or leaving or run.step % run.sampler.steps_per_epoch == 0:
+            log_step(run, result, metrics, alarms, rank_seconds)
+            rank_seconds.clear()
+        if due or leaving:
             watch.stop()
             results = finish_step(run, metrics, checkpoints, leaving=leaving)
             watch.start()

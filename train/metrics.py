@@ -4,6 +4,7 @@ metrics.jsonl is the record: a row per event, flushed at once, keyed by step. A 
 computed again, so no row is doubled or missing. W&B is a mirror of it and never in the way of training.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from train.config import Config
 
 PLAIN_LINE_SECONDS = 5.0
-LIFE_EVENTS = ("start", "preempted")  # what happened to the processes: stays when steps are computed again
+LIFE_EVENTS = ("start", "preempted", "save_failed")  # what happened to the processes: stays when steps are computed again
 EVIDENCE_EVENTS = ("fingerprint", "saved")  # bits and hashes: for the file only
 WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 2, 5
 
@@ -104,6 +105,7 @@ class Metrics:
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self.shows_progress = config.log.progress and is_main
         self.file: Any = None
+        self.unwritten = b""  # rows that a full disk did not take yet
         self.wandb: Any = None
         self.progress: Progress | None = None
         self.last_line = 0.0
@@ -127,13 +129,18 @@ class Metrics:
         rows = drop_after(self.path, step)
         self.wandb, line = start_wandb(self.config, self.path.parent, facts)
         self.say(line)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         if self.shows_progress and self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
             self.progress = Progress(TextColumn("step"), *columns, console=self.console)
             self.task = self.progress.add_task("train", total=self.total_steps, completed=step, text="")
             self.progress.start()
         return rows
+
+    def flush(self) -> None:
+        """Write the rows that are not written yet; raise OSError if the disk takes them no more."""
+        while self.file and self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -144,7 +151,9 @@ class Metrics:
         if not self.is_main:
             return
         row = {"event": event, "step": step, **values, "time": round(time.time(), 3)}
-        self.file.write(json.dumps(row) + "\n")
+        self.unwritten += (json.dumps(row) + "\n").encode()
+        with contextlib.suppress(OSError):  # later, then; `save` insists
+            self.flush()
         if self.wandb and event not in EVIDENCE_EVENTS:
             group = "eval_ema" if values.get("ema") else event  # both are evaluated at one step
             numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
@@ -152,7 +161,7 @@ class Metrics:
         if event == "eval":
             split = f"{'averaged weights, ' if values.get('ema') else ''}{values['split']}"
             self.say(f"step {step}: {split} accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
-        elif event == "train" and self.shows_progress:
+        elif event == "train" and self.shows_progress and values["loss"] is not None:
             self._show(step, values)
 
     def _show(self, step: int, values: dict[str, Any]) -> None:

@@ -55,8 +55,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.batch_mean, self.batch_var = torch.zeros_like(self.batch_mean), torch.ones_like(self.batch_var)
         return F.batch_norm(input, self.batch_mean, self.batch_var, self.weight, self.bias, True, 1.0, self.eps)
 
-    def merge(self, means: Tensor, variances: Tensor, counts: Tensor) -> None:
+    def merge(self, means: Tensor, variances: Tensor, counts: Tensor, is_sound: Tensor) -> None:
         """Update the running statistics from M micro-batches: means, variances float32 [M,C], counts float32 [M].
+
+        They stay as they are where `is_sound`, bool [], is false.
 
         The variance of the union is the mean of the variances plus the variance of the means (exactly so for biased
         variances; for the unbiased ones up to a share of M / (B * H * W)).
@@ -67,8 +69,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         weights = (counts / counts.sum())[:, None]
         mean = (weights * means).sum(0)
         variance = (weights * (variances + (means - mean) ** 2)).sum(0)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        self.running_mean.lerp_(torch.where(is_sound, mean, self.running_mean), self.momentum)
+        self.running_var.lerp_(torch.where(is_sound, variance, self.running_var), self.momentum)
 
 
 class Cnn(nn.Module):

@@ -40,7 +40,10 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     ]
     if config.name == "sgd":
         nesterov = config.momentum > 0
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        if nesterov:  # SGD would begin with uninitialized buffers, and keep them if the first update is left out
+            sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)} for p in parameters})
+        return sgd
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
 
 

@@ -3,7 +3,11 @@
 Deliberately not here: saving. A handler that saves would deadlock in a collective that it interrupted.
 """
 
+import os
+import re
 import signal
+import sys
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -17,12 +21,28 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Listen to SIGTERM, SIGINT and SIGUSR2 from now on. Repeated signals change nothing."""
+    """Listen to SIGTERM, SIGINT and SIGUSR2 from now on. Repeated signals change nothing.
+
+    A launcher starts its ranks with these signals blocked, so that none is lost before; here they arrive.
+    """
     _received.clear()
     for number in SIGNALS:
         signal.signal(number, _handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def requested() -> str | None:
     """The name of the first signal that this rank received, or None."""
     return signal.Signals(_received[0]).name if _received else None
+
+
+def die_with_launcher() -> None:
+    """Be killed when the launcher is, if one started this rank (Linux): torchrun, when killed, leaves its workers behind."""
+    if sys.platform != "linux" or not {"TORCHELASTIC_RUN_ID", "LOCKSTEP_RESTART"} & os.environ.keys():
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() == 1 and not re.search(rb"python|torchrun|accelerate", Path("/proc/1/cmdline").read_bytes()):
+        os.kill(os.getpid(), signal.SIGKILL)  # it died before we asked, and init has adopted us

@@ -58,6 +58,8 @@ class Run:
     ledger: Ledger = field(default_factory=Ledger)
     closed_epoch: dict[str, Any] | None = None  # {"step", "sum", "count"} of the ledger of the last whole epoch
     fingerprints: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, gradient norm) not yet written
+    unchecked: list[tuple[int, Tensor]] = field(default_factory=list)  # (step, [is broken, *losses]) not yet looked at
+    skips: int = 0  # updates left out because of numbers that are not finite
     best: dict[str, Any] | None = None  # {"step", "accuracy"} of the best evaluation so far
     train_seconds: float = 0.0  # in steps, over all lives that reached a checkpoint
     life_seconds: float = 0.0  # in steps, since this process started
@@ -96,6 +98,8 @@ def set_up(config: Config, world: World, source: data.Data) -> Run:
     sampler = Sampler(len(source.train), size, micro_batches, config.seed)
     ema = optim.Ema(module, config.optim.ema) if config.optim.ema else None
     model, optimizer = world.prepare(module, optim.build(config.optim, module))
+    if world.world_size > 1:  # the first layer's gradient comes last: what is left of a backward pass then is waiting
+        next(module.parameters()).register_post_accumulate_grad_hook(lambda _: world.clock.enter("reduce") and None)
     own = [sampler.own_micro_batches(rank, world.world_size) for rank in range(world.world_size)]
     reducer = ExactTree(model, world, micro_batches, own) if config.train.exact else Allreduce(model, world)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch
@@ -129,6 +133,7 @@ def make_state(run: Run) -> checkpoint.State:
         "ledger": dict(zip(("sum", "count"), run.ledger.reduced(run.world), strict=True)),
         "closed_epoch": run.closed_epoch,
         "best": run.best,
+        "skips": run.skips,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "contract": contract(run.world),
     }
@@ -146,6 +151,7 @@ def restore(run: Run, state: checkpoint.State, source: str) -> list[str]:
     if changed:
         raise UserError(f"{source} belongs to another run: {', '.join(changed)}. Undo that, or use another run.name.")
     run.step, run.best, run.closed_epoch = meta["step"], meta["best"], meta.get("closed_epoch")
+    run.skips = meta.get("skips", 0)
     checkpoint.restore_model(run.module, state.model)
     if run.ema:
         checkpoint.restore_model(run.ema.model, state.ema)

@@ -8,10 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train import checkpoint
+from train.clock import PHASES
 from train.config import mathematics
 from train.evaluate import Result
 from train.run import Run, contract
+from train.world import World
 
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "safetensors")
 
@@ -66,6 +70,7 @@ def summarize(run: Run, outcome: str, results: dict[str, Result], wall_seconds: 
         "wall_seconds": round(wall_seconds, 3),
         "images_per_second": round(run.life_examples / run.life_seconds, 1) if run.life_seconds else None,
         "best": run.best,
+        "skips": run.skips,
         "data": run.data.summary(),
         "config": mathematics(run.config),
         "ledger": run.closed_epoch,
@@ -85,6 +90,21 @@ def summarize(run: Run, outcome: str, results: dict[str, Result], wall_seconds: 
     if run.ema:
         summary["ema_weights_sha256"] = checkpoint.tensors_sha256(run.ema.model.state_dict())
     return summary
+
+
+def phases(world: World) -> dict[str, list[float]]:
+    """Where the time of this life went: seconds, and each phase's share of them, by rank. Collective: every rank must call it.
+
+    On the host's clock: what a GPU does counts in the phase in which the host waits for it, mostly `log`.
+    """
+    table = torch.zeros(world.world_size, len(PHASES), dtype=torch.float64)
+    world.clock.enter(world.clock.phase)
+    table[world.rank] = torch.tensor(list(world.clock.seconds.values()))
+    world.sum_(table)
+    totals = table.sum(1)
+    shares = (table / totals[:, None]).T.tolist()
+    named = {name: [round(share, 4) for share in shares[place]] for place, name in enumerate(PHASES) if name != "failed"}
+    return {"seconds": [round(total, 3) for total in totals.tolist()], **named}
 
 
 def read_finished(path: Path, run: Run) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from train.clock import START_TIMEOUT_SECONDS, Clock
 from train.config import TrainConfig, UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
-START_TIMEOUT_SECONDS = 600  # ranks may start minutes apart; after the first step train.timeout applies
+BACKSTOP_SECONDS = 60  # that torch's own timeouts come after the watchdog's, which knows who is to blame
 
 
 def env_rank() -> int:
@@ -94,6 +95,7 @@ class World:
     device: torch.device
     num_threads: int
     accelerator: Accelerator
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
     @classmethod
     def open(cls, config: TrainConfig) -> World:
@@ -121,7 +123,9 @@ class World:
                 mixed_precision="no" if config.precision == "fp32" else config.precision,
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(timeout=timedelta(seconds=max(START_TIMEOUT_SECONDS, config.timeout))),
+                    InitProcessGroupKwargs(
+                        timeout=timedelta(seconds=max(START_TIMEOUT_SECONDS, config.timeout) + BACKSTOP_SECONDS)
+                    ),
                 ],
                 step_scheduler_with_optimizer=False,
             )
@@ -167,13 +171,15 @@ class World:
             return self.accelerator.prepare(model, optimizer)
 
     def set_timeout(self, seconds: int) -> None:
-        """Shorten the time after which a collective without all ranks is an error."""
+        """Shorten the time without progress that the watchdog allows, and that of a collective without all ranks."""
         import torch.distributed as dist
+
+        self.clock.limit = seconds
 
         if dist.is_initialized():
             # torch 2.13 made it public; we support 2.11 on
             set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
-            set_timeout(timedelta(seconds=seconds))
+            set_timeout(timedelta(seconds=seconds + BACKSTOP_SECONDS))
 
     def sum_(self, values: Tensor) -> Tensor:
         """Add `values` over all ranks, in place; int64 sums wrap. Collective: every rank must call it."""
@@ -181,8 +187,9 @@ class World:
             import torch.distributed as dist
 
             on_device = values.to(self.device)
-            dist.all_reduce(on_device)
-            values.copy_(on_device)
+            with self.clock.collective("all_reduce"):
+                dist.all_reduce(on_device)
+                values.copy_(on_device)
         return values
 
     def broadcast(self, value: T) -> T:
@@ -192,21 +199,24 @@ class World:
         import torch.distributed as dist
 
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        with self.clock.collective("broadcast"):
+            dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def agree(self, error: UserError | None) -> None:
-        """Raise the first rank's UserError on every rank, if any has one. Collective: every rank must call it."""
+    def agree(self, error: Exception | None) -> None:
+        """Raise the first rank's error on every rank, if any has one. Collective: every rank must call it."""
         errors: list[Any] = [error]
         if self.world_size > 1:
             import torch.distributed as dist
 
             errors = [None] * self.world_size
-            dist.all_gather_object(errors, error)
+            with self.clock.collective("all_gather"):
+                dist.all_gather_object(errors, error)
         for found in errors:
             if found is not None:
                 raise found
 
     def barrier(self) -> None:
         """Wait for every rank. Collective: every rank must call it."""
-        self.accelerator.wait_for_everyone()
+        with self.clock.collective("barrier"):
+            self.accelerator.wait_for_everyone()

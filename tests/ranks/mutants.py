@@ -21,6 +21,7 @@ import train.loop
 import train.metrics
 import train.models
 import train.run
+import train.step
 from launch.laws import BATCH
 from train import checkpoint, optim, rng
 from train.models import BatchNorm2d, Dropout
@@ -135,23 +136,23 @@ def rank_order_sum() -> None:
 
 def mean_of_means() -> None:
     """Micro-batches of unequal size weigh the same: a mean over means (gradient accumulation in transformers, 2024)."""
-    micro_batch_loss = train.loop._micro_batch_loss
+    micro_batch_loss = train.step._micro_batch_loss
 
     def loss(run: train.run.Run, index: int) -> Tensor:
         start, stop = run.sampler.micro_batch(run.step, index)
         weight = run.sampler.batch_rows(run.step) / run.sampler.micro_batches / max(stop - start, 1)
         return micro_batch_loss(run, index) * weight
 
-    train.loop._micro_batch_loss = loss
+    train.step._micro_batch_loss = loss
 
 
 def rank_local_statistics() -> None:
     """BatchNorm averages in only what this rank has seen: DDP without SyncBatchNorm, of which rank 0's are saved."""
     merge = BatchNorm2d.merge
 
-    def local(self: BatchNorm2d, means: Tensor, variances: Tensor, counts: Tensor) -> None:
+    def local(self: BatchNorm2d, means: Tensor, variances: Tensor, counts: Tensor, is_sound: Tensor) -> None:
         own = slice(*share(len(means), WORLD_SIZE, RANK))
-        merge(self, means[own], variances[own], counts[own])
+        merge(self, means[own], variances[own], counts[own], is_sound)
 
     BatchNorm2d.merge = local  # type: ignore[method-assign]
 

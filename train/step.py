@@ -1,0 +1,161 @@
+"""One update: global batch -> micro-batches -> gradients, met over the ranks -> update, or none if a number is broken.
+
+Invariant: what a step computes is a function of (config, step) and the state after the step before; the clock, the log and
+the world size never enter it. A loss or a gradient norm that is not finite reaches neither weights nor running statistics:
+every rank sees the same reduced numbers, so all decide alike, and they decide on the device, without waiting for it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train import models, optim, preempt, rng
+from train.augment import augment
+from train.config import RunError
+from train.run import Run
+from train.sampler import Sampler, key
+
+NAMED_EXAMPLES = 8  # of a broken micro-batch, in the error
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind, on the device: reading it synchronizes."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    stops: Tensor  # how many ranks were told to leave
+    rank_seconds: Tensor  # float64 [world_size]: each rank's own work since its step before, on the host's clock
+    lr: float
+
+
+def train_step(run: Run) -> StepResult:
+    """Make one update from the global batch of `run.step`. Collective: every rank must call it.
+
+    If loss or gradient norm are not finite the update is left out; `check_numbers` says so.
+    """
+    config, world, sampler, step, clock = run.config, run.world, run.sampler, run.step, run.world.clock
+    clock.step = step + 1
+    num_examples = sampler.batch_rows(step)
+    norms = models.norms(run.module)
+    width = 2 + 2 * sum(norm.num_features for norm in norms)
+    # One row per micro-batch: loss_sum, a rank's seconds, then each norm's mean and variance; the last row holds the ranks'
+    # stop flags. A rank fills its own rows; zeros elsewhere add up exactly, so the sum has the same bits on any world size.
+    table = torch.zeros(sampler.micro_batches + 1, width, dtype=torch.float64, device=world.device)
+    own = sampler.own_micro_batches(world.rank, world.world_size)
+    for index in own:
+        with run.reducer.micro_batch(index, own):
+            loss_sum = _micro_batch_loss(run, index)
+            if index == own[-1] and world.world_size > 1:
+                clock.announce("all_reduce")  # of the gradients, while the backward pass goes on
+            world.accelerator.backward(loss_sum * (run.reducer.loss_scale / num_examples))
+            clock.enter("forward_backward")
+        statistics = [values for norm in norms for values in (norm.batch_mean, norm.batch_var)]
+        table[index] = torch.cat([loss_sum.detach().new_zeros(2), *statistics]).double()
+        table[index, 0] = loss_sum.detach()
+    clock.enter("optimizer")
+    table[-1, 0] = float(preempt.requested() is not None)
+    table[world.rank, 1] = clock.lap()  # there are at least as many micro-batches as ranks
+    world.sum_(table)
+    losses = table[:-1, 0]
+    loss = losses.sum() / num_examples
+    grad_norm = _clip(run)
+    is_sound = torch.isfinite(loss)
+    if world.accelerator.scaler is None:  # fp16 overflows while it finds its scale; the scaler leaves such updates out itself
+        is_sound = is_sound & torch.isfinite(grad_norm)
+    _merge_statistics(norms, table[:-1, 2:], sampler, step, is_sound)
+    lr = optim.lr(config.optim, step, run.total_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.optimizer.found_inf = (~is_sound).float()  # the fused kernels look at it where they run
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema:
+        run.ema.update(run.module)
+    run.step += 1
+    run.life_examples += num_examples
+    run.unchecked.append((run.step, torch.cat([(~is_sound).double().view(1), losses])))
+    if config.train.exact:
+        run.fingerprints.append((_canonical(loss), _canonical(grad_norm)))
+    return StepResult(loss, grad_norm, table[-1, 0], table[: world.world_size, 1], lr)
+
+
+def _canonical(value: Tensor) -> Tensor:
+    """A value with one kind of NaN: its sign and payload would depend on who added up."""
+    return value.masked_fill(value.isnan(), torch.nan)
+
+
+def _micro_batch_loss(run: Run, index: int) -> Tensor:
+    """Return the summed loss, float32 [], over micro-batch `index` of the current step, and enter it in the ledger."""
+    config, device, source, clock = run.config, run.world.device, run.data, run.world.clock
+    clock.enter("data")
+    start, stop = run.sampler.micro_batch(run.step, index)
+    is_empty = start == stop  # a last batch of fewer examples than micro-batches: one example that weighs nothing
+    examples = run.sampler.examples(run.step, start, stop)
+    run.ledger.add(examples)
+    rows = torch.zeros(1, dtype=torch.int64) if is_empty else torch.from_numpy(examples)
+    rows = rows.to(device, non_blocking=True)
+    stop += is_empty
+    images, labels = source.train.images[rows], source.train.labels[rows]
+    clock.enter("augment")
+    keys = {purpose: rng.row_keys(key(config.seed, purpose, run.step), start, stop, device) for purpose in ("augment", "dropout")}
+    inputs = augment(images, keys["augment"], config.augment, source.mean, source.std)
+    clock.enter("forward_backward")
+    logits = run.model(inputs.to(memory_format=run.memory_format), keys["dropout"])
+    smoothing = config.optim.label_smoothing
+    loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+    return loss_sum * 0 if is_empty else loss_sum
+
+
+def _merge_statistics(norms: list[models.BatchNorm2d], table: Tensor, sampler: Sampler, step: int, is_sound: Tensor) -> None:
+    """Update running statistics from all micro-batches of the step, in their order; not if a number is broken."""
+    if not norms:
+        return
+    bounds = [sampler.micro_batch(step, index) for index in range(sampler.micro_batches)]
+    counts = torch.tensor([stop - start for start, stop in bounds], dtype=torch.float32, device=table.device)
+    widths = [norm.num_features for norm in norms for _ in range(2)]
+    columns = iter(table.float().split(widths, dim=1))
+    for norm in norms:
+        norm.merge(next(columns), next(columns), counts, is_sound)
+
+
+def _clip(run: Run) -> Tensor:
+    """Return the gradient norm; the gradients are clipped to optim.clip_norm if that is on."""
+    parameters = list(run.module.parameters())
+    if run.config.optim.clip_norm:
+        return run.world.accelerator.clip_grad_norm_(parameters, run.config.optim.clip_norm)
+    run.world.accelerator.unscale_gradients(run.optimizer)
+    return optim.grad_norm(parameters)
+
+
+def check_numbers(run: Run) -> list[int]:
+    """Look at the steps since the last call; return those that were left out. A host-device sync: call it where one is due.
+
+    Raises RunError under optim.nonfinite stop, or when optim.max_skips is exceeded: on every rank after the same step.
+    """
+    unchecked, run.unchecked = run.unchecked, []
+    looks = zip(unchecked, torch.stack([numbers for _, numbers in unchecked]).tolist() if unchecked else [], strict=True)
+    broken = [(step, losses) for (step, _), (is_broken, *losses) in looks if is_broken]
+    run.skips += len(broken)
+    config = run.config.optim
+    if broken and (config.nonfinite == "stop" or run.skips > config.max_skips):
+        step, losses = broken[0] if config.nonfinite == "stop" else broken[-1]
+        allowed = "" if config.nonfinite == "stop" else f", and optim.max_skips {config.max_skips} were left out before it"
+        raise RunError(
+            f"The loss or the gradient of step {step} is not finite: {_blame(run, step - 1, losses)}{allowed}. "
+            "The last checkpoint is from before; try a smaller optim.lr, optim.clip_norm 1 or optim.nonfinite skip."
+        )
+    return [step for step, _ in broken]
+
+
+def _blame(run: Run, step: int, losses: list[float]) -> str:
+    """Name the micro-batches of a step (from 0) whose loss is broken, and the first one's examples."""
+    bad = [index for index, loss in enumerate(losses) if not abs(loss) < float("inf")]
+    if not bad:
+        return f"the losses of all {len(losses)} micro-batches are, their gradient is not"
+    examples = run.sampler.examples(step, *run.sampler.micro_batch(step, bad[0])).tolist()
+    named = ", ".join(map(str, examples[:NAMED_EXAMPLES])) + (", ..." if len(examples) > NAMED_EXAMPLES else "")
+    others = f" (and {len(bad) - 1} more)" if bad[1:] else ""
+    return f"loss {losses[bad[0]]} in micro-batch {bad[0]}{others} of {len(losses)}, training examples {named}"
