@@ -217,10 +217,8 @@ def write(checkpoints: Path, step: int, files: Files) -> Path:
     return final
 
 
-def make_room(checkpoints: Path) -> None:
-    """Make the directory, and try it; remove what a killed save or prune left behind. Only the run's owner may call it."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    (checkpoints / ".writing-nothing").mkdir(exist_ok=True)
+def sweep(checkpoints: Path) -> None:
+    """Remove what a killed save or prune left behind; only the run's owner may call it."""
     for leftover in checkpoints.glob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -75,6 +75,12 @@ def main_writes(world: World, kind: type[Exception], action: Callable[[], T]) ->
     return result
 
 
+def prepare(checkpoints: Path) -> None:
+    """Make the directory, see whether one can write there, and remove what a killed life left behind."""
+    (checkpoints / ".writing-nothing").mkdir(parents=True, exist_ok=True)
+    checkpoint.sweep(checkpoints)
+
+
 def save(run: Run, checkpoints: Path, metrics: Metrics, *, must: bool) -> None:
     """Write a checkpoint of the current step and prune old ones. Collective: every rank must call it.
 
@@ -206,7 +212,7 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         run = set_up(config, world, source)
         metrics.total_steps = run.total_steps
         checkpoints = run_dir / "checkpoints"
-        main_writes(world, UserError, lambda: checkpoint.make_room(checkpoints))
+        main_writes(world, UserError, lambda: prepare(checkpoints))
         found = find_checkpoint(config, checkpoints, metrics, world)
         warnings = restore(run, found[1], found[0]) if found else []
         main_writes(world, UserError, lambda: (run_dir / "config.yaml").write_text(config.to_yaml()))

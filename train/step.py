@@ -38,6 +38,7 @@ def train_step(run: Run) -> StepResult:
     """
     config, world, sampler, step, clock = run.config, run.world, run.sampler, run.step, run.world.clock
     clock.step = step + 1
+    clock.enter("data")
     num_examples = sampler.batch_rows(step)
     norms = models.norms(run.module)
     width = 2 + 2 * sum(norm.num_features for norm in norms)
@@ -154,7 +155,7 @@ def _blame(run: Run, step: int, losses: list[float]) -> str:
     """Name the micro-batches of a step (from 0) whose loss is broken, and the first one's examples."""
     bad = [index for index, loss in enumerate(losses) if not abs(loss) < float("inf")]
     if not bad:
-        return f"the losses of all {len(losses)} micro-batches are, their gradient is not"
+        return f"its {len(losses)} micro-batch(es) have finite losses, the gradient has not a finite norm"
     examples = run.sampler.examples(step, *run.sampler.micro_batch(step, bad[0])).tolist()
     named = ", ".join(map(str, examples[:NAMED_EXAMPLES])) + (", ..." if len(examples) > NAMED_EXAMPLES else "")
     others = f" (and {len(bad) - 1} more)" if bad[1:] else ""

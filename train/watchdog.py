@@ -63,10 +63,10 @@ def verdict(records: list[Record], states: dict[int, str], world_size: int, now:
     state = states[first.rank]
     since = first.beat if state in ("stopped", "silent") else first.since
     doing = f"it is in {first.phase}, {state} for {now - since:.0f} s"
-    if state == "ended":
-        doing = f"its process {first.pid} ended in {first.phase}"
-    elif first.phase == "failed":
+    if first.phase == "failed":
         doing = "it failed by an error of its own"
+    elif state == "ended":
+        doing = f"its process {first.pid} ended in {first.phase}"
     others = f" (nor did rank {', '.join(str(record.rank) for record in guilty[1:])})" if guilty[1:] else ""
     verb = "did not reach" if first.sequence < furthest.sequence else "did not finish"
     goal = f"step {first.step}" if world_size == 1 else goal
@@ -98,11 +98,12 @@ class Watchdog:
         """Stop watching. If this rank fails because another one has gone, say which."""
         self.done.set()
         self.thread.join()
-        if error is None:
+        if error is None or isinstance(error, (UserError, RunError)):  # all ranks leave together
             if self.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            return
-        if self.world_size > 1 and not isinstance(error, (UserError, RunError)):
+                with contextlib.suppress(OSError):  # of a run that was refused before it wrote anything
+                    self.directory.parent.rmdir()
+        elif self.world_size > 1:
             if self.clock.phase == "reduce":
                 print(f"error: {self.verdict(CORPSE_SECONDS)[1]}", file=sys.stderr, flush=True)
             self.clock.enter("failed")

@@ -26,9 +26,8 @@ def _rank_main(env: dict[str, str], argv: list[str], log: str, program: str = "t
     os.dup2(out, 1)
     os.dup2(out, 2)
     if mutant := env.get("MUTANT"):
-        from ranks import mutants
-
-        getattr(mutants, mutant)()
+        module, _, name = mutant.rpartition(".")
+        getattr(importlib.import_module(f"ranks.{module or 'mutants'}"), name)()
     code = importlib.import_module(program).main(argv)
     sys.stdout.flush()
     sys.exit(code)

@@ -1,0 +1,165 @@
+"""What happens to ranks: put into one before it trains, by MUTANT=accidents.NAME. STEP is the update in which it happens."""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+
+import train.loop
+import train.run
+import train.step
+from train import checkpoint
+
+RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
+_here: dict[str, Any] = {}  # the run and the micro-batch that are being computed
+
+
+def _in_micro_batch(change: Callable[[train.run.Run, int, torch.Tensor], torch.Tensor]) -> None:
+    inner = train.step._micro_batch_loss
+
+    def loss(run: train.run.Run, index: int) -> torch.Tensor:
+        _here.update(run=run, index=index)
+        return change(run, index, inner(run, index))
+
+    train.step._micro_batch_loss = loss
+
+
+def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
+    """Let something happen in the augmentation of update STEP, on one rank."""
+    _in_micro_batch(lambda run, index, loss: loss)
+    inner = train.step.augment
+
+    def augment(*arguments: Any) -> torch.Tensor:
+        if _here["run"].step + 1 == STEP and rank in (None, RANK):
+            happens()
+        return inner(*arguments)
+
+    train.step.augment = augment
+
+
+def broken_loss() -> None:
+    """Micro-batch 2 of update STEP, and of STEP + 3, has an infinite loss."""
+    _in_micro_batch(lambda run, index, loss: loss * torch.inf if index == 2 and run.step + 1 in (STEP, STEP + 3) else loss)
+
+
+def broken_gradient() -> None:
+    """Micro-batch 2 of update STEP has a finite loss whose gradient is NaN."""
+
+    def change(run: train.run.Run, index: int, loss: torch.Tensor) -> torch.Tensor:
+        if index == 2 and run.step + 1 == STEP:
+            return loss + sum(p * 0 for p in run.module.parameters() for p in [p.sum()]).sqrt()
+        return loss
+
+    _in_micro_batch(change)
+
+
+def spike() -> None:
+    """The loss of update STEP is a hundred times what it is."""
+    _in_micro_batch(lambda run, index, loss: loss + (99 * loss).detach() if run.step + 1 == STEP else loss)
+
+
+def stopped() -> None:
+    """Rank 1 is stopped by SIGSTOP, as by a debugger or a hypervisor."""
+    _in_augment(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def silent() -> None:
+    """Rank 1 waits for something that never comes: a file on a dead server."""
+    _in_augment(lambda: time.sleep(1000))
+
+
+def hangs_alone() -> None:
+    """The only rank waits for something that never comes."""
+    _in_augment(lambda: time.sleep(1000), rank=None)
+
+
+def deaf() -> None:
+    """Rank 1 is lost in C code that holds the interpreter's lock."""
+    _in_augment(lambda: ctypes.PyDLL(None).sleep(1000))  # type: ignore[func-returns-value]
+
+
+def leaves() -> None:
+    """Rank 1 ends without a word and without an error."""
+    _in_augment(lambda: os._exit(0))
+
+
+def fails() -> None:
+    """Rank 1 raises an error that no other rank has."""
+
+    def fail() -> None:
+        raise ValueError("only here")
+
+    _in_augment(fail)
+
+
+def slow_rank() -> None:
+    """Rank 1 needs 60 ms more for each step."""
+    inner = train.step.augment
+    train.step.augment = lambda *arguments: (time.sleep(0.06 * (RANK == 1)), inner(*arguments))[1]
+
+
+def _announced(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that says in a file that it has begun, and then waits for the file to go."""
+
+    def waits(*arguments: Any, **options: Any) -> Any:
+        marker = Path(os.environ["MARKER"])
+        if RANK == 0 and not marker.with_suffix(".done").exists():
+            marker.touch()
+            deadline = time.monotonic() + 60
+            while marker.exists() and time.monotonic() < deadline:
+                time.sleep(0.002)
+            marker.with_suffix(".done").touch()
+        return inner(*arguments, **options)
+
+    return waits
+
+
+def waits_in_evaluate() -> None:
+    """The first evaluation waits until it is told to go on."""
+    train.loop.evaluate = _announced(train.loop.evaluate)
+
+
+def waits_in_save() -> None:
+    """The first checkpoint's writing waits until it is told to go on."""
+    checkpoint.write = _announced(checkpoint.write)
+
+
+def waits_in_start() -> None:
+    """The data are loaded only when they are told to."""
+    train.loop.data.load = _announced(train.loop.data.load)
+
+
+# One sleep for each phase, in a function that belongs to it; what was really slept is written down.
+PLACES: dict[str, tuple[Any, str]] = {
+    "data": (train.step.Sampler, "examples"),
+    "augment": (train.step, "augment"),
+    "forward_backward": (accelerate.Accelerator, "backward"),
+    "optimizer": (train.step.optim, "lr"),
+    "log": (train.loop, "log_step"),
+    "evaluate": (train.loop, "evaluate"),
+    "save": (checkpoint, "write"),
+}
+
+
+def sleeps() -> None:
+    """Sleep 40 ms in every call of the function that stands for PHASE, on rank 1 if there is one for `reduce`."""
+    phase = os.environ["PHASE"]
+    if phase == "reduce" and RANK == 0:
+        return  # waits for rank 1, which sleeps in augment
+    home, name = PLACES["augment" if phase == "reduce" else phase]
+    inner, slept = getattr(home, name), Path(os.environ["SLEPT"])
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        time.sleep(0.04)
+        with open(slept, "a") as file:
+            file.write(f"{time.perf_counter() - began}\n")
+        return inner(*arguments, **options)
+
+    setattr(home, name, slow)
