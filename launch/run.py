@@ -7,6 +7,7 @@ Slurm). torch is not imported: the launcher is up at once and stays small.
 
 import argparse
 import ctypes
+import functools
 import os
 import signal
 import socket
@@ -41,21 +42,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def die_with_parent() -> None:
-    """In a child: be killed when the launcher is, so that no rank is orphaned (Linux only)."""
+def die_with_parent(parent: int) -> None:
+    """In a child: be killed when the process `parent` is, so that no rank is orphaned (Linux only)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
 
 
 class Ranks:
     """The processes of one attempt."""
 
     def __init__(self, nproc: int, arguments: list[str], restart: int, *, quiet: bool = False) -> None:
-        port = free_port()
         self.quiet = quiet
-        output = subprocess.DEVNULL if quiet else None
-        self.processes = []
+        self.processes: list[subprocess.Popen] = []
+        # Ranks inherit the mask and lift it once their handlers stand, seconds later: no signal is lost in between.
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        try:
+            self._start(nproc, arguments, restart)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+
+    def _start(self, nproc: int, arguments: list[str], restart: int) -> None:
+        port = free_port()
+        output = subprocess.DEVNULL if self.quiet else None
         for rank in range(nproc):
             env = dict(os.environ, LOCKSTEP_RESTART=str(restart))
             if nproc > 1:
@@ -63,7 +74,8 @@ class Ranks:
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
             command = (sys.executable, "-m", "train", *arguments)
-            self.processes.append(subprocess.Popen(command, env=env, preexec_fn=die_with_parent, stdout=output, stderr=output))
+            tie = functools.partial(die_with_parent, os.getpid())
+            self.processes.append(subprocess.Popen(command, env=env, preexec_fn=tie, stdout=output, stderr=output))
 
     def send(self, number: int) -> None:
         """Send a signal to every rank that still runs."""
@@ -112,6 +124,16 @@ def named(arguments: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """Run the training to its end; return its exit code."""
+    ranks: Ranks | None = None
+    told: list[int] = []  # signals so far
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        if ranks is not None:
+            ranks.send(number)
+
+    for number in FORWARDED:  # first of all: none may be lost
+        signal.signal(number, forward)
     parser = argparse.ArgumentParser(
         prog="python -m launch run", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__.split("\n")[0]
     )
@@ -131,21 +153,14 @@ def main(argv: list[str]) -> int:
     min_nproc = options.min_nproc or nproc
     if not 1 <= min_nproc <= nproc:
         raise UserError(f"--min-nproc is {min_nproc} of {nproc} processes. Use 1 to {nproc}.")
-    ranks: Ranks | None = None
-    told_to_leave = False
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal told_to_leave
-        told_to_leave = True
-        if ranks is not None:
-            ranks.send(number)
-
-    for number in FORWARDED:
-        signal.signal(number, forward)
     for restart in range(options.max_restarts + 1):
+        if told:
+            return PREEMPTED  # before anything was begun
         ranks = Ranks(nproc, arguments, restart)
+        for early in told:  # while they were being started
+            ranks.send(early)
         code = ranks.wait()
-        if code != 1 or told_to_leave or restart == options.max_restarts:
+        if code != 1 or told or restart == options.max_restarts:
             return code
         nproc = max(min_nproc, nproc - 1)
         print(f"launch: restart {restart + 1} of {options.max_restarts}, {nproc} process(es)", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ internet and half a minute; leaves nothing behind. Exit codes: 0 all laws hold, 
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -86,7 +87,7 @@ class Processes:
                 self.processes = self.ranks.processes
             else:
                 command = (sys.executable, "-m", module, *arguments)
-                self.processes = [subprocess.Popen(command, preexec_fn=die_with_parent)]
+                self.processes = [subprocess.Popen(command, preexec_fn=functools.partial(die_with_parent, os.getpid()))]
 
     def is_running(self) -> bool:
         """Whether all processes run."""

@@ -3,12 +3,17 @@
 Exit codes: 0 finished, 1 crash, 2 bad config or data, 75 preempted with a checkpoint saved.
 """
 
-import faulthandler
 import sys
+
+from train import preempt
+
+if __name__ == "__main__":
+    preempt.install()  # first of all: a signal must find its handler while everything else is being imported
+
+import faulthandler
 import time
 from pathlib import Path
 
-from train import preempt
 from train.cli import parse, recipe_name
 from train.config import Config, RunError, UserError
 from train.world import World, env_rank, run_suffix
@@ -33,7 +38,7 @@ def run_directory(config: Config, argv: list[str], world: World) -> Path:
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; return the exit code."""
-    preempt.install()  # first of all: a signal must find its handler while torch is being imported
+    preempt.install()
     preempt.die_with_launcher()
     faulthandler.enable()
     try:

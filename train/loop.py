@@ -63,14 +63,14 @@ def record_fingerprints(run: Run, metrics: Metrics) -> None:
         metrics.record("fingerprint", run.step, first=first, **take_fingerprints(run))
 
 
-def main_writes(world: World, kind: type[Exception], action: Callable[[], T]) -> T | None:
-    """Let rank 0 write; raise `kind` on every rank if its disk does not let it. Collective: every rank must call it."""
+def main_writes(world: World, place: Path, kind: type[Exception], action: Callable[[], T]) -> T | None:
+    """Let rank 0 write in `place`; raise `kind` on every rank if its disk does not let it. Collective: every rank must call it."""
     result, error = None, None
     if world.is_main:
         try:
             result = action()
         except OSError as problem:
-            error = kind(f"{problem.filename or 'The run directory'} cannot be written: {problem.strerror}. Nothing was deleted.")
+            error = kind(f"{problem.filename or place} cannot be written: {problem.strerror}. Nothing was deleted.")
     world.agree(error)
     return result
 
@@ -98,12 +98,12 @@ def save(run: Run, checkpoints: Path, metrics: Metrics, *, must: bool) -> None:
         checkpoint.prune(checkpoints, run.config.checkpoint.keep, {run.step, run.best["step"] if run.best else run.step})
 
     if must:
-        main_writes(run.world, RunError, write)
+        main_writes(run.world, checkpoints, RunError, write)
     elif run.world.is_main:
         try:
             write()
         except OSError as error:
-            metrics.say(f"warning: no checkpoint of step {run.step}: {error.strerror} ({error.filename}). Training goes on.")
+            metrics.say(f"warning: no checkpoint of step {run.step}: {error.strerror} ({checkpoints}). Training goes on.")
             metrics.record("save_failed", run.step, error=str(error.strerror))
 
 
@@ -212,12 +212,12 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         run = set_up(config, world, source)
         metrics.total_steps = run.total_steps
         checkpoints = run_dir / "checkpoints"
-        main_writes(world, UserError, lambda: prepare(checkpoints))
+        main_writes(world, run_dir, UserError, lambda: prepare(checkpoints))
         found = find_checkpoint(config, checkpoints, metrics, world)
         warnings = restore(run, found[1], found[0]) if found else []
-        main_writes(world, UserError, lambda: (run_dir / "config.yaml").write_text(config.to_yaml()))
+        main_writes(world, run_dir, UserError, lambda: (run_dir / "config.yaml").write_text(config.to_yaml()))
         about = {"dataset": source.summary(), "world_size": world.world_size}
-        rows = main_writes(world, UserError, lambda: metrics.open(run.step, about)) or []
+        rows = main_writes(world, run_dir, UserError, lambda: metrics.open(run.step, about)) or []
         kept = [row["train_seconds"] for row in rows if row["event"] == "train"]
         run.train_seconds = kept[-1] if kept else 0.0
         for line in (headline(run, run_dir, found[0] if found else None), arithmetic(run), *warnings):
@@ -237,7 +237,7 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         if world.is_main:
             summary["fingerprints"] = fingerprint.receipt(read_rows(metrics.path))
         # Nobody leaves while rank 0 still writes: a launcher would kill it.
-        main_writes(world, RunError, lambda: write_json(run_dir / "summary.json", summary))
+        main_writes(world, run_dir, RunError, lambda: write_json(run_dir / "summary.json", summary))
         return outcome, summary
 
 

@@ -21,11 +21,10 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Listen to SIGTERM, SIGINT and SIGUSR2 from now on. Repeated signals change nothing.
+    """Listen to SIGTERM, SIGINT and SIGUSR2 from now on. Repeated signals and calls change nothing.
 
     A launcher starts its ranks with these signals blocked, so that none is lost before; here they arrive.
     """
-    _received.clear()
     for number in SIGNALS:
         signal.signal(number, _handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

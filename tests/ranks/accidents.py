@@ -1,6 +1,7 @@
 """What happens to ranks: put into one before it trains, by MUTANT=accidents.NAME. STEP is the update in which it happens."""
 
 import ctypes
+import importlib
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ import torch
 import train.loop
 import train.run
 import train.step
+from ranks import mutants
 from train import checkpoint
 
 RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
@@ -133,6 +135,20 @@ def waits_in_save() -> None:
 def waits_in_start() -> None:
     """The data are loaded only when they are told to."""
     train.loop.data.load = _announced(train.loop.data.load)
+
+
+def nobody() -> None:
+    """The rank runs as a user who owns nothing."""
+    importlib.import_module("psutil")  # accelerate will; this Python may lie where that user cannot read
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+def nobody_and_slow() -> None:
+    """The same, with steps that leave time to do something to it."""
+    nobody()
+    mutants.slow_steps()
 
 
 # One sleep for each phase, in a function that belongs to it; what was really slept is written down.

@@ -1,0 +1,83 @@
+"""A checkpoint's writing, killed at each of its system calls by strace's fault injection.
+
+A child of the fork server encodes a state, waits, is traced, and then writes and prunes; strace delivers SIGKILL at the n-th
+call of a name. Whatever the moment: the older checkpoint or the newer one is whole, and the next writing succeeds.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+from conftest import small_state
+
+from ranks.processes import _context
+from train import checkpoint
+
+OLDER, NEWER = 10, 20
+IGNORED = re.compile(r"mmap|munmap|mremap|mprotect|madvise|brk|futex|rt_sig|restart_syscall|getrandom|exit|sched|clock")
+
+
+def _write(directory: str) -> None:
+    files = checkpoint.encode(small_state(NEWER))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    (Path(directory) / "ready").touch()
+    signal.sigwait({signal.SIGUSR2})
+    checkpoint.write(Path(directory), NEWER, files)
+    checkpoint.prune(Path(directory), 1, {NEWER})
+    os._exit(0)
+
+
+def _traced(directory: Path, *options: str) -> int | None:
+    """Write a newer checkpoint beside an older one under strace; return the exit code."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    checkpoint.write(directory, OLDER, checkpoint.encode(small_state(OLDER)))
+    process = _context.Process(target=_write, args=(str(directory),))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (directory / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    (directory / "ready").unlink()
+    assert process.pid
+    command = ["strace", "-qq", "-p", str(process.pid), "-o", str(directory.with_suffix(".strace")), *options]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as strace:
+        while "TracerPid:\t0" in Path(f"/proc/{process.pid}/status").read_text():
+            assert strace.poll() is None, "strace cannot attach"
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGUSR2)
+        process.join(60)
+    return process.exitcode
+
+
+def points(directory: Path) -> list[tuple[str, int]]:
+    """The system calls of an undisturbed writing, as (name, how many of that name so far)."""
+    assert _traced(directory) == 0
+    count: Counter[str] = Counter()
+    found = []
+    for line in directory.with_suffix(".strace").read_text().splitlines():
+        if (match := re.match(r"(\w+)\(", line)) and not IGNORED.match(match[1]):
+            count[match[1]] += 1
+            found.append((match[1], count[match[1]]))
+    return found
+
+
+def crash(directory: Path, name: str, number: int) -> str | None:
+    """Kill a writing at a system call; return what is wrong with the disk then, or None."""
+    code = _traced(directory, "-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={number}")
+    if code != -signal.SIGKILL:
+        return f"exit code {code}"
+    problems: list[str] = []
+    whole = [checkpoint.step_of(path) for path in checkpoint.directories(directory) if checkpoint.is_whole(path)]
+    found = checkpoint.latest(directory, problems.append)
+    if problems or found is None or not set(whole) & {OLDER, NEWER} or len(whole) != len(checkpoint.directories(directory)):
+        return f"whole {whole}, {problems}"
+    checkpoint.sweep(directory)
+    checkpoint.write(directory, NEWER, checkpoint.encode(small_state(NEWER)))
+    checkpoint.prune(directory, 1, {NEWER})
+    left = sorted(path.name for path in directory.iterdir())
+    return None if left == [f"step-{NEWER:08d}"] and checkpoint.is_whole(directory / left[0]) else f"left {left}"
