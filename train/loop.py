@@ -64,7 +64,7 @@ def record_fingerprints(run: Run, metrics: Metrics) -> None:
 
 
 def main_writes(world: World, place: Path, kind: type[Exception], action: Callable[[], T]) -> T | None:
-    """Let rank 0 write in `place`; raise `kind` on every rank if its disk does not let it. Collective: every rank must call it."""
+    """Let rank 0 write in `place`; raise `kind` on every rank if the disk refuses. Collective: every rank must call it."""
     result, error = None, None
     if world.is_main:
         try:

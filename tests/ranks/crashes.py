@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from conftest import small_state
 
@@ -81,3 +82,16 @@ def crash(directory: Path, name: str, number: int) -> str | None:
     checkpoint.prune(directory, 1, {NEWER})
     left = sorted(path.name for path in directory.iterdir())
     return None if left == [f"step-{NEWER:08d}"] and checkpoint.is_whole(directory / left[0]) else f"left {left}"
+
+
+def campaign(options: object, place: Path) -> dict[str, Any]:
+    """Every system call of a checkpoint's writing."""
+    calls = points(place / "checkpoints")
+    found = {f"{name} {number}": crash(place / "checkpoints", name, number) for name, number in calls}
+    return {"points": len(calls), "problems": {point: problem for point, problem in found.items() if problem}}
+
+
+def table(result: dict[str, Any]) -> str:
+    """One sentence."""
+    problems = result["problems"]
+    return f"killed at {result['points']} system calls of a save: {len(problems)} left no whole checkpoint {problems or ''}"
