@@ -263,6 +263,7 @@ def elastic(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         assert training.launcher
         workers, began = training.pids(), time.monotonic()
         training.launcher.kill()
+        training.launcher.wait()
         while training.pids() and time.monotonic() < began + 60:
             time.sleep(0.01)
         ends.append({"workers": len(workers), "seconds": time.monotonic() - began, "left": len(training.pids())})

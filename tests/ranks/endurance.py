@@ -1,6 +1,7 @@
 """A long run, measured on the way: whether memory, descriptors, threads, step time and disk stay as they are."""
 
 import argparse
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -11,7 +12,7 @@ from typing import Any
 from ranks.processes import Ranks, arguments, rows
 
 FLAGS = (
-    "--model.name tiny_bn --train.micro_batches 2 --model.dropout 0.2 --augment.shift 2 --optim.ema 0.9 --log.every_steps 100 "
+    "--model.name tiny_bn --train.micro_batches 2 --model.dropout 0.2 --augment.shift 2 --optim.ema 0.9 --log.every_steps 20 "
     "--checkpoint.every_steps 500 --eval.every_steps 500"
 )
 
@@ -32,14 +33,11 @@ def measure(pid: int, run: Path) -> dict[str, float]:
 def campaign(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Many steps, measured on the way; slopes are per 10,000 steps, over all but the first tenth."""
     run = place / "long"
-    flags = (
-        FLAGS,
-        f"--train.max_steps {options.steps} --log.every_steps 100 --checkpoint.every_steps 500 --eval.every_steps 500",
-    )
-    ranks, samples = Ranks(2, arguments(run, *flags), place / "logs"), defaultdict(list)
+    ranks = Ranks(2, arguments(run, FLAGS, f"--train.max_steps {options.steps}"), place / "logs")
+    samples: dict[int, list[dict[str, float]]] = defaultdict(list)
     while all(process.is_alive() for process in ranks.processes):
         time.sleep(options.every)
-        with suppress(OSError, KeyError, ValueError):
+        with suppress(OSError, LookupError, ValueError):
             step = rows(run, "train")[-1]["step"]
             for rank, process in enumerate(ranks.processes):
                 assert process.pid
