@@ -32,6 +32,15 @@ def test_epoch_uses_each_example_exactly_once(size: int, batch: int, seed: int, 
     assert np.array_equal(np.sort(epoch_examples(sampler, epoch)), np.arange(size))
 
 
+@given(size=st.integers(1, 700), batch=st.integers(1, 300), step=st.integers(0, 10**6), seed=st.integers(0, 2**70))
+@settings(deadline=None, max_examples=50)
+def test_kept_order_is_the_computed_one(size: int, batch: int, step: int, seed: int) -> None:
+    kept, computed = Sampler(size, batch, 1, seed), Sampler(size, batch, 1, seed, kept_examples=0)
+    rows = kept.batch_rows(step)
+    assert np.array_equal(kept.examples(step, 0, rows), computed.examples(step, 0, rows))
+    assert np.array_equal(kept.examples(step, rows // 2, rows), computed.examples(step, rows // 2, rows))
+
+
 @given(size=st.integers(1, 3000), order_key=st.integers(0, 2**64 - 1))
 @settings(deadline=None, max_examples=100)
 def test_permute_is_a_bijection(size: int, order_key: int) -> None:

@@ -2,11 +2,13 @@
 
 Invariant: global batch k of an epoch is the same set of examples, in the same order, on any world size, and an epoch uses
 each example exactly once. The order is a keyed bijection of [0, num_examples), evaluated index by index, so any step of
-any epoch of any data set costs the same: nothing is shuffled, stored or skipped. Numpy only: no torch, no ranks' state.
+any epoch of any data set costs the same: nothing is shuffled or skipped. Of a small data set the order of the current epoch
+is kept, which is faster than to compute it batch by batch. Numpy only: no torch, no ranks' state.
 """
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +55,12 @@ def permute(positions: NDArray[np.uint64], num_examples: int, order_key: int) ->
     return examples
 
 
+@lru_cache(maxsize=1)
+def epoch_order(num_examples: int, order_key: int) -> NDArray[np.uint64]:
+    """Return a whole epoch's order, uint64 [num_examples]; the last one asked for is kept."""
+    return permute(np.arange(num_examples, dtype=np.uint64), num_examples, order_key)
+
+
 def share(num_items: int, num_parts: int, part: int) -> tuple[int, int]:
     """Return [start, stop) of one of `num_parts` contiguous parts of `num_items`, whose sizes differ by at most one."""
     return num_items * part // num_parts, num_items * (part + 1) // num_parts
@@ -62,13 +70,15 @@ def share(num_items: int, num_parts: int, part: int) -> tuple[int, int]:
 class Sampler:
     """The order of examples of a whole run.
 
-    Args: `num_examples` of the training split; `global_batch_size` in examples; `micro_batches` per step; `seed`.
+    Args: `num_examples` of the training split; `global_batch_size` in examples; `micro_batches` per step; `seed`; the order of
+    up to `kept_examples` is kept in memory (8 bytes each), that of a larger split is computed for each batch anew.
     """
 
     num_examples: int
     global_batch_size: int
     micro_batches: int
     seed: int
+    kept_examples: int = 1 << 20
 
     @property
     def steps_per_epoch(self) -> int:
@@ -91,8 +101,11 @@ class Sampler:
     def examples(self, step: int, start: int, stop: int) -> NDArray[np.int64]:
         """Return the examples, int64 [stop - start], in the rows [start, stop) of the global batch of `step`."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        positions = batch * self.global_batch_size + np.arange(start, stop, dtype=np.uint64)
-        return permute(positions, self.num_examples, key(self.seed, "order", epoch)).astype(np.int64)
+        first, order_key = batch * self.global_batch_size, key(self.seed, "order", epoch)
+        if self.num_examples <= self.kept_examples:
+            return epoch_order(self.num_examples, order_key)[first + start : first + stop].astype(np.int64)
+        positions = first + np.arange(start, stop, dtype=np.uint64)
+        return permute(positions, self.num_examples, order_key).astype(np.int64)
 
     def rank_examples(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
         """Return the examples, int64 [n], that a rank uses in a step."""

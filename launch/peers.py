@@ -1,0 +1,195 @@
+"""`launch bench peers`: the same CNN, optimizer, batch and precision on MNIST-like images, in each peer's own idiom.
+
+Every peer gets what its documentation recommends for speed: worker processes that stay, channels_last, bf16, no logging and no
+checkpoints, and the number of workers that is fastest here. Images are decoded and normalized by torchvision as its MNIST class
+does it. The fastest setting of a peer counts.
+"""
+
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from launch.bench import Row
+from launch.measures import LOOP, bare_step, opened, seconds_of
+from train.config import UserError
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+NUM_EXAMPLES, WARM_UP_STEPS = 10_240, 4
+WORKERS = (0, 1, 2)
+
+
+def loader(images: Any, labels: Any, batch: int, workers: int) -> Any:
+    """A DataLoader over PIL images and torchvision transforms, as the official examples build it."""
+    from PIL import Image
+    from torch.utils import data  # the project's own loop has no DataLoader; this is what it is compared with
+    from torchvision import transforms
+
+    class Pictures(data.Dataset):
+        """What torchvision.datasets.MNIST does per item, over arrays."""
+
+        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+
+        def __len__(self) -> int:
+            return len(labels)
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return self.transform(Image.fromarray(images[index])), int(labels[index])
+
+    make = getattr(data, "DataLoader")  # noqa: B009
+    return make(Pictures(), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+
+def ingredients(config: "Config") -> tuple[Any, Any]:
+    """The model in channels_last and its optimizer: the same for all."""
+    import torch
+
+    from train import models, optim
+
+    model: Any = models.build(config.model, config.seed)
+    model = model.to(memory_format=torch.channels_last)
+    return model, optim.build(config.optim, model)
+
+
+def dataloader_epoch(config: "Config", batches: Any) -> float:
+    """PyTorch alone: autocast around the forward pass; seconds of an epoch after the warm-up."""
+    import torch
+    import torch.nn.functional as F
+
+    model, optimizer = ingredients(config)
+
+    def step(inputs: Any, labels: Any) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(inputs.to(memory_format=torch.channels_last)), labels)
+        loss.backward()
+        optimizer.step()
+
+    return timed_epoch(batches, step)
+
+
+def accelerate_epoch(config: "Config", batches: Any) -> float:
+    """The way of Accelerate's examples: prepare, then accelerator.backward."""
+    import torch
+    import torch.nn.functional as F
+
+    from train.world import World
+
+    world = World.open(config.train)
+    try:
+        accelerator = world.accelerator
+        model, optimizer, prepared = accelerator.prepare(*ingredients(config), batches)
+
+        def step(inputs: Any, labels: Any) -> None:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs.to(memory_format=torch.channels_last)), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+
+        return timed_epoch(prepared, step)
+    finally:
+        world.close()
+
+
+def timed_epoch(batches: Any, step: Callable[[Any, Any], None]) -> float:
+    """Warm up, then return the seconds of one epoch."""
+    for inputs, labels in itertools.islice(batches, WARM_UP_STEPS):
+        step(inputs, labels)
+    began = time.perf_counter()
+    for inputs, labels in batches:
+        step(inputs, labels)
+    return time.perf_counter() - began
+
+
+def lightning_epoch(config: "Config", batches: Any) -> float:
+    """Lightning's Trainer with logger, checkpoints, progress bar and summary off; the second of two epochs counts."""
+    import lightning
+    import torch
+    import torch.nn.functional as F
+
+    model, optimizer = ingredients(config)
+    marks: list[float] = []
+
+    class Module(lightning.LightningModule):
+        """The model as Lightning wants it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            inputs, labels = batch
+            return F.cross_entropy(self.model(inputs.to(memory_format=torch.channels_last)), labels)
+
+        def configure_optimizers(self) -> Any:
+            return optimizer
+
+        def on_train_epoch_start(self) -> None:
+            marks.append(time.perf_counter())
+
+        def on_train_epoch_end(self) -> None:
+            marks.append(time.perf_counter())
+
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), batches)
+    return marks[3] - marks[2]
+
+
+PEERS: dict[str, Callable[["Config", Any], float]] = {
+    "DataLoader and torchvision": dataloader_epoch,
+    "Accelerate's examples": accelerate_epoch,
+    "Lightning's Trainer": lightning_epoch,
+}
+
+
+def with_workers(epoch: Callable[["Config", Any], float], config: "Config", images: Any, labels: Any, workers: int) -> float:
+    """Seconds of a peer's epoch with a number of loader processes."""
+    return epoch(config, loader(images, labels, config.train.global_batch_size, workers))
+
+
+def own_epoch(flags: str, *, bare: bool) -> float:
+    """Seconds of an epoch of our loop, or of the bare one, after the warm-up."""
+    from train.loop import train_step
+
+    with opened(flags) as run:
+        step = bare_step(run.config, run.data) if bare else lambda: train_step(run)
+        seconds_of(step, WARM_UP_STEPS)
+        return seconds_of(step, run.sampler.steps_per_epoch)
+
+
+def peers(repeats: int) -> list[Row]:
+    """Images per second of the bare loop, of ours and of every peer, in turns."""
+    try:
+        import lightning  # noqa: F401
+    except ImportError as error:
+        raise UserError("bench peers needs Lightning: pip install 'lockstep[bench]'.") from error
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    flags = f"{LOOP} --data.random_examples {NUM_EXAMPLES}"
+    with opened(flags) as run:
+        config = run.config
+        images, labels = run.data.train.images[:, 0].numpy(), run.data.train.labels.numpy()
+    works = {"lockstep": partial(own_epoch, flags, bare=False), "bare loop": partial(own_epoch, flags, bare=True)}
+    for name, epoch in PEERS.items():
+        candidates = [partial(with_workers, epoch, config, images, labels, workers) for workers in WORKERS]
+        seconds = [work() for work in candidates]
+        fastest = seconds.index(min(seconds))
+        works[f"{name}, {WORKERS[fastest]} worker(s)"] = candidates[fastest]
+    speeds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, measure in works.items():
+            speeds[name].append(NUM_EXAMPLES / measure())
+    return [Row(name, "images/s", values, None if name == "lockstep" else "lockstep") for name, values in speeds.items()]
