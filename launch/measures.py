@@ -113,7 +113,7 @@ def bare_epoch_seconds(recipe: str) -> float:
 
 def throughput(repeats: int) -> list[Row]:
     """Our step and the bare one, in turns."""
-    from train.loop import train_step
+    from train.step import train_step
 
     with opened(LOOP) as run:
         works = {"bare loop": bare_step(run.config, run.data), "lockstep": lambda: train_step(run)}
@@ -171,8 +171,8 @@ def sampler(repeats: int) -> list[Row]:
 def checkpoint(repeats: int) -> list[Row]:
     """Milliseconds of the parts of a save and of a load, with AdamW's two tensors per parameter."""
     from train import checkpoint as checkpoints
-    from train.loop import train_step
     from train.run import make_state
+    from train.step import train_step
 
     with opened(f"{LOOP} --optim.name adamw --optim.ema 0.9") as run, tempfile.TemporaryDirectory() as place:
         train_step(run)

@@ -162,7 +162,7 @@ def with_workers(epoch: Callable[["Config", Any], float], config: "Config", imag
 
 def own_epoch(flags: str, *, bare: bool) -> float:
     """Seconds of an epoch of our loop, or of the bare one, after the warm-up."""
-    from train.loop import train_step
+    from train.step import train_step
 
     with opened(flags) as run:
         step = bare_step(run.config, run.data) if bare else lambda: train_step(run)
