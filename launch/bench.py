@@ -4,7 +4,6 @@ The same global batch is trained on in fast mode (one micro-batch per rank) and 
 per process, the cells interleaved so that a noisy machine disturbs all of them alike. The first steps of a run do not count.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.run import Ranks
+from train.cli import Parser
 from train.config import UserError
 
 STEPS, WARM_UP_STEPS, GLOBAL_BATCH_SIZE = 60, 20, 512
@@ -83,7 +83,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m launch bench", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m launch bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["exact"], help="exact: exact against fast mode")
     parser.add_argument("--repeats", type=int, default=5, help="runs per cell (default 5)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

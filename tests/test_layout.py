@@ -10,11 +10,12 @@ from conftest import ROOT
 # A module may import from the rows above its own only.
 LAYERS = [
     {"config", "sampler", "preempt"},
+    {"yamlfile"},
     {"cli", "rng", "report", "fingerprint"},
     {"augment", "models", "optim", "picture"},
     {"world", "checkpoint", "metrics"},
     {"data", "reduce"},
-    {"evaluate"},
+    {"evaluate", "deploy", "image"},
     {"run"},
     {"summary"},
     {"loop"},

@@ -250,6 +250,18 @@ def finish_step(run: Run, metrics: Metrics, checkpoints: Path, *, leaving: bool)
     return results
 
 
+def open_directory(checkpoints: Path, world: World) -> None:
+    """Make the directory of a run's checkpoints, or clean up in it, on rank 0. Collective: every rank must call it."""
+    error = None
+    try:
+        if world.is_main:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.sweep(checkpoints)
+    except OSError as found:
+        error = UserError(f"{checkpoints} cannot be made: {found.strerror}. Choose another run.dir, or free its name.")
+    world.agree(error)
+
+
 def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple[str, dict[str, Any]]:
     """Train to the end or until told to leave -> (outcome: finished | preempted, the summary).
 
@@ -261,9 +273,7 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         run = set_up(config, world, source)
         metrics.total_steps = run.total_steps
         checkpoints = run_dir / "checkpoints"
-        if world.is_main:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            checkpoint.sweep(checkpoints)
+        open_directory(checkpoints, world)
         found = find_checkpoint(config, checkpoints, metrics, world)
         warnings = restore(run, found[1], found[0]) if found else []
         if world.is_main:
