@@ -22,8 +22,8 @@ MAX_MESSAGE = 400  # characters of a parser's message, which repeats what it was
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose refusals are a UserError: one line, with the nearest valid name."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing usage and leaving."""
@@ -108,8 +108,8 @@ def make_parser() -> Any:
         description="Train a CNN on MNIST. Later files and flags win.",
         exit_on_error=False,
         allow_abbrev=False,
-        version=f"lockstep {__version__}",
     )
+    parser.add_argument("--version", action="version", version=f"lockstep {__version__}", help="Print the version and leave.")
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below; may be repeated.")
     parser.add_class_arguments(Config)
     return parser

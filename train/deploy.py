@@ -53,7 +53,8 @@ class Facts:
         """From metadata strings; raises Damaged, naming what is missing."""
         types = get_type_hints(cls)
         try:
-            facts = cls(**{name: strings[name] if types[name] is str else json.loads(strings[name]) for name in types})
+            values: Any = {name: strings[name] if types[name] is str else json.loads(strings[name]) for name in types}
+            facts = cls(**values)
             facts.check()
             return facts
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -167,7 +168,9 @@ def write(deployed: Deployed, kind: str, path: Path) -> None:
         return
     onnx, _ = needs_onnx()
     names: Any = {"input_names": ["inputs"], "output_names": ["logits"]}
-    proto = torch.onnx.export(module, example, dynamo=True, verbose=False, **options, **names).model_proto
+    graph = torch.onnx.export(module, example, dynamo=True, verbose=False, **options, **names)
+    assert graph is not None
+    proto = graph.model_proto
     digest = hashlib.sha256(proto.graph.SerializeToString(deterministic=True)).hexdigest()
     onnx.helper.set_model_props(proto, facts.encode() | {"graph_sha256": digest})
     path.write_bytes(proto.SerializeToString())

@@ -27,11 +27,16 @@ from train.world import World
 
 TIE = 1e-3  # two logits closer than this may change places between two programs of the same weights
 USE = {
-    "safetensors": "from safetensors.torch import load_file\n\nweights = load_file("{name}")  # of train.models.MODELS[{model!r}]",
-    "onnx": "import onnxruntime\n\n"
-    "session = onnxruntime.InferenceSession("{name}")\n"
-    'logits = session.run(None, {{"inputs": inputs.numpy()}})[0]',
-    "torch-export": "import torch\n\nlogits = torch.export.load("{name}").module()(inputs)  # runs what the file says",
+    "safetensors": """from safetensors.torch import load_file
+
+weights = load_file("{name}")  # of train.models.MODELS["{model}"]""",
+    "onnx": """import onnxruntime
+
+session = onnxruntime.InferenceSession("{name}")
+logits = session.run(None, {{"inputs": inputs.numpy()}})[0]""",
+    "torch-export": """import torch
+
+logits = torch.export.load("{name}").module()(inputs)  # torch runs what the file says: know where it comes from""",
 }
 CARD = """# {name}
 

@@ -55,7 +55,7 @@ def decode(content: bytes, name: str) -> Image.Image:
 
 def ink(image: Image.Image, name: str) -> NDArray[np.float32]:
     """Return how much ink is where, float32 [H,W], 0 paper to 255 ink; raise UserError for an image without any."""
-    pixels = np.asarray(image, np.float32)
+    pixels: NDArray[Any] = np.asarray(image, np.float32)
     colour, alpha = pixels[..., :3], pixels[..., 3:] / 255
     if alpha.min() < 1:  # what is drawn on glass is laid on paper that it shows on
         brightness = (colour * alpha).sum() / max(float(3 * alpha.sum()), 1.0)
