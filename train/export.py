@@ -8,6 +8,7 @@ import argparse
 import copy
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,18 +177,17 @@ def export(run_dir: Path, config: Config, options: argparse.Namespace, kind: str
             print(warning)
     finally:
         world.close()
-    temporary = path.with_name(f".writing-{path.name}")  # keeps the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        deploy.write(original, kind, temporary)
-        evidence = check_file(deploy.read(temporary, own=True), original, found, source.test)
-        text = card(path.name, kind, temporary.stat().st_size, original, record, source, evidence)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            deploy.write(original, kind, temporary)
+            evidence = check_file(deploy.read(temporary, own=True), original, found, source.test)
+            text = card(path.name, kind, temporary.stat().st_size, original, record, source, evidence)
+            os.replace(temporary, path)
         path.with_name(f"{path.name}.md").write_text(text)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}. Choose another --output.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     accuracy = f"{evidence.correct / len(source.test):.2%} of {len(source.test)} {source.eval_split} images"
     return f"{path}: step {original.facts.step}, {original.facts.weights} weights, {accuracy}, as the checkpoint\n{path}.md"
 
