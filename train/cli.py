@@ -6,10 +6,11 @@ Light on purpose: `--help` and a config error answer before torch would have bee
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from train import __version__, yamlfile
 from train.config import Config, UserError
@@ -74,12 +75,10 @@ def check_file(path: Path, names: Sequence[str]) -> None:
             )
         if section in sections and not isinstance(value, dict):
             raise UserError(f"{path}: {section} is {value!r:.40}. Expected fields of it, such as `{section}: {{name: value}}`.")
-        for name, item in value.items() if isinstance(value, dict) else []:
+        for name, item in value.items() if section in sections else []:
             field_type = get_type_hints(sections[section])[name]
-            if item is None and field_type in (int, float, bool):  # the parser would build the section before it looks
-                raise UserError(
-                    f"{path}: {section}.{name}: Expected {'an' if field_type is int else 'a'} {field_type.__name__}. Got null."
-                )
+            if item is None and type(None) not in get_args(field_type):  # the parser would build the section before it looks
+                raise UserError(f"{path}: {section}.{name} is null. Expected {getattr(field_type, '__name__', 'a value')}.")
 
 
 def _one_line(message: str, names: Sequence[str]) -> str:
@@ -98,6 +97,7 @@ def _one_line(message: str, names: Sequence[str]) -> str:
     return text if text.endswith(".") else text + "."
 
 
+@functools.cache
 def make_parser() -> Any:
     """Build the command line of `python -m train` (a jsonargparse.ArgumentParser)."""
     import jsonargparse
