@@ -104,19 +104,25 @@ def test_file_lands_where_output_says_and_nothing_else_stays(flags: list[str], n
     assert new == {name, f"{name}.md"}
 
 
+@pytest.mark.parametrize(("offset", "wrong"), [(0.3, ""), (float("nan"), " 359 of 359")])
 def test_file_that_predicts_something_else_is_void(
-    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    offset: float,
+    wrong: str,
+    digits_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write = deploy.write
 
     def other(deployed: deploy.Deployed, kind: str, path: Path) -> None:
-        tensors = {name: tensor + 0.3 for name, tensor in checkpoint.model_tensors(deployed.logits).items()}  # type: ignore
+        tensors = {name: tensor + offset for name, tensor in checkpoint.model_tensors(deployed.logits).items()}  # type: ignore
         facts = deploy.dataclasses.replace(deployed.facts, weights_sha256=checkpoint.tensors_sha256(tensors))
         write(deploy.Deployed(facts, deploy.build(facts, tensors)), kind, path)
 
     monkeypatch.setattr(deploy, "write", other)
     message = refusal([digits_run, "--output", tmp_path / "m.safetensors"], capsys, code=1)
-    assert "of 359 images other than its checkpoint" in message
+    assert f"{wrong or 'of 359'} images other than its checkpoint" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,6 +173,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "checkpoint": (["{}/run", "--checkpoint", "{}/absent"], "absent is not whole"),
     "output in a file": (["{}/run", "--output", "{}/run/config.yaml/m.pt2"], "cannot be written"),
     "train argument": (["{}/run", "--", "--optim.lrr", "1"], "Did you mean optim.lr?"),
+    "other data": (["{}/run", "--", "--data.name", "random"], "The data are not the run's"),
     "data": (["{}/run", "--", "--data.name", "kmnist", "--data.download", "false"], "kmnist cannot be had"),
 }
 
