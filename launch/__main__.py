@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from train import __version__
+from train.cli import did_you_mean
 from train.config import UserError
 
 SUBCOMMANDS = {
@@ -15,6 +16,7 @@ SUBCOMMANDS = {
     "compare": "say where two runs differ: mathematics, losses, gradient norms, weights",
     "replay": "compute steps of an exact run again and compare their bits",
     "selftest": "prove on this machine, in half a minute, that kills and world sizes change nothing",
+    "completion": "print a script that completes subcommands, options and config fields in bash or zsh",
     "model": "print a model's layers, volumes and parameters",
 }
 
@@ -31,7 +33,8 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         if name not in SUBCOMMANDS:
-            raise UserError(f"There is no subcommand {name}. Use one of: {', '.join(SUBCOMMANDS)}.")
+            hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
+            raise UserError(f"There is no subcommand {name}. {hint}")
         return importlib.import_module(f"launch.{name}").main(argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

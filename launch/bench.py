@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from train.cli import Parser
 from train.config import UserError
 
 
@@ -137,7 +138,7 @@ def plot(rows: list[Row], about: dict[str, Any], output: Path) -> None:
 def main(argv: list[str]) -> int:
     """Measure and print."""
     listed = "\n".join(f"  {name:17} {text}" for name, (_, _, text) in MEASURES.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch bench",
         description=f"Measure one of:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

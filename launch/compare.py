@@ -4,13 +4,13 @@ Compared are the configs' mathematics, the data, and at every step that both run
 evaluation and weights. A run in exact mode recorded every step, one in fast mode those of its log.
 """
 
-import argparse
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train import fingerprint, report
+from train.cli import Parser
 from train.config import UserError, differences, mathematics
 from train.report import Record
 
@@ -136,7 +136,7 @@ def compare(records: list[Record]) -> bool:
 
 def main(argv: list[str]) -> int:
     """Compare two runs; return the exit code: 0, or with --assert-equal 1 unless they are the same."""
-    parser = argparse.ArgumentParser(prog="python -m launch compare", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m launch compare", description=__doc__.split("\n")[0])
     parser.add_argument("runs", metavar="RUN", type=Path, nargs=2, help="directory of a run, such as runs/mnist")
     parser.add_argument(
         "--assert-equal",

@@ -1,16 +1,16 @@
 """`python -m launch data`: download and verify a data set, for machines whose compute nodes have no internet."""
 
-import argparse
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+from train.cli import Parser
 from train.config import DataConfig
 
 
 def main(argv: list[str]) -> int:
     """Prepare one data set and say where it is."""
     names = get_args(get_type_hints(DataConfig)["name"])
-    parser = argparse.ArgumentParser(prog="python -m launch data", description=__doc__)
+    parser = Parser(prog="python -m launch data", description=__doc__)
     parser.add_argument("--name", choices=names, default="mnist", help="data set (default mnist)")
     parser.add_argument("--root", help="directory to look in and download to (default: $MNIST_ROOT, else a cache)")
     parser.add_argument("--no-download", action="store_true", help="only look")

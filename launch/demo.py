@@ -4,7 +4,6 @@ Trains the same run on 1, 2 and 4 processes, kills the second one halfway and re
 fingerprints of the final weights. Exits with 1 if they are not equal.
 """
 
-import argparse
 import json
 import signal
 import tempfile
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 from launch.run import Ranks
+from train.cli import Parser
 
 RECIPE = (
     "--config configs/quickstart.yaml --train.exact true --train.micro_batches 8 --train.max_steps 40 "
@@ -38,7 +38,7 @@ def train(directory: Path, name: str, world_size: int, kill_at: int | None = Non
 
 def main(argv: list[str]) -> int:
     """Run the demonstration; return 0 if the weights are the same bits on all world sizes."""
-    argparse.ArgumentParser(prog="python -m launch demo", description=__doc__).parse_args(argv)
+    Parser(prog="python -m launch demo", description=__doc__).parse_args(argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)

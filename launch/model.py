@@ -4,10 +4,10 @@ The table is read off a forward pass of one image: every torch function that the
 plain functions are seen alike. Invariant: the parameters of the rows add up to those of the model, or it fails.
 """
 
-import argparse
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from train.cli import Parser
 from train.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -170,9 +170,7 @@ def table(model: "nn.Module") -> str:
 def main(argv: list[str]) -> int:
     """Print the table of the model that --name says; return the exit code."""
     names = get_args(get_type_hints(ModelConfig)["name"])
-    parser = argparse.ArgumentParser(
-        prog="python -m launch model", description="Print the layers of a model as a Markdown table."
-    )
+    parser = Parser(prog="python -m launch model", description="Print the layers of a model as a Markdown table.")
     parser.add_argument("--name", choices=names, default="cnn", help="which model (default: cnn)")
     name = parser.parse_args(argv).name
     from train.models import MODELS

@@ -4,13 +4,12 @@ Invariant: the run's directory is only read. What is compared are bits: loss and
 where the run saved. Before that the config, the data and every checkpoint are held against what the run recorded of them.
 """
 
-import argparse
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import fingerprint, report
-from train.cli import parse
+from train.cli import Parser, parse
 from train.config import Config, UserError, differences, mathematics
 from train.report import Record
 
@@ -150,7 +149,7 @@ def replay(run_dir: Path, record: Record, config: Config, first: int, last: int)
 
 def main(argv: list[str]) -> int:
     """Replay steps of a run; return the exit code: 0 all agree, 1 something differs or is damaged."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch replay",
         usage="%(prog)s RUN --steps A:B [-- TRAIN ARGUMENTS]",
         description=__doc__.split("\n")[0],

@@ -1,16 +1,16 @@
 """`python -m launch report RUN [RUN ...]`: draw a picture of one or several runs."""
 
-import argparse
 import sys
 from pathlib import Path
 
+from train.cli import Parser
 from train.config import UserError
 from train.picture import picture
 
 
 def main(argv: list[str]) -> int:
     """Draw the picture and say where it is; return the exit code: 0, or 2 with one line about what was given wrongly."""
-    parser = argparse.ArgumentParser(prog="python -m launch report", description=__doc__)
+    parser = Parser(prog="python -m launch report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run, such as runs/mnist")
     parser.add_argument("--output", metavar="FILE", type=Path, help="picture, .png or .svg (default: report.png in the last RUN)")
     options = parser.parse_args(argv)

@@ -5,7 +5,6 @@ no orphan when it is killed itself, and restarts a run whose rank died. Delibera
 Slurm). torch is not imported: the launcher is up at once and stays small.
 """
 
-import argparse
 import ctypes
 import functools
 import os
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from train.cli import parse, recipe_name
+from train.cli import Parser, did_you_mean, parse, recipe_name
 from train.config import UserError
 
 LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
@@ -134,7 +133,7 @@ def main(argv: list[str]) -> int:
 
     for number in FORWARDED:  # first of all: none may be lost
         signal.signal(number, forward)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch run", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, one on a machine without GPU")
@@ -143,7 +142,8 @@ def main(argv: list[str]) -> int:
     end = argv.index("--") if "--" in argv else len(argv)
     options, wrong = parser.parse_known_args(argv[:end])
     if wrong:
-        raise UserError(f"launch run has no option {wrong[0]}. The training's arguments stand behind `--`.")
+        hint = did_you_mean(wrong[0], list(parser._option_string_actions), "The training's arguments stand behind `--`.")
+        raise UserError(f"launch run has no option {wrong[0]}. {hint}")
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc is {options.nproc}. Use 1 or more.")
     if options.max_restarts < 0:

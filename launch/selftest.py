@@ -5,7 +5,6 @@ killed; resumes that one on another world size; and checks what both wrote, law 
 internet and half a minute; leaves nothing behind. Exit codes: 0 all laws hold, 1 one does not, 2 bad usage.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -20,6 +19,7 @@ from typing import Protocol
 
 from launch.laws import BATCH, EPOCHS, LR, SAVE_STEPS, STEPS, Evidence, Trace, judge
 from launch.run import Ranks, count_gpus, die_with_parent
+from train.cli import Parser
 from train.config import UserError
 
 COMMON = "--data.name digits --log.every_steps 1 --log.progress false --wandb.mode disabled --train.num_threads 1"
@@ -171,7 +171,7 @@ def world_sizes(device: str) -> tuple[int, int]:
 
 def main(argv: list[str], start: Start = Processes) -> int:
     """Train, judge and print a line per law; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch selftest", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m launch selftest", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default cpu)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="train in this new directory and keep it")
     options = parser.parse_args(argv)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,3 +80,39 @@ def small_state(step: int = 10) -> "State":
         ema={"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)},
         meta={"schema": SCHEMA, "step": step, "best": None, "lr": 0.1},
     )
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run on the digits, about 98 % right, averaged weights, its best step before its last."""
+    from ranks.processes import train
+
+    run = tmp_path_factory.mktemp("runs") / "digits"
+    flags = "--model.dropout 0.1 --augment.shift 1 --augment.rotate 5 --optim.lr 0.05 --optim.ema 0.95 --optim.clip_norm 5"
+    train(1, run, flags, "--train.epochs 20 --checkpoint.keep 9 --eval.every_steps 115")
+    return run
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Start a training that must be refused -> the one line on stderr. Under 5 s of CPU, so that load decides nothing."""
+    from train.__main__ import main
+
+    began = time.process_time()
+    assert main(argv) == 2
+    assert time.process_time() - began < 5
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert len(lines[0]) < 600
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def exported(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run of the fixture, exported to each format."""
+    from train import deploy, export
+
+    folder = tmp_path_factory.mktemp("exported")
+    for kind in deploy.SUFFIXES:
+        assert export.main([str(digits_run), "--format", kind, "--output", str(folder)]) == 0
+    return {kind: folder / f"model{suffix}" for kind, suffix in deploy.SUFFIXES.items()}

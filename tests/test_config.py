@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train.config
+from train import __version__
 from train.cli import make_parser, parse, recipe_name
 from train.config import Config, UserError, mathematics
 
@@ -24,10 +25,13 @@ FIELDS = {
 RULES: dict[str, tuple[list[Any], list[Any]]] = {
     "seed": ([-1], [0, 10**30]),
     "run.dir": ([""], ["."]),
-    "run.name": (["", "a/b", "..", "-x", "a b", ".hidden", "a\nb", "ü"], [None, "a", "lr=0.1", "2024-01-01", "A+b_c.d"]),
+    "run.name": (
+        ["", "a/b", "..", "-x", "a b", ".hidden", "a\nb", "ü", "a" * 201],
+        [None, "a", "lr=0.1", "2024-01-01", "A+b_c.d"],
+    ),
     "run.resume": ([""], ["never", "runs/a/checkpoints/step-00000001"]),
     "data.validation": ([-1], [0, 1]),
-    "data.random_examples": ([5, 0, -1], [6]),
+    "data.random_examples": ([5, 0, -1, 10**7 + 1], [6, 10**7]),
     "model.dropout": ([-0.1, 1.0, 1.5, float("nan")], [0.0, 0.999]),
     "augment.shift": ([-1, 15], [0, 14]),
     "augment.rotate": ([-0.1, 180.1, float("nan")], [0.0, 180.0]),
@@ -43,19 +47,19 @@ RULES: dict[str, tuple[list[Any], list[Any]]] = {
     "optim.ema": ([-0.1, 1.0], [0.0, 0.9999]),
     "optim.warmup": ([-0.1, 1.1], [0.0, 1.0]),
     "optim.final_lr": ([-0.1, 1.1], [0.0, 1.0]),
-    "optim.clip_norm": ([-0.1, float("nan")], [0.0, 5.0]),
-    "train.epochs": ([0, -1], [1]),
-    "train.max_steps": ([-1], [0, 1]),
+    "optim.clip_norm": ([-0.1, float("nan"), float("inf"), 1e9], [0.0, 5.0]),
+    "train.epochs": ([0, -1, 10**7 + 1], [1, 10**7]),
+    "train.max_steps": ([-1, 10**7 + 1], [0, 1, 10**7]),
     "train.global_batch_size": ([0, -8], [1]),
     "train.micro_batches": ([-1, 513, 3], [0, 1, 512]),
     "train.micro_batch_limit": ([-1], [0, 1]),
-    "train.num_threads": ([-1], [0, 1]),
-    "train.timeout": ([0], [1]),
-    "eval.every_steps": ([-1], [0, 1]),
-    "eval.batch_size": ([0], [1]),
-    "checkpoint.every_steps": ([-1], [0, 1]),
-    "checkpoint.keep": ([0, -1], [1]),
-    "log.every_steps": ([0], [1]),
+    "train.num_threads": ([-1, 4097], [0, 1, 4096]),
+    "train.timeout": ([0, 10**7 + 1], [1]),
+    "eval.every_steps": ([-1, 10**7 + 1], [0, 1, 10**7]),
+    "eval.batch_size": ([0, 10**7 + 1], [1]),
+    "checkpoint.every_steps": ([-1, 10**7 + 1], [0, 1, 10**7]),
+    "checkpoint.keep": ([0, -1, 10**7 + 1], [1]),
+    "log.every_steps": ([0, 10**7 + 1], [1]),
 }
 # rules about several fields: (fields, what the message must advise)
 PAIRS = [
@@ -195,7 +199,8 @@ FLAG_MISTAKES = [
     (["--seed", "x"], ["seed", "int", "x"]),
     (["--seed", "1.5"], ["seed", "int", "1.5"]),
     (["--train.exact", "maybe"], ["train.exact", "bool", "maybe"]),
-    (["--data.name", "mnst"], ["data.name", "'mnist'", "mnst"]),
+    (["--data.name", "mnst"], ["data.name", "'mnist'", "mnst", "Did you mean mnist?"]),
+    (["--model.name", "cnm"], ["model.name", "Did you mean cnn?"]),
     (["--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
     (["--optim.lr", "-1"], ["optim.lr is -1.0"]),
     (["--train.micro_batches", "3"], ["Use 510 or 513, or train.micro_batches 2."]),
@@ -231,6 +236,12 @@ def test_parse_refuses_a_wrong_file_in_one_line(text: str, words: list[str], tmp
         parse(["--config", str(tmp_path / "recipe.yaml")])
     assert "\n" not in str(error.value)
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        parse(["--version"])
+    assert (leaving.value.code, capsys.readouterr().out) == (0, f"lockstep {__version__}\n")
 
 
 def test_parse_takes_no_abbreviated_flag() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,21 @@ def test_load_refuses_a_directory_in_a_files_place(source: Source, world: World)
     (source.folder / f"{IMAGES}.gz").unlink()
     (source.folder / f"{IMAGES}.gz").mkdir()
     assert IMAGES in refusal(source, world)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", ["pipe", "device", "sparse terabyte"])
+def test_load_refuses_what_would_never_end(kind: str, packed: bool, source: Source, world: World) -> None:
+    (source.folder / f"{IMAGES}.gz").unlink()
+    path = source.folder / (f"{IMAGES}.gz" if packed else IMAGES)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 10**12)
+    assert f"{path} is not a file of at most 200,000,000 bytes" in refusal(source, world)
 
 
 @pytest.mark.parametrize("layout", ["packed", "unpacked", "mixed", "flat", "environment"])

@@ -184,7 +184,7 @@ def test_launch_run_refuses_bad_input_in_one_line(options: list[str], says: str)
 
 
 def test_launch_without_a_valid_subcommand_lists_them() -> None:
-    done = subprocess.run([sys.executable, "-m", "launch", "rum"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "launch", "zzz"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Use one of: run, " in done.stderr
     done = subprocess.run([sys.executable, "-m", "launch"], capture_output=True, text=True)

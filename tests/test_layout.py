@@ -10,11 +10,12 @@ from conftest import ROOT
 # A module may import from the rows above its own only.
 LAYERS = [
     {"config", "sampler", "preempt", "clock"},
+    {"yamlfile"},
     {"cli", "rng", "report", "fingerprint", "watchdog"},
     {"augment", "models", "optim", "picture"},
     {"world", "checkpoint", "metrics"},
     {"data", "reduce"},
-    {"evaluate"},
+    {"evaluate", "deploy", "image"},
     {"run"},
     {"summary", "step", "alarms"},
     {"loop"},

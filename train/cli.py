@@ -6,14 +6,44 @@ Light on purpose: `--help` and a config error answer before torch would have bee
 import argparse
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
-
+from train import __version__, yamlfile
 from train.config import Config, UserError
+
+ALIAS = re.compile(r"^(--[\w.]+=)?[\[{&-](.*[\s\[{,:])?&\w.*[\s\[{,:]\*\w", re.DOTALL)
+MAX_FLAG = 4096  # characters; the parser's C code overflows its stack on deeply nested values
+MAX_MESSAGE = 400  # characters of a parser's message, which repeats what it was given
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose refusals are a UserError: one line, with the nearest valid name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing usage and leaving."""
+        hint = "See --help."
+        if wrong := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            hint = did_you_mean(wrong[1], list(self._option_string_actions), hint)
+            message = f"{self.prog} has no option {wrong[1]}"
+        elif wrong := re.match(r"argument ([^:]+): invalid choice: '?([^' ]*)", message):
+            names = wrong[1].split("/")
+            choices = next(a.choices for a in self._actions if names[0] in (*a.option_strings, a.metavar, a.dest)) or ()
+            hint = did_you_mean(wrong[2], list(choices), hint)
+            message = f"{wrong[1]} is {wrong[2]}. Use one of: {', '.join(choices)}"
+        raise UserError(f"{' '.join(message.split())[:MAX_MESSAGE]}. {hint}")
+
+
+def did_you_mean(wrong: str, names: Sequence[str], otherwise: str) -> str:
+    """`Did you mean NAME?` for the nearest of the valid names, or `otherwise`."""
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else otherwise
 
 
 def recipe_name(argv: Sequence[str]) -> str | None:
@@ -31,10 +61,7 @@ def config_files(argv: Sequence[str]) -> list[str]:
 
 def check_file(path: Path, names: Sequence[str]) -> None:
     """Raise UserError, naming the file, if it is no YAML mapping of config fields or leaves a number out."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    content = yamlfile.read(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {content!r:.40}, expected config fields, such as `seed: 0`.")
     sections = {field.name: field.default_factory for field in dataclasses.fields(Config) if field.name != "seed"}
@@ -42,31 +69,35 @@ def check_file(path: Path, names: Sequence[str]) -> None:
     for section, value in content.items():
         fields = [f"{section}.{name}" for name in value] if section in sections and isinstance(value, dict) else [str(section)]
         if unknown := [name for name in fields if name not in known]:
-            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}?" if near else "See --help for the names."
-            raise UserError(f"There is no config field {unknown[0]}, which {path} sets. {hint}")
-        for name, item in value.items() if isinstance(value, dict) else []:
+            raise UserError(
+                f"There is no config field {unknown[0][:80]}, which {path} sets. "
+                + did_you_mean(unknown[0], known, "See --help for the names.")
+            )
+        if section in sections and not isinstance(value, dict):
+            raise UserError(f"{path}: {section} is {value!r:.40}. Expected fields of it, such as `{section}: {{name: value}}`.")
+        for name, item in value.items() if section in sections else []:
             field_type = get_type_hints(sections[section])[name]
-            if item is None and field_type in (int, float, bool):  # the parser would build the section before it looks
-                raise UserError(f"{path}: {section}.{name}: Expected a {field_type.__name__}. Got value: null.")
+            if item is None and type(None) not in get_args(field_type):  # the parser would build the section before it looks
+                raise UserError(f"{path}: {section}.{name} is null. Expected {getattr(field_type, '__name__', 'a value')}.")
 
 
 def _one_line(message: str, names: Sequence[str]) -> str:
     """Turn a parser's message into one line in our own words, with the nearest valid field name where one was missed."""
-    text = " ".join(message.split())
+    text = " ".join(message.split())[:MAX_MESSAGE]
     text = re.sub(r"""^Parser key "([^"]*)": """, r"\1: ", text)
-    text = re.sub(r"<class '([^']*)'>", r"\1", text).replace("a typing.Literal", "one of ")
+    text = re.sub(r"<class '([^']*)'>", r"\1", text).replace("a typing.Literal", "one of ").replace("a int", "an int")
     unknown = re.match(r"unrecognized arguments: (?:--)?([^\s=]+)", text)
     unknown = unknown or re.match(r"Group '(?P<g>[^']*)' does not accept option '([^']*)'", text)
     if unknown:
         groups = unknown.groupdict()
         wrong = f"{groups['g']}.{unknown.group(2)}" if "g" in groups else unknown.group(1)
-        near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]}?" if near else "See --help for the names."
-        return f"There is no config field {wrong}. {hint}"
+        return f"There is no config field {wrong}. {did_you_mean(wrong, names, 'See --help for the names.')}"
+    if choice := re.search(r"one of \[(.*)\]\. Got value: (.*)", text):
+        return f"{text.rstrip('.')}. {did_you_mean(choice[2], choice[1].replace(chr(39), '').split(', '), '')}".rstrip()
     return text if text.endswith(".") else text + "."
 
 
+@functools.cache
 def make_parser() -> Any:
     """Build the command line of `python -m train` (a jsonargparse.ArgumentParser)."""
     import jsonargparse
@@ -78,6 +109,7 @@ def make_parser() -> Any:
         exit_on_error=False,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"lockstep {__version__}", help="Print the version and leave.")
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below; may be repeated.")
     parser.add_class_arguments(Config)
     return parser
@@ -91,8 +123,14 @@ def parse(argv: Sequence[str]) -> Config:
     parser = make_parser()
     names = [action.dest for action in parser._actions if "." in action.dest or action.dest == "seed"]
     for file in config_files(argv):
-        if Path(file).is_file():  # otherwise the parser complains
-            check_file(Path(file), names)
+        check_file(Path(file), names)
+    for value in argv:  # a flag's value is read as YAML too
+        if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(f"{value[:40]!a} is not UTF-8. Names and texts on the command line must be.")
+        if ALIAS.search(value):
+            raise UserError(f"{value[:40]}... uses YAML aliases, which are not read. Write the value out.")
+        if len(value) > MAX_FLAG:
+            raise UserError(f"{value[:40]}... has {len(value):,} characters. A flag takes at most {MAX_FLAG:,}.")
     try:
         values = parser.parse_args(list(argv))
         built = parser.instantiate(values)

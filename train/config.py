@@ -32,6 +32,15 @@ def _check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product of two fits 64 bits
+
+
+def _check_counts(section: str, config: Any) -> None:
+    """Refuse a whole number that nobody can mean, before it is multiplied, looped over or allocated."""
+    for name, value in vars(config).items():
+        _check(not isinstance(value, int) or value <= LARGEST, f"{section}.{name} is {value!s:.40}. Use {LARGEST:,} or less.")
+
+
 CLASS_NAMES = {
     "fashion_mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"],
     "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
@@ -57,8 +66,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check(bool(self.dir), "run.dir is empty. Give a directory, such as runs.")
         if self.name is not None:
-            bad = not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", self.name)
-            _check(not bad, f"run.name is {self.name!r}. Use letters, digits and . _ = + - only: it names a directory.")
+            bad = not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", self.name)
+            _check(not bad, f"run.name is {self.name[:220]!r}. Use 1 to 200 letters, digits and . _ = + -: it names a directory.")
         _check(bool(self.resume), "run.resume is empty. Use auto, never, or the path of a checkpoint.")
 
 
@@ -80,6 +89,7 @@ class DataConfig:
     """Training examples of the random data set (its test split has a sixth of it)."""
 
     def __post_init__(self) -> None:
+        _check_counts("data", self)
         _check(self.validation >= 0, f"data.validation is {self.validation} examples. Use 0 (off) or more.")
         _check(self.random_examples >= 6, f"data.random_examples is {self.random_examples}. Use 6 or more.")
 
@@ -163,7 +173,7 @@ class OptimConfig:
             value = getattr(self, name)
             _check(0 <= value <= 1, f"optim.{name} is {value}. It is a share: 0 to 1.")
         _check(self.max_skips >= 1, f"optim.max_skips is {self.max_skips} updates. Use 1 or more, or optim.nonfinite stop.")
-        _check(self.clip_norm >= 0, f"optim.clip_norm is {self.clip_norm}. Use 0 (off) or a positive norm.")
+        _check(0 <= self.clip_norm < 1e9, f"optim.clip_norm is {self.clip_norm}. Use 0 (off) or a positive norm below 1e9.")
 
 
 @dataclass(frozen=True)
@@ -198,12 +208,14 @@ class TrainConfig:
     step is done)."""
 
     def __post_init__(self) -> None:
+        _check_counts("train", self)
         for name, unit in (("epochs", "epochs"), ("global_batch_size", "examples"), ("timeout", "seconds")):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name} is {value} {unit}. Use 1 or more.")
         for name in ("max_steps", "micro_batches", "micro_batch_limit", "num_threads"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name} is {value}. Use 0 (automatic) or more.")
+        _check(self.num_threads <= 4096, f"train.num_threads is {self.num_threads}. Use 0 (automatic) to 4096.")
         size, parts, limit = self.global_batch_size, self.micro_batches, self.micro_batch_limit
         _check(parts > 0 or not self.exact, "train.exact needs train.micro_batches: the largest world size, such as 8.")
         _check(parts <= size, f"train.micro_batches is {parts}, more than the {size} examples of train.global_batch_size.")
@@ -231,6 +243,7 @@ class EvalConfig:
     """Examples per pass. Portions are the same on every world size."""
 
     def __post_init__(self) -> None:
+        _check_counts("eval", self)
         _check(self.every_steps >= 0, f"eval.every_steps is {self.every_steps}. Use 0 (once an epoch) or more.")
         _check(self.batch_size >= 1, f"eval.batch_size is {self.batch_size} examples. Use 1 or more.")
 
@@ -245,6 +258,7 @@ class CheckpointConfig:
     """Newest checkpoints that stay, beside the best."""
 
     def __post_init__(self) -> None:
+        _check_counts("checkpoint", self)
         _check(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}. Use 0 (once an epoch) or more.")
         _check(self.keep >= 1, f"checkpoint.keep is {self.keep}. Use 1 or more: without one there is nothing to resume.")
 
@@ -263,6 +277,7 @@ class LogConfig:
     """Name a rank whose own work takes this many times as long as the median rank's; 0: off."""
 
     def __post_init__(self) -> None:
+        _check_counts("log", self)
         _check(self.every_steps >= 1, f"log.every_steps is {self.every_steps}. Use 1 or more.")
         for name in ("spike", "slow_rank"):
             value = getattr(self, name)

@@ -31,6 +31,7 @@ from train.world import World
 FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's class names
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 COUNTS = {"train": 60000, "t10k": 10000}
+MAX_FILE_BYTES = 200_000_000  # the largest has 47,040,016
 DOWNLOAD_TIMEOUT_SECONDS = 10
 CACHE_SCHEMA = 2  # count up when the same files are parsed to other tensors
 
@@ -97,8 +98,11 @@ def parse_idx(content: bytes, source: Path) -> NDArray[np.uint8]:
 def read_file(path: Path, md5: str) -> NDArray[np.uint8]:
     """Read `path`.gz (checked against its MD5) or, where there is none, the unpacked `path`."""
     packed = path.with_name(path.name + ".gz")
+    present = packed if packed.exists() else path
     try:
-        if not packed.exists():
+        if not present.is_file() or present.stat().st_size > MAX_FILE_BYTES:  # a pipe or a device would never end
+            raise UserError(f"{present} is not a file of at most {MAX_FILE_BYTES:,} bytes. Get it anew.")
+        if present is path:
             return parse_idx(path.read_bytes(), path)
         content = packed.read_bytes()
         if (found := hashlib.md5(content).hexdigest()) != md5:

@@ -45,8 +45,12 @@ class Result:
 
     def certificate(self) -> dict[str, Any]:
         """What proves in summary.json which predictions were made."""
-        sha256 = hashlib.sha256(self.predictions.to(torch.uint8).numpy().tobytes()).hexdigest()
-        return {**self.record(), "predictions_sha256": sha256, "confusion": self.confusion}
+        return {**self.record(), "predictions_sha256": predictions_sha256(self.predictions), "confusion": self.confusion}
+
+
+def predictions_sha256(predictions: Tensor) -> str:
+    """SHA-256 of predictions, int64 [N] on the CPU, as one byte each."""
+    return hashlib.sha256(predictions.to(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from train import yamlfile
 from train.config import UserError, class_names
 
 Row = dict[str, Any]
@@ -79,14 +78,14 @@ def read(run_dir: Path, name: str) -> Record:
     summary = read_mapping(run_dir / "summary.json", json.loads)
     is_current = summary.get("step") == rows[-1]["step"]
     kept: dict[str, Any] = summary if is_current else {key: summary[key] for key in ("data", "total_steps") if key in summary}
-    return Record(name, rows, kept, read_mapping(run_dir / "config.yaml", yaml.safe_load))
+    return Record(name, rows, kept, read_mapping(run_dir / "config.yaml", yamlfile.load))
 
 
 def parse_row(line: str) -> Row | None:
     """Parse a line of metrics.jsonl; None for a torn one, which a kill can leave."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and {"event", "step"} <= row.keys() else None
 
@@ -95,7 +94,7 @@ def read_mapping(path: Path, parse: Any) -> dict[str, Any]:
     """Read a file that holds one mapping; empty if there is no such file. Raises UserError if it holds anything else."""
     try:
         content = parse(path.read_text()) if path.exists() else {}
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, OSError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged. Expected what a run writes there; delete it to draw the run without it.")

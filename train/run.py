@@ -144,6 +144,18 @@ def make_state(run: Run) -> checkpoint.State:
 
 def restore(run: Run, state: checkpoint.State, source: str) -> list[str]:
     """Put a checkpoint's state into a fresh Run; return warnings. Raises UserError if it belongs to another run."""
+    try:
+        return _restore(run, state, source)
+    except checkpoint.Damaged as error:
+        raise checkpoint.Damaged(f"{source}: {error}") from None
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whole, and yet not what we write
+        what = " ".join(str(error).split())[:100]
+        raise checkpoint.Damaged(f"{source} is not a checkpoint of this program: {type(error).__name__} {what}.") from error
+
+
+def _restore(run: Run, state: checkpoint.State, source: str) -> list[str]:
     meta = state.meta
     changed = differences(meta["mathematics"], mathematics(run.config))
     if meta["data_sha256"] != run.data.sha256:
@@ -152,13 +164,18 @@ def restore(run: Run, state: checkpoint.State, source: str) -> list[str]:
         raise UserError(f"{source} belongs to another run: {', '.join(changed)}. Undo that, or use another run.name.")
     run.step, run.best, run.closed_epoch = meta["step"], meta["best"], meta.get("closed_epoch")
     run.skips = meta.get("skips", 0)
+    if not (type(run.step) is int and 0 <= run.step <= run.total_steps):
+        raise ValueError(f"step {run.step!r} of {run.total_steps}")
+    if run.best is not None:
+        run.best = {"step": int(run.best["step"]), "accuracy": float(run.best["accuracy"])}
     checkpoint.restore_model(run.module, state.model)
     if run.ema:
         checkpoint.restore_model(run.ema.model, state.ema)
     checkpoint.restore_optimizer(run.optimizer.optimizer, run.module, state.optimizer)
     if meta["scaler"] is not None and run.world.accelerator.scaler is not None:
         run.world.accelerator.scaler.load_state_dict(meta["scaler"])
+    ledger = Ledger(int(meta["ledger"]["sum"]), int(meta["ledger"]["count"]))
     if run.world.is_main:  # the ledger's sum so far counts once over all ranks
-        run.ledger = Ledger(meta["ledger"]["sum"], meta["ledger"]["count"])
+        run.ledger = ledger
     differs = differences(meta["contract"], contract(run.world))
     return [f"The bits may differ from an undisturbed run's: {', '.join(differs)}."] if differs else []

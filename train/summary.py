@@ -111,8 +111,11 @@ def read_finished(path: Path, run: Run) -> dict[str, Any] | None:
     """Return the summary of a run that has nothing left to do; None on other ranks than 0."""
     if not run.world.is_main or run.step < run.total_steps or not path.exists():
         return None
-    summary = json.loads(path.read_text())
-    return summary if summary["outcome"] == "finished" and summary["step"] == run.step else None
+    try:
+        summary = json.loads(path.read_text())
+        return summary if summary["outcome"] == "finished" and summary["step"] == run.step else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged: it is made anew
+        return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,144 @@
+"""Any bytes and any values: a config, an IDX file, or one line that says why not; and one safe reader of each format."""
+
+import ast
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train import yamlfile
+from train.cli import did_you_mean, parse
+from train.config import Config, UserError
+from train.data import parse_idx
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["cnn", "bf16", "digits", "1e3"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config) if field.name != "seed"}
+NAMES = [f"{section}.{field.name}" for section, build in SECTIONS.items() for field in dataclasses.fields(build)]  # type: ignore
+
+
+def is_config_or_one_line(argv: list[str]) -> None:
+    try:
+        assert isinstance(parse(argv), Config)
+    except UserError as error:
+        if "\n" in str(error):
+            raise AssertionError(str(error)) from error
+
+
+@given(content=st.dictionaries(st.sampled_from([*SECTIONS, "seed", "x"]), VALUES, max_size=3), data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_mapping_is_a_config_or_refused(content: dict, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for path in data.draw(st.lists(st.sampled_from(NAMES), max_size=3)):
+        section, name = path.split(".")
+        if isinstance(content.setdefault(section, {}), dict):
+            content[section][name] = data.draw(VALUES)
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8", errors="replace")
+    is_config_or_one_line(["--config", str(file)])
+
+
+@given(
+    content=st.binary(max_size=200)
+    | st.text(max_size=100).map(str.encode)
+    | st.text("ab:{}[]&*- \n\"'|>?!%@", max_size=60).map(str.encode)
+)
+@settings(deadline=None, max_examples=100)
+def test_any_bytes_are_a_config_or_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_bytes(content)
+    is_config_or_one_line(["--config", str(file)])
+
+
+@given(
+    name=st.sampled_from([f"--{name}" for name in [*NAMES, "seed", *SECTIONS]]) | st.text(max_size=10),
+    value=st.text(max_size=20) | VALUES.map(str) | st.text("[]{}:,&* -'\"a1", max_size=20),
+)
+@settings(deadline=None, max_examples=100)
+def test_any_flag_is_a_config_or_refused(name: str, value: str) -> None:
+    if name not in ("-h", "--help", "--version") and not name.startswith("--print_config"):
+        is_config_or_one_line([name, value])
+
+
+@given(
+    values=st.fixed_dictionaries(
+        {},
+        optional={
+            "seed": st.integers(0, 10**40), "run.name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,50}", fullmatch=True),
+            "wandb.notes": st.text(st.characters(codec="utf-8"), max_size=40),
+            "wandb.tags": st.lists(st.text(max_size=9), max_size=4),
+            "optim.lr": st.floats(1e-12, 999), "optim.momentum": st.floats(0, 0.999), "train.epochs": st.integers(1, 10**7),
+        },
+    )
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_any_config_that_was_written_is_read_back(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    sections: dict[str, Any] = {}
+    for path, value in values.items():
+        section, _, name = path.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    seed = sections.pop("", {"seed": 0})["seed"]
+    config = Config(seed=seed, **{name: SECTIONS[name](**fields) for name, fields in sections.items()})  # type: ignore[operator]
+    file = tmp_path_factory.getbasetemp() / "written.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert parse(["--config", str(file)]) == config
+
+
+@given(st.binary(max_size=64) | st.binary(max_size=40).map(lambda tail: b"\0\0\x08" + tail))
+@settings(deadline=None, max_examples=300)
+def test_any_bytes_are_idx_or_refused(content: bytes) -> None:
+    try:
+        array = parse_idx(content, Path("file"))
+    except UserError as error:
+        if "\n" in str(error) or "file" not in str(error):
+            raise AssertionError(str(error)) from error
+    else:
+        assert len(content) == 4 + 4 * array.ndim + array.size
+
+
+@given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=3), data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_idx_is_read_back_and_no_other_length_is(shape: list[int], data: st.DataObject) -> None:
+    size = int(torch.tensor(shape).prod())
+    values = data.draw(st.binary(min_size=size, max_size=size))
+    content = bytes([0, 0, 8, len(shape)]) + b"".join(number.to_bytes(4, "big") for number in shape) + values
+    found = parse_idx(content, Path("file"))
+    assert (list(found.shape), found.tobytes()) == (shape, values)
+    for other in (content + b"\0", content[:-1]):
+        with pytest.raises(UserError):
+            parse_idx(other, Path("file"))
+
+
+# The house
+
+
+def test_nothing_reads_yaml_or_tensors_in_an_unsafe_way() -> None:
+    """One safe loader reads all YAML, and nothing evaluates, executes or unpickles (ruff bans the imports)."""
+    unsafe = {"yaml.load", "yaml.safe_load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system", "torch.load"}
+    found = {
+        f"{path.stem}: {ast.unparse(node.func)}"
+        for path in [*(ROOT / "train").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and (ast.unparse(node.func) in unsafe or any(keyword.arg == "shell" for keyword in node.keywords))
+    }
+    assert found == {"yamlfile: yaml.load"}
+    assert issubclass(yamlfile._Loader, yaml.SafeLoader)
+
+
+def test_did_you_mean_is_silent_about_what_is_far_away() -> None:
+    assert did_you_mean("rum", ["run", "data"], "") == "Did you mean run?"
+    assert did_you_mean("zzz", ["run", "data"], "Use run.") == "Use run."

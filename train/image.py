@@ -1,0 +1,95 @@
+"""Image files -> images uint8 [28,28], light ink on black, cropped, scaled and centred as the training images were.
+
+Only PNG and JPEG are decoded, within a limit of pixels that is checked before any is. What ink is follows from the border:
+its median colour is the paper, and ink is what differs from it, whichever of the two is darker.
+"""
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from train.config import UserError
+
+SIDE = 28
+MAX_BYTES, MAX_PIXELS = 100_000_000, 50_000_000
+WORK_SIDE = 1024  # pixels; larger images are averaged down to it first
+MIN_CONTRAST = 16.0  # of 255, between ink and paper
+IN_BOX = 0.2  # share of the strongest ink from which on a pixel belongs to the digit's box: the texture of paper does not
+# Longer side of the digit's box in pixels, and what is put into the middle. MNIST: "size normalized to fit in a 20x20 pixel
+# box while preserving their aspect ratio ... centered in a 28x28 image by computing the center of mass" (LeCun, Cortes and
+# Burges, The MNIST database of handwritten digits). The digits of scikit-learn fill their 8 rows: measured, all 1,797 of them.
+# Fashion-MNIST: "resizing the longest edge of the image to 28" (Xiao, Rasul and Vollgraf, 2017), and kmnist fills its frame.
+FRAMES = {"mnist": (20, "mass")}
+FULL_FRAME = (28, "box")
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """Decode PNG or JPEG into RGBA, upright and at most WORK_SIDE wide and high; raise UserError that names the image."""
+    if not content:
+        raise UserError(f"{name} is empty. Expected a PNG or JPEG image.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd but readable files
+            image: Any = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                raise UserError(f"{name} has {pixels:,} pixels. Expected at most {MAX_PIXELS:,}: make it smaller.")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bit; convert() would cut off at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGBA")
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name} is neither PNG nor JPEG. Convert it to one of them.") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{name} has too many pixels. Expected at most {MAX_PIXELS:,}: make it smaller.") from None
+    except Exception as error:  # what Pillow raises for a damaged file has no common class
+        raise UserError(f"{name} is damaged: {' '.join(str(error).split())[:100] or type(error).__name__}.") from None
+    factor = -(-max(image.size) // WORK_SIDE)
+    return image.reduce(factor) if factor > 1 else image
+
+
+def ink(image: Image.Image, name: str) -> NDArray[np.float32]:
+    """Return how much ink is where, float32 [H,W], 0 paper to 255 ink; raise UserError for an image without any."""
+    pixels: NDArray[Any] = np.asarray(image, np.float32)
+    colour, alpha = pixels[..., :3], pixels[..., 3:] / 255
+    if alpha.min() < 1:  # what is drawn on glass is laid on paper that it shows on
+        brightness = (colour * alpha).sum() / max(float(3 * alpha.sum()), 1.0)
+        colour = colour * alpha + (255 if brightness < 128 else 0) * (1 - alpha)
+    border = np.concatenate([colour[0], colour[-1], colour[:, 0], colour[:, -1]])
+    paper = np.median(border, axis=0)
+    noise = 3 * float(np.median(np.abs(border - paper).max(-1)))  # texture of the paper, JPEG; 0 in a clean image
+    found = np.abs(colour - paper).max(-1)
+    peak = float(found.max())
+    if peak < noise + MIN_CONTRAST:
+        raise UserError(f"{name} is blank: nothing in it differs from its border. Expected ink that does not cover the border.")
+    return (((found - noise) / (peak - noise)).clip(0, 1) * 255).astype(np.float32)
+
+
+def fit(found: NDArray[np.float32], data_name: str) -> NDArray[np.uint8]:
+    """Crop ink to its box, scale the longer side, put it in the middle -> uint8 [28,28] as in the data set of that name."""
+    side, middle = FRAMES.get(data_name, FULL_FRAME)
+    mask = found > IN_BOX * 255
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = found[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    scale = side / max(box.shape)
+    height, width = (max(1, round(length * scale)) for length in box.shape)
+    small = np.asarray(Image.fromarray(box).resize((width, height), Image.Resampling.BOX))
+    top, left = (SIDE - height) // 2, (SIDE - width) // 2
+    if middle == "mass":
+        mass = small.sum()
+        top = round(SIDE / 2 - float((small.sum(1) * np.arange(height)).sum() / mass))
+        left = round(SIDE / 2 - float((small.sum(0) * np.arange(width)).sum() / mass))
+        top, left = min(max(top, 0), SIDE - height), min(max(left, 0), SIDE - width)
+    framed = np.zeros((SIDE, SIDE), np.uint8)
+    framed[top : top + height, left : left + width] = small.round().clip(0, 255)
+    return framed
+
+
+def read(content: bytes, name: str, data_name: str) -> NDArray[np.uint8]:
+    """Turn the bytes of an image file into an image uint8 [28,28] like those of a data set; raise UserError otherwise."""
+    return fit(ink(decode(content, name), name), data_name)
