@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from train import fingerprint, report
 from train.cli import Parser, parse
-from train.config import Config, UserError, differences, mathematics
+from train.config import Config, UserError
+from train.mathematics import differences, mathematics
 from train.report import Record
 
 if TYPE_CHECKING:

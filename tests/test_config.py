@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import train.config
 from train import __version__
 from train.cli import make_parser, parse, recipe_name
-from train.config import Config, UserError, mathematics
+from train.config import Config, UserError
+from train.mathematics import mathematics
 
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
 FIELDS = {

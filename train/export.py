@@ -19,9 +19,10 @@ from torch import Tensor
 
 from train import __version__, data, deploy, report
 from train.cli import Parser, parse
-from train.config import Config, UserError, differences
+from train.config import Config, UserError
 from train.deploy import SUFFIXES, Deployed
 from train.evaluate import Result, evaluate, predictions_sha256
+from train.mathematics import differences
 from train.run import contract
 from train.summary import git_commit
 from train.world import World

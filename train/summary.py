@@ -12,8 +12,8 @@ import torch
 
 from train import checkpoint
 from train.clock import PHASES
-from train.config import mathematics
 from train.evaluate import Result
+from train.mathematics import mathematics
 from train.run import Run, contract
 from train.world import World
 
