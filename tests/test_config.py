@@ -61,6 +61,9 @@ RULES: dict[str, tuple[list[Any], list[Any]]] = {
     "checkpoint.every_steps": ([-1, 10**7 + 1], [0, 1, 10**7]),
     "checkpoint.keep": ([0, -1, 10**7 + 1], [1]),
     "log.every_steps": ([0, 10**7 + 1], [1]),
+    "log.spike": ([-1.0, 0.5, 1.0], [0.0, 1.1]),
+    "log.slow_rank": ([-1.0, 0.5, 1.0], [0.0, 1.1]),
+    "optim.max_skips": ([0, -1], [1]),
 }
 # rules about several fields: (fields, what the message must advise)
 PAIRS = [
