@@ -16,7 +16,7 @@ LAYERS = [
     {"data", "reduce"},
     {"evaluate"},
     {"run"},
-    {"summary"},
+    {"summary", "exhibits"},
     {"loop"},
     {"__main__", "export", "predict"},
 ]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train import checkpoint, data, fingerprint, models, optim, preempt, rng
+from train import checkpoint, data, exhibits, fingerprint, models, optim, preempt, rng
 from train.augment import augment
 from train.config import Config, UserError
 from train.evaluate import Result, evaluate
@@ -284,6 +284,8 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
             results = evaluate_run(run)
         summary = summarize(run, outcome, results or {}, time.perf_counter() - began)
         if world.is_main:
+            if results:  # before the summary: one that is current has exhibits of the same step
+                exhibits.write(run_dir / "exhibits.safetensors", exhibits.collect(run, results))
             summary["fingerprints"] = fingerprint.receipt(read_rows(metrics.path))
             write_json(run_dir / "summary.json", summary)
         world.barrier()  # nobody leaves while rank 0 still writes: a launcher would kill it
