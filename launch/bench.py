@@ -21,7 +21,7 @@ STEPS, WARM_UP_STEPS, GLOBAL_BATCH_SIZE = 60, 20, 512
 RECIPE = (
     f"--data.name random --data.random_examples {GLOBAL_BATCH_SIZE * 20} --model.name cnn --train.precision bf16 "
     f"--train.global_batch_size {GLOBAL_BATCH_SIZE} --train.max_steps {STEPS} --train.num_threads 1 --log.every_steps 10 "
-    f"--eval.every_steps {STEPS} --checkpoint.every_steps {STEPS} --log.progress false --wandb.mode disabled"
+    f"--eval.every_steps {STEPS} --checkpoint.every_steps {STEPS} --log.progress false --log.report false --wandb.mode disabled"
 )
 
 

@@ -247,6 +247,8 @@ class LogConfig:
     """Steps between rows of metrics.jsonl."""
     progress: bool = True
     """Show progress: a bar on a terminal, plain lines elsewhere."""
+    report: bool = True
+    """Write report.html at the end of the run."""
 
     def __post_init__(self) -> None:
         _check(self.every_steps >= 1, f"log.every_steps is {self.every_steps}. Use 1 or more.")

@@ -42,5 +42,5 @@ def collect(run: Run, results: dict[str, Result]) -> dict[str, Tensor]:
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write the tensors atomically."""
     temporary = path.with_name(path.name + ".writing")
-    safetensors.torch.save_file(tensors, temporary)
+    temporary.write_bytes(safetensors.torch.save(tensors))
     os.replace(temporary, path)

@@ -274,6 +274,7 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         for line in (headline(run, run_dir, found[0] if found else None), arithmetic(run), *warnings):
             metrics.say(line)
         facts = {"world_size": world.world_size, "data": source.summary(), "resumed_from": found[0] if found else None}
+        facts |= {"total_steps": run.total_steps}
         metrics.record("start", run.step, command=argv, **facts)
         finished = world.broadcast(read_finished(run_dir / "summary.json", run))
         if finished:
