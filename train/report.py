@@ -159,7 +159,7 @@ def spread(values: list[float], form: str) -> str:
     if not values:
         return "-"
     low, high = format(min(values), form), format(max(values), form)
-    return format(sum(values) / len(values), form) + (f" ({low} to {high})" if low != high else "")
+    return format(sum(values) / len(values), form) + (f"\n({low} to {high})" if low != high else "")
 
 
 def facts(records: list[Record]) -> dict[str, str]:
