@@ -43,6 +43,9 @@ def write(run_dirs: list[Path], output: Path) -> None:
         content = page(records)
     except ImportError as error:
         raise UserError(MISSING) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        names = ", ".join(record.name for record in records)
+        raise UserError(f"{names}: rows that no run writes ({type(error).__name__} {error}). Expected a run's files.") from error
     temporary = output.with_name(output.name + ".writing")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
