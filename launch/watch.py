@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.config import UserError
-from train.report import Record, parse_row
+from train.report import Record, parse_rows
 
 EVERY_SECONDS = 1.0
 QUIET_SECONDS = 60.0  # without a row for longer than that, and than five rows usually take, something may be wrong
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 def read(run_dir: Path) -> Record | None:
     """What metrics.jsonl says by now; None while there is no row. Raises UserError if it cannot be read."""
     try:
-        rows = list(filter(None, map(parse_row, (run_dir / "metrics.jsonl").read_text(errors="replace").splitlines())))
+        rows = parse_rows((run_dir / "metrics.jsonl").read_text(errors="replace"))
     except FileNotFoundError:
         return None
     except OSError as error:

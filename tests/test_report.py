@@ -184,6 +184,7 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
         (None, ["run", "--output", "run/metrics.jsonl/page.html"], "page.html cannot be written"),
         (None, ["damaged"], "summary.json is damaged. Expected"),
         (None, ["torn"], "exhibits.safetensors is damaged"),
+        ('{"event": "eval", "step": 1, "split": "test", "accuracy": "all"}\n', ["run"], "rows that no run writes"),
         ('{"event": "train", "step": 1, "loss": 1}\n{"event": "eval", "step": 1}\n', ["run"], "rows that no run writes"),
     ],
 )

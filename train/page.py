@@ -9,25 +9,13 @@ import io
 import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from train.charts import PANELS, VARIABLES, colours, legend, svg
-from train.config import UserError, class_names
-from train.report import (
-    Confusion,
-    Record,
-    banner,
-    confusion,
-    defaults,
-    environment,
-    facts,
-    flat,
-    groups,
-    read_all,
-    subtitle,
-    title,
-)  # fmt: skip
+from train.config import Config, UserError, class_names
+from train.report import Record, banner, environment, facts, flat, groups, read_all, subtitle, title
 
 MISSING = 'A report needs matplotlib and jinja2: pip install "lockstep[report]".'
 NO_SOFTWARE: Any = {"Software": None}  # matplotlib would write its version into each image
@@ -41,15 +29,17 @@ def write(run_dirs: list[Path], output: Path) -> None:
     records = read_all(run_dirs)
     try:
         content = page(records)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(MISSING) from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         names = ", ".join(record.name for record in records)
         raise UserError(f"{names}: rows that no run writes ({type(error).__name__} {error}). Expected a run's files.") from error
     temporary = output.with_name(output.name + ".writing")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content)
+        temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, output)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}. Use --output with a place that can.") from error
@@ -62,7 +52,7 @@ def page(records: list[Record]) -> str:
 
     together = groups(records)
     environment_ = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment_.from_string(Path(__file__).with_name("page.html").read_text())
+    template = environment_.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     most = max(MOST_MISTAKES // len(records), 10)
     best = max(records, key=lambda record: record.last("eval").get("accuracy", 0))
     return template.render(
@@ -73,7 +63,7 @@ def page(records: list[Record]) -> str:
         members=[(record.name, facts([record])) for group in together if len(group.records) > 1 for record in group.records],
         legend=[(text, VARIABLES[colour], kind) for text, colour, kind in legend(together)],
         charts={name: markupsafe.Markup(svg(together, name)) for name in PANELS},
-        exhibits=[(record, record is best, exhibits(record, most), matrix(confusion(record))) for record in records],
+        exhibits=[(record, record is best, exhibits(record, most), matrix(record)) for record in records],
         lives=[(record, lives(record)) for record in records],
         names=[record.name for record in records],
         config=changes(records),
@@ -95,7 +85,7 @@ def changes(records: list[Record]) -> list[tuple[str, list[str]]]:
     configs = [flat(record.config) for record in records]
     configs = [{name: value for name, value in config.items() if not name.startswith("run.")} for config in configs]
     if len(configs) == 1:
-        configs.append({name: value for name, value in defaults().items() if name in configs[0]})
+        configs.append({name: value for name, value in flat(asdict(Config())).items() if name in configs[0]})
     return [(name, texts) for name, texts in table(configs) if len(texts) > 1]
 
 
@@ -111,28 +101,28 @@ def lives(record: Record) -> list[dict[str, str]]:
     return found
 
 
-def matrix(found: Confusion | None) -> dict[str, Any] | None:
-    """The confusion matrix for the template: cells (count, share of heat 0..1), accuracy per class, frequent mistakes."""
-    if found is None:
+def matrix(record: Record) -> dict[str, Any] | None:
+    """The confusion matrix: cells (count, heat 0..1), accuracy per class, the most frequent mistakes; None if there is none."""
+    result = record.last("eval")
+    counts = record.summary.get(f"{'ema_' if record.averages else ''}{result.get('split')}_confusion")
+    if not counts:
         return None
-    most = max([count for _, count in found.pairs(1)], default=1)
-    rows = [
-        (name, [(count, math.log1p(count) / math.log1p(most)) for count in row])
-        for name, row in zip(found.names, found.counts, strict=True)
-    ]
-    classes = [
-        (name, row[label] / max(sum(row), 1), sum(row) - row[label])
-        for label, (name, row) in enumerate(zip(found.names, found.counts, strict=True))
-    ]
-    floor = min(math.floor(min(share for _, share, _ in classes) * 100 - 1) / 100, 0.99)
-    bars = [(name, share, wrong, max(share - floor, 0) / (1 - floor)) for name, share, wrong in classes]
+    names = class_names(record.data_name)
+    cells = [(label, guess, count) for label, row in enumerate(counts) for guess, count in enumerate(row)]
+    wrong = sorted((cell for cell in cells if cell[0] != cell[1] and cell[2]), key=lambda cell: -cell[2])
+    most = math.log1p(wrong[0][2] if wrong else 1)
+    right = [row[label] / max(sum(row), 1) for label, row in enumerate(counts)]
+    floor = max(min(math.floor(min(right) * 100 - 1) / 100, 0.99), 0.0)  # where the bars begin
     return {
-        "heading": found.heading,
-        "names": found.names,
-        "rows": rows,
-        "classes": bars,
+        "heading": f"{result['num_examples'] - result['correct']:,} of {result['num_examples']:,} {result['split']} images wrong",
+        "names": names,
+        "rows": [[(count, math.log1p(count) / most) for count in row] for row in counts],
+        "classes": [
+            (share, sum(row) - row[i], (share - floor) / (1 - floor))
+            for i, (share, row) in enumerate(zip(right, counts, strict=True))
+        ],
         "floor": floor,
-        "pairs": found.pairs(8),
+        "pairs": [(f"{names[label]} → {names[guess]}", count) for label, guess, count in wrong[:8]],
     }
 
 

@@ -4,7 +4,6 @@ Invariant: what is said was written by the run; nothing is computed again, so ne
 It knows the files and the words, but no format: `charts.py` draws and `page.py` writes HTML.
 """
 
-import dataclasses
 import json
 import shlex
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from train.config import Config, UserError, class_names, mathematics
+from train.config import UserError, mathematics
 
 Row = dict[str, Any]
 
@@ -117,7 +116,7 @@ def read(run_dir: Path, name: str) -> Record:
     if not path.is_file():
         problem = "has no metrics.jsonl" if run_dir.is_dir() else "is not a directory"
         raise UserError(f"{run_dir} {problem}. Expected the directory of a run, such as runs/mnist-20260101-120000.")
-    rows = list(filter(None, map(parse_row, path.read_text(errors="replace").splitlines())))
+    rows = parse_rows(path.read_text(errors="replace"))
     if not any(row["event"] in ("train", "eval") for row in rows):
         raise UserError(f"{path} has no train or eval rows. Expected one per log.every_steps; try again when the run has some.")
     summary = read_mapping(run_dir / "summary.json", json.loads)
@@ -126,13 +125,16 @@ def read(run_dir: Path, name: str) -> Record:
     return Record(run_dir, name, rows, kept, read_mapping(run_dir / "config.yaml", yaml.safe_load))
 
 
-def parse_row(line: str) -> Row | None:
-    """Parse a line of metrics.jsonl; None for a torn one, which a kill can leave."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and {"event", "step"} <= row.keys() else None
+def parse_rows(text: str) -> list[Row]:
+    """The rows of a metrics.jsonl; a torn line, which a kill can leave, is none."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) and {"event", "step"} <= row.keys() else []
+    return rows
 
 
 def read_mapping(path: Path, parse: Any) -> dict[str, Any]:
@@ -276,37 +278,6 @@ def banner(records: list[Record]) -> str:
     return f"THIS IS NOT {asked}: trained on the fallback data set {fallen[0].data_name}{which}"
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """How often each label was read as each class, and what these are called."""
-
-    counts: list[list[int]]  # [label][prediction]
-    names: list[str]
-    heading: str
-
-    def pairs(self, limit: int) -> list[tuple[str, int]]:
-        """The most frequent mistakes, as `4 → 9` and its count, the most frequent first."""
-        found = [
-            (f"{self.names[label]} → {self.names[guess]}", count)
-            for label, row in enumerate(self.counts)
-            for guess, count in enumerate(row)
-            if label != guess and count
-        ]
-        return sorted(found, key=lambda pair: -pair[1])[:limit]
-
-
-def confusion(record: Record) -> Confusion | None:
-    """The confusion matrix of a run's summary; None if it has none."""
-    evaluated = record.last("eval")
-    counts = record.summary.get(f"{'ema_' if record.averages else ''}{evaluated.get('split')}_confusion")
-    if not counts:
-        return None
-    heading = (
-        f"{evaluated['num_examples'] - evaluated['correct']:,} of {evaluated['num_examples']:,} {evaluated['split']} images wrong"
-    )
-    return Confusion(counts, class_names(record.data_name), heading)
-
-
 def step_label(records: list[Record]) -> str:
     """The label of the axis of steps: with the steps of an epoch, if all runs have the same."""
     lengths = {round(row["step"] / row["epoch"]) for record in records if (row := record.last("train")).get("epoch")}
@@ -317,11 +288,6 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """`{"section.field": value}` of what config.yaml holds."""
     sections = {name: value if isinstance(value, dict) else {"": value} for name, value in config.items()}
     return {f"{name}.{field}".rstrip("."): value for name, fields in sections.items() for field, value in fields.items()}
-
-
-def defaults() -> dict[str, Any]:
-    """What config.yaml would hold if nothing were set, flat."""
-    return flat(dataclasses.asdict(Config()))
 
 
 def environment(record: Record) -> dict[str, str]:
