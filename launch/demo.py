@@ -16,7 +16,7 @@ from train.cli import Parser
 RECIPE = (
     "--config configs/quickstart.yaml --train.exact true --train.micro_batches 8 --train.max_steps 40 "
     "--train.global_batch_size 512 --model.dropout 0.2 --augment.shift 2 --checkpoint.every_steps 10 --log.every_steps 1 "
-    "--log.progress false --wandb.mode disabled"
+    "--log.progress false --log.report false --wandb.mode disabled"
 )
 WAIT_SECONDS = 60
 

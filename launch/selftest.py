@@ -22,7 +22,9 @@ from launch.run import Ranks, count_gpus, die_with_parent
 from train.cli import Parser
 from train.config import UserError
 
-COMMON = "--data.name digits --log.every_steps 1 --log.progress false --wandb.mode disabled --train.num_threads 1"
+COMMON = (
+    "--data.name digits --log.every_steps 1 --log.progress false --log.report false --wandb.mode disabled --train.num_threads 1"
+)
 EVERYTHING = (
     f"--model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.3 --optim.lr {LR} "
     f"--optim.ema 0.9 --optim.clip_norm 1 --train.exact true --train.micro_batches 5 --train.global_batch_size {BATCH} "

@@ -21,7 +21,7 @@ RECIPE = (
     "--data.name random --model.name cnn --train.precision bf16 --train.num_threads 1 --log.every_steps 10 "
     f"--train.max_steps {STEPS} --eval.every_steps {STEPS} --checkpoint.every_steps {STEPS} --data.random_examples 10240"
 )
-QUIET = "--log.progress false --wandb.mode disabled"
+QUIET = "--log.progress false --log.report false --wandb.mode disabled"
 
 
 def run(directory: Path, name: str, world_size: int, flags: str) -> dict[str, Any]:

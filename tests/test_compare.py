@@ -177,8 +177,8 @@ def test_doubled_fingerprint_is_refused() -> None:
 
 def test_report_draws_a_run_with_fingerprints(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert report([str(runs / "one"), str(runs / "two"), "--output", str(tmp_path / "two.svg")]) == 0
-    assert "2 runs, the same weights bit for bit" in (tmp_path / "two.svg").read_text()
+    assert report([str(runs / "one"), str(runs / "two"), "--output", str(tmp_path / "two.html")]) == 0
+    assert "2 runs, the same weights bit for bit" in (tmp_path / "two.html").read_text()
 
 
 def test_compare_imports_no_torch(runs: Path, python: Callable[..., subprocess.CompletedProcess[str]]) -> None:

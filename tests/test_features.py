@@ -98,7 +98,8 @@ def test_every_recipe_starts_and_names_its_command(tmp_path: Path, recipe: Path)
     text = recipe.read_text()
     assert f"python -m train --config configs/{recipe.name}" in text
     assert (yaml.safe_load(text)["data"].get("fallback", False)) == (recipe.stem == "quickstart")
-    short = "--train.max_steps 2 --train.num_threads 1 --log.progress false --data.name digits --eval.batch_size 100"
+    short = "--train.max_steps 2 --train.num_threads 1 --data.name digits --eval.batch_size 100"
+    short += " --log.progress false --log.report false"
     command = [sys.executable, "-m", "train", "--config", str(recipe), *short.split(), "--run.dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,8 @@ from ranks.processes import free_port, rows, wait_for_step
 
 BIN = Path(sys.executable).parent
 SMALL = (
-    "--data.name digits --model.name tiny --train.global_batch_size 64 --log.progress false --train.num_threads 1 --optim.lr 0.01"
+    "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_threads 1 --optim.lr 0.01 "
+    "--log.progress false --log.report false"
 )
 STARTED: list[subprocess.Popen] = []
 

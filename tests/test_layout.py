@@ -12,12 +12,12 @@ LAYERS = [
     {"config", "sampler", "preempt", "clock"},
     {"yamlfile", "mathematics"},
     {"cli", "rng", "report", "fingerprint", "watchdog"},
-    {"augment", "models", "optim", "picture"},
-    {"world", "checkpoint", "metrics"},
+    {"augment", "models", "optim", "charts"},
+    {"world", "checkpoint", "metrics", "page"},
     {"data", "reduce"},
     {"evaluate", "deploy", "image"},
     {"run"},
-    {"summary", "step", "alarms"},
+    {"summary", "step", "alarms", "exhibits"},
     {"loop"},
     {"__main__", "export", "predict"},
 ]
@@ -115,19 +115,20 @@ def test_models_know_nothing_of_ranks() -> None:
 
 LIGHT = [
     ROOT / "train" / f"{stem}.py"
-    for stem in (
+    for stem in [
         "config",
         "mathematics",
         "cli",
         "world",
         "preempt",
         "report",
-        "picture",
+        "charts",
+        "page",
         "fingerprint",
         "clock",
         "watchdog",
         "__main__",
-    )
+    ]
 ]
 
 
@@ -147,7 +148,7 @@ def test_launch_imports_the_config_and_nothing_heavy(path: Path) -> None:
     names = at_import(path)
     own = {".".join(name.split(".")[:2]) for name in loads(names, "train")}
     assert own <= {
-        f"train.{name}" for name in ("config", "mathematics", "cli", "report", "picture", "fingerprint", "__version__")
+        f"train.{name}" for name in ("config", "mathematics", "cli", "report", "page", "fingerprint", "__version__")
     }  # each of them light
     heavy = ("torch", "torchvision", "numpy", "accelerate", "wandb", "sklearn")
     assert {name for package in heavy for name in loads(names, package)} == set()

@@ -56,11 +56,22 @@ def main(argv: list[str]) -> int:
     finally:
         world.close()
     if world.is_main:
-        report(run_dir, outcome, summary)
+        report(run_dir, outcome, summary, write_page=config.log.report)
     return 0 if outcome == "finished" else preempt.EXIT_CODE
 
 
-def report(run_dir: Path, outcome: str, summary: dict) -> None:
+def page_problem(run_dir: Path) -> str | None:
+    """Write report.html; return in one line what went wrong: no run fails for its page."""
+    try:
+        from train.page import write
+
+        write([run_dir], run_dir / "report.html")
+    except Exception as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def report(run_dir: Path, outcome: str, summary: dict, *, write_page: bool) -> None:
     """Print what a person wants to know at the end."""
     if outcome == "preempted":
         print(f"preempted at step {summary['step']}: saved. The same command with --run.name {run_dir.name} goes on.")
@@ -76,7 +87,11 @@ def report(run_dir: Path, outcome: str, summary: dict) -> None:
     if summary["data"]["is_fallback"]:
         print("!!! THIS IS NOT MNIST: trained on the fallback data set digits !!!")
     print(f"weights {summary['weights_sha256'][:16]}...")
-    for name in ("summary.json", "metrics.jsonl", "config.yaml", "checkpoints"):
+    problem = page_problem(run_dir) if write_page else None
+    if problem:
+        print(f"no report.html: {problem}")
+    pages = ("report.html",) if write_page and not problem else ()
+    for name in ("summary.json", "metrics.jsonl", "config.yaml", "checkpoints", *pages):
         print(f"  {run_dir / name}")
 
 

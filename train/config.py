@@ -275,6 +275,8 @@ class LogConfig:
     """Warn of a logged loss this many times the largest of the 20 rows before it; 0: off."""
     slow_rank: float = 2.0
     """Name a rank whose own work takes this many times as long as the median rank's; 0: off."""
+    report: bool = True
+    """Write report.html at the end of the run."""
 
     def __post_init__(self) -> None:
         _check_counts("log", self)

@@ -21,12 +21,13 @@ from train.world import World
 
 @dataclass(frozen=True)
 class Result:
-    """Counts over a split; `predictions` int64 [N] in the split's order, on the CPU."""
+    """Counts over a split; `predictions` int64 [N] and `confidences` float32 [N] in the split's order, on the CPU."""
 
     num_examples: int
     correct: int
     loss: float
     predictions: Tensor
+    confidences: Tensor  # probability of the predicted class, 0..1
     confusion: list[list[int]]  # [label][prediction]
 
     @property
@@ -61,8 +62,8 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory
     """
     split, num_examples = data.test, len(data.test)
     num_portions = -(-num_examples // batch_size)
-    # Rows: predictions, losses, and how often each example was seen. Zeros elsewhere add up exactly.
-    table = torch.zeros(3, num_examples, dtype=torch.float64, device=world.device)
+    # Rows: predictions, losses, how often each example was seen, and confidences. Zeros elsewhere add up exactly.
+    table = torch.zeros(4, num_examples, dtype=torch.float64, device=world.device)
     was_training = model.training
     model.eval()
     for portion in range(*share(num_portions, world.world_size, world.rank)):
@@ -74,8 +75,9 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory
         table[0, rows] = logits.argmax(1).double()
         table[1, rows] = F.cross_entropy(logits, split.labels[rows], reduction="none").double()
         table[2, rows] += 1
+        table[3, rows] = logits.softmax(1).amax(1).double()
     model.train(was_training)
-    predictions, losses, seen = world.sum_(table).cpu()
+    predictions, losses, seen, confidences = world.sum_(table).cpu()
     if not bool((seen == 1).all()):
         wrong = int((seen != 1).sum())
         raise RuntimeError(f"The evaluation used {wrong} of {num_examples} examples not exactly once. Its sums are void.")
@@ -86,5 +88,6 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory
         correct=int((predicted == labels).sum()),
         loss=float(losses.sum()) / num_examples,
         predictions=predicted,
+        confidences=confidences.float(),
         confusion=confusion.tolist(),
     )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from train import checkpoint, data, fingerprint, preempt
+from train import checkpoint, data, exhibits, fingerprint, preempt
 from train.alarms import Alarms
 from train.config import Config, RunError, UserError
 from train.evaluate import Result, evaluate
@@ -223,6 +223,7 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         for line in (headline(run, run_dir, found[0] if found else None), arithmetic(run), *warnings):
             metrics.say(line)
         facts = {"world_size": world.world_size, "data": source.summary(), "resumed_from": found[0] if found else None}
+        facts |= {"total_steps": run.total_steps}
         metrics.record("start", run.step, command=argv, **facts)
         finished = world.broadcast(read_finished(run_dir / "summary.json", run))
         if finished:
@@ -235,6 +236,8 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         summary = summarize(run, outcome, results or {}, time.perf_counter() - began)
         summary["phases"] = phases(world)
         if world.is_main:
+            if results:  # before the summary: one that is current has exhibits of the same step
+                exhibits.write(run_dir / "exhibits.safetensors", exhibits.collect(run, results))
             summary["fingerprints"] = fingerprint.receipt(read_rows(metrics.path))
         # Nobody leaves while rank 0 still writes: a launcher would kill it.
         main_writes(world, run_dir, RunError, lambda: write_json(run_dir / "summary.json", summary))

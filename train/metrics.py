@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.config import Config
-from train.report import parse_row
+from train.report import parse_rows
 
 PLAIN_LINE_SECONDS = 5.0
 LIFE_EVENTS = ("start", "preempted", "save_failed")  # what happened to the processes: stays when steps are computed again
@@ -29,8 +29,7 @@ WANDB_START_SECONDS, WANDB_FINISH_SECONDS = 2, 5
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the whole rows of a metrics.jsonl; a torn last line, which a kill can leave, is not one."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return [row for row in map(parse_row, lines) if row is not None]
+    return parse_rows(path.read_text(errors="replace")) if path.is_file() else []
 
 
 def drop_after(path: Path, step: int) -> list[dict[str, Any]]:

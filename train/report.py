@@ -1,25 +1,41 @@
 """Run directories -> what there is to say about the runs, from metrics.jsonl, summary.json and config.yaml alone.
 
 Invariant: what is said was written by the run; nothing is computed again, so neither torch nor the data are needed.
-It knows the files and the words, but no format: `picture.py` draws.
+It knows the files and the words, but no format: `charts.py` draws and `page.py` writes HTML.
 """
 
 import json
+import shlex
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import compress, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
 from train import yamlfile
-from train.config import UserError, class_names
+from train.config import UserError
+from train.mathematics import mathematics
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Life:
+    """What a run's processes did from one start to the next."""
+
+    world_size: Any
+    start_step: int
+    end_step: int
+    start_time: float  # seconds since 1970
+    end_time: float  # of the last row
+    end: str  # finished, preempted (SIGTERM), or "no word": killed, crashed, or running still
+    points: list[tuple[float, int]]  # (time, step) of the rows
 
 
 @dataclass(frozen=True)
 class Record:
     """What a run directory says. `summary` is empty where there is none, or where it is older than the last row."""
 
+    path: Path
     name: str
     rows: list[Row]
     summary: dict[str, Any]
@@ -35,10 +51,38 @@ class Record:
         """The last row of an event; empty if there is none. Averaged weights are evaluated last, so they count if there are."""
         return next((row for row in reversed(self.rows) if row["event"] == event), {})
 
+    @property
+    def lives(self) -> list[Life]:
+        """What happened between the starts; a start that found nothing left to do is none."""
+        stretches: list[list[Row]] = []
+        for row in self.rows:
+            if row["event"] == "start":
+                stretches.append([])
+            if stretches:
+                stretches[-1].append(row)
+        found: list[Life] = []
+        for rows in stretches:
+            first, last = rows[0], rows[-1]
+            if len(rows) == 1 and found and first["step"] == self.total_steps:
+                continue
+            preempted = next((row for row in rows if row["event"] == "preempted"), None)
+            end = f"preempted ({preempted.get('signal')})" if preempted else "no word of its end"
+            end = "finished" if last["step"] == self.total_steps else end
+            points = [(row["time"], row["step"]) for row in rows if "time" in row]
+            times = [time for time, _ in points] or [0.0]
+            found.append(Life(first.get("world_size"), first["step"], last["step"], times[0], times[-1], end, points))
+        return found
+
+    @property
+    def total_steps(self) -> int | None:
+        """The step at which the run ends, if it says so."""
+        return self.summary.get("total_steps", self.last("start").get("total_steps"))
+
     def marks(self, event: str) -> list[int]:
         """Steps at which the run was started again (`start`) or left (`preempted`)."""
-        steps = [row["step"] for row in self.rows if row["event"] == event]
-        return sorted(set(steps[1:] if event == "start" else steps))
+        steps = [life.start_step if event == "start" else life.end_step for life in self.lives]
+        preempted = [life.end.startswith("preempted") for life in self.lives]
+        return sorted(set(steps[1:] if event == "start" else compress(steps, preempted)))
 
     @property
     def averages(self) -> bool:
@@ -72,22 +116,25 @@ def read(run_dir: Path, name: str) -> Record:
     if not path.is_file():
         problem = "has no metrics.jsonl" if run_dir.is_dir() else "is not a directory"
         raise UserError(f"{run_dir} {problem}. Expected the directory of a run, such as runs/mnist-20260101-120000.")
-    rows = list(filter(None, map(parse_row, path.read_text(errors="replace").splitlines())))
+    rows = parse_rows(path.read_text(errors="replace"))
     if not any(row["event"] in ("train", "eval") for row in rows):
         raise UserError(f"{path} has no train or eval rows. Expected one per log.every_steps; try again when the run has some.")
     summary = read_mapping(run_dir / "summary.json", json.loads)
     is_current = summary.get("step") == rows[-1]["step"]
     kept: dict[str, Any] = summary if is_current else {key: summary[key] for key in ("data", "total_steps") if key in summary}
-    return Record(name, rows, kept, read_mapping(run_dir / "config.yaml", yamlfile.load))
+    return Record(run_dir, name, rows, kept, read_mapping(run_dir / "config.yaml", yamlfile.load))
 
 
-def parse_row(line: str) -> Row | None:
-    """Parse a line of metrics.jsonl; None for a torn one, which a kill can leave."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and {"event", "step"} <= row.keys() else None
+def parse_rows(text: str) -> list[Row]:
+    """The rows of a metrics.jsonl; a torn line, which a kill can leave, is none."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        rows += [row] if isinstance(row, dict) and {"event", "step"} <= row.keys() else []
+    return rows
 
 
 def read_mapping(path: Path, parse: Any) -> dict[str, Any]:
@@ -109,26 +156,79 @@ def read_all(run_dirs: list[Path]) -> list[Record]:
     ]
 
 
-def facts(record: Record) -> dict[str, str]:
-    """The cells of a run's row in the table, by heading."""
-    summary, trained, evaluated = record.summary, record.last("train"), record.last("eval")
-    outcome = summary.get("outcome", "unfinished")
-    steps = f"{record.rows[-1]['step']:,}" + (f" of {summary['total_steps']:,}" if "total_steps" in summary else "")
-    sizes: list[Any] = [size for size, _ in groupby(row["world_size"] for row in record.rows if row["event"] == "start")]
-    sizes = sizes if len(sizes) <= 4 else [sizes[0], "...", sizes[-1]]
-    restarts = sum(row["event"] == "start" for row in record.rows) - 1
-    seconds = summary.get("train_seconds", trained.get("train_seconds"))
-    speed = summary.get("images_per_second") or trained.get("images_per_second")
+def spread(values: list[float], form: str) -> str:
+    """A value, or the mean of several and their range, each formatted by `form`; a dash if there is none."""
+    if not values:
+        return "-"
+    low, high = format(min(values), form), format(max(values), form)
+    return format(sum(values) / len(values), form) + (f"\n({low} to {high})" if low != high else "")
+
+
+def facts(records: list[Record]) -> dict[str, str]:
+    """What there is to say of one run, or of several that are alike, in a few figures, by heading."""
+    results = [result for record in records if (result := record.last("eval"))]
+    ends = sorted({record.rows[-1]["step"] for record in records})
+    total = {record.total_steps for record in records}
+    steps = " to ".join(f"{end:,}" for end in ends[:: max(len(ends) - 1, 1)])
+    outcomes = {record.summary.get("outcome", "unfinished") for record in records} - {"finished"}
+    seconds = [record.summary.get("train_seconds", record.last("train").get("train_seconds")) for record in records]
+    speeds = [record.summary.get("images_per_second") or record.last("train").get("images_per_second") for record in records]
+    wrong = [result["num_examples"] - result["correct"] for result in results]
+    sizes: list[str] = [size for record in records for size, _ in groupby(str(life.world_size) for life in record.lives)]
+    sizes = list(dict.fromkeys(sizes)) if len(records) > 1 else sizes
+    restarts = sum(max(len(record.lives) - 1, 0) for record in records)
+    restarted = f" ({restarts} restart{'s'[: restarts > 1]})" if restarts else ""
+    hashes = {record.weights for record in records}
     return {
-        "run": record.short_name,
-        "accuracy": f"{evaluated['accuracy']:.2%}" if evaluated else "-",
-        "correct": f"{evaluated['correct']:,} of {evaluated['num_examples']:,}" if evaluated else "not evaluated",
-        "steps": steps + ("" if outcome == "finished" else f", {outcome}"),
-        "ranks": " → ".join(map(str, sizes)) + (f"  ({restarts} restart{'s'[: restarts > 1]})" if restarts > 0 else ""),
-        "seconds": f"{seconds:,.1f}" if seconds is not None else "-",
-        "images/s": f"{speed:,.0f}" if speed else "-",
-        "weights": record.weights[:12] if record.weights else "-",
+        "accuracy": spread([result["accuracy"] for result in results], ".2%"),
+        "wrong": f"{spread(wrong, '.4g')} of {results[-1]['num_examples']:,}" if results else "not evaluated",
+        "loss": spread([result["loss"] for result in results], ".4f"),
+        "steps": steps
+        + (f" of {total.pop():,}" if len(total) == 1 and None not in total else "")
+        + "".join(f", {o}" for o in outcomes),
+        "seconds of training": spread([value for value in seconds if value is not None], ",.1f"),
+        "images/s": spread([value for value in speeds if value], ",.0f"),
+        "processes": (" → ".join(sizes if len(sizes) <= 4 else [sizes[0], "...", sizes[-1]]) or "-") + restarted,
+        "weights": (hashes.pop() or "-")[:12] if len(hashes) == 1 else f"{len(hashes)} different",
     }
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed, or a single one: a line in each chart."""
+
+    records: list[Record]
+
+    @property
+    def name(self) -> str:
+        """The run's name, or what the names have in common."""
+        if len(self.records) == 1:
+            return self.records[0].short_name
+        names = [record.name for record in self.records]
+        common = (
+            "".join(takewhile(lambda same: same, (c[0] * (len(set(c)) == 1) for c in zip(*names, strict=False)))).rstrip("-_.=+")
+            or names[0]
+        )
+        return f"{common}, {len(self.records)} seeds"
+
+    def series(self, event: str, field: str, ema: bool | None = None) -> tuple[list[int], list[list[float]]]:
+        """The steps that all runs have, and at each the runs' values."""
+        runs = [dict(zip(*record.series(event, field, ema), strict=True)) for record in self.records]
+        steps = sorted(set.intersection(*map(set, runs)))
+        return steps, [[run[step] for run in runs] for step in steps]
+
+
+def groups(records: list[Record]) -> list[Group]:
+    """Put runs together that differ in nothing but the seed. The same seed twice is a comparison: such runs stay apart."""
+    alike: dict[str, list[Record]] = {}
+    for record in records:
+        fields = mathematics(record.config) | {"seed": None, "data_sha256": record.data.get("sha256")}
+        alike.setdefault(json.dumps(fields, sort_keys=True, default=str) if record.config else record.name, []).append(record)
+    found = []
+    for same in alike.values():
+        distinct = len({record.config.get("seed") for record in same}) == len(same)
+        found += [Group(same)] if distinct else [Group([record]) for record in same]
+    return found
 
 
 def title(records: list[Record]) -> str:
@@ -178,38 +278,35 @@ def banner(records: list[Record]) -> str:
     return f"THIS IS NOT {asked}: trained on the fallback data set {fallen[0].data_name}{which}"
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """How often each label was read as each class, and what these are called."""
-
-    counts: list[list[int]]  # [label][prediction]
-    names: list[str]
-    heading: str
-
-    def pairs(self, limit: int) -> list[tuple[str, int]]:
-        """The most frequent mistakes, as `4 → 9` and its count, the most frequent first."""
-        found = [
-            (f"{self.names[label]} → {self.names[guess]}", count)
-            for label, row in enumerate(self.counts)
-            for guess, count in enumerate(row)
-            if label != guess and count
-        ]
-        return sorted(found, key=lambda pair: -pair[1])[:limit]
-
-
-def confusion(record: Record) -> Confusion | None:
-    """The confusion matrix of a run's summary; None if it has none."""
-    evaluated = record.last("eval")
-    counts = record.summary.get(f"{'ema_' if record.averages else ''}{evaluated.get('split')}_confusion")
-    if not counts:
-        return None
-    heading = (
-        f"{evaluated['num_examples'] - evaluated['correct']:,} of {evaluated['num_examples']:,} {evaluated['split']} images wrong"
-    )
-    return Confusion(counts, class_names(record.data_name), heading)
-
-
 def step_label(records: list[Record]) -> str:
     """The label of the axis of steps: with the steps of an epoch, if all runs have the same."""
     lengths = {round(row["step"] / row["epoch"]) for record in records if (row := record.last("train")).get("epoch")}
     return f"step ({lengths.pop()} per epoch)" if len(lengths) == 1 else "step"
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """`{"section.field": value}` of what config.yaml holds."""
+    sections = {name: value if isinstance(value, dict) else {"": value} for name, value in config.items()}
+    return {f"{name}.{field}".rstrip("."): value for name, fields in sections.items() for field, value in fields.items()}
+
+
+def environment(record: Record) -> dict[str, str]:
+    """Where and with what a run was trained, by heading."""
+    summary, data, start = record.summary, record.data, record.last("start")
+    contract = summary.get("contract", {})
+    versions = {"lockstep": "", "python": "", **summary.get("versions", {})}
+    sizes = [f"{data[name]:,} {name[4:-9]}" for name in data if name.startswith("num_")]
+    device = " ".join(filter(None, (summary.get("device"), contract.get("device"))))
+    threads = f", {contract['num_threads']} thread(s) per process" if contract.get("num_threads") else ""
+    found = {
+        "data": f"{record.data_name}: {', '.join(sizes)} images" if sizes else record.data_name,
+        "data SHA-256": data.get("sha256", "")[:16],
+        "fallback data": "YES" if data.get("is_fallback") else "no",
+        "device": device + threads if device else "",
+        "processes": " → ".join(str(life.world_size) for life in record.lives),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
+        "commit": summary.get("git_commit") or "",
+        "command": shlex.join(["python", "-m", "train", *map(str, start.get("command", []))]),
+        "weights SHA-256": record.weights or "",
+    }
+    return {name: text for name, text in found.items() if text}

@@ -119,5 +119,6 @@ def launch(log: Path, *argv: str, **env: str) -> tuple[int, str]:
 
 def arguments(run: Path, *flags: str) -> list[str]:
     """The command line of a small run on digits; later flags win."""
-    small = "--data.name digits --model.name tiny --train.global_batch_size 64 --log.progress false --train.num_threads 1"
-    return [*small.split(), "--run.dir", str(run.parent), "--run.name", run.name, *" ".join(flags).split()]
+    small = "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_threads 1"
+    quiet = "--log.progress false --log.report false"
+    return [*small.split(), *quiet.split(), "--run.dir", str(run.parent), "--run.name", run.name, *" ".join(flags).split()]

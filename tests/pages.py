@@ -1,0 +1,131 @@
+"""Made-up runs, for the tests of what reads run directories: their files, their pages, and what a page holds."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from launch.report import main
+from train.config import Config, DataConfig, WandbConfig
+
+STEPS = 60
+SHA256 = "0123456789abcdef" * 4
+EVIL = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags with attributes, and its text with one blank between elements; checks that all are closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    def count(self, name: str, **wanted: str) -> int:
+        return sum(tag == name and wanted.items() <= attributes.items() for tag, attributes in self.tags)
+
+
+def confusion(correct: int, mistakes: dict[tuple[int, int], int]) -> list[list[int]]:
+    counts = [[correct if label == guess else 0 for guess in range(10)] for label in range(10)]
+    for (label, guess), count in mistakes.items():
+        counts[label][guess] = count
+    return counts
+
+
+def make_rows(*, restarts: tuple[int, ...] = (), final_loss: float = 0.01) -> list[dict[str, Any]]:
+    """Rows as metrics.jsonl has them: training every 10 steps, evaluations at 30 and 60, preempted and started again."""
+    start = {"event": "start", "world_size": 4, "total_steps": STEPS, "command": ["--seed", "1"], "data": {"name": "mnist"}}
+    rows: list[dict[str, Any]] = [{**start, "step": 0, "time": 1e9}]
+    for step in range(10, STEPS + 1, 10):
+        at = {"step": step, "time": 1e9 + step}
+        loss = 2.3 * (final_loss / 2.3) ** (step / STEPS)
+        numbers = {"lr": 0.1 * (1 - step / 61), "grad_norm": 0.5 + step / 50, "images_per_second": 1e4, "train_seconds": step / 9}
+        rows.append({"event": "train", **at, "epoch": step / 30, "loss": loss, **numbers, "seconds_left": float(STEPS - step)})
+        if step % 30 == 0:
+            result = {"accuracy": 0.9 + step / 1000, "loss": 2 * loss, "correct": 900 + step, "num_examples": 1000}
+            rows.append({"event": "eval", **at, "split": "test", "ema": False, **result})
+        if step in restarts:
+            rows.append({"event": "preempted", **at, "signal": "SIGTERM"})
+            rows.append({**start, **at, "world_size": 2})
+    return rows
+
+
+def make_summary(**changes: Any) -> dict[str, Any]:
+    summary = {"outcome": "finished", "step": STEPS, "total_steps": STEPS, "world_size": 2, "weights_sha256": SHA256}
+    summary |= {"train_seconds": 6.7, "images_per_second": 12345.6, "git_commit": "c0ffee+", "device": "cpu"}
+    summary |= {"data": {"name": "mnist", "num_train_examples": 60000, "num_test_examples": 10000, "is_fallback": False}}
+    summary |= {"contract": {"device": "x86_64", "num_threads": 2}, "versions": {"torch": "2.15.0", "python": "3.11.2"}}
+    summary |= {"test_confusion": confusion(96, {(4, 9): 21, (7, 2): 13, (3, 5): 6})}
+    return {**summary, **changes}
+
+
+def make_exhibits(path: Path, count: int) -> None:
+    confidences = np.linspace(0.99, 0.5, count, dtype=np.float32)
+    labels = np.arange(count, dtype=np.int64) % 10
+    images = np.arange(count * 784, dtype=np.uint64).reshape(count, 28, 28).astype(np.uint8)
+    tensors = {"images": images, "labels": labels, "predictions": (labels + 1) % 10, "confidences": confidences}
+    named = {f"mistakes_{name}": tensor for name, tensor in {**tensors, "positions": labels * 7}.items()}
+    safetensors.numpy.save_file({**named, "filters": np.linspace(-1, 1, 75, dtype=np.float32).reshape(3, 5, 5)}, path)
+
+
+def make_run(
+    run: Path,
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any] | None,
+    config: Config | None = None,
+    mistakes: int | None = None,
+) -> Path:
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "tra')  # a torn last line
+    (run / "config.yaml").write_text((config or Config()).to_yaml())
+    if summary:
+        (run / "summary.json").write_text(json.dumps(summary))
+    if mistakes is not None:
+        make_exhibits(run / "exhibits.safetensors", mistakes)
+    return run
+
+
+def make_pages(directory: Path) -> dict[str, Path]:
+    """Three kinds of pages: of one run with everything, of several with seeds, of one whose every text is an attack."""
+    one = make_run(directory / "one", make_rows(restarts=(30,)), make_summary(), mistakes=100)
+    seeds = [
+        make_run(directory / f"seed-{seed}", make_rows(final_loss=seed / 50), make_summary(), Config(seed=seed), mistakes=30)
+        for seed in (1, 2, 3)
+    ]
+    evil_data = {"name": EVIL, "is_fallback": True, "sha256": EVIL, "num_test_examples": 1000}
+    evil_rows = [
+        {**row, "signal": EVIL, "world_size": EVIL, "command": [EVIL], "split": EVIL} for row in make_rows(restarts=(30,))
+    ]
+    config = Config(wandb=WandbConfig(notes=EVIL, tags=[EVIL]), data=DataConfig(name="fashion_mnist", root=EVIL))
+    summary = make_summary(data=evil_data, git_commit=EVIL, versions={EVIL: EVIL}, device=EVIL)
+    summary[f"{EVIL}_confusion"] = confusion(96, {(4, 9): 40})
+    evil = make_run(directory / EVIL.replace("/", "")[:200], evil_rows, summary, config, mistakes=3)
+    pages = {"one": [one], "seeds": [one, *seeds], "evil": [evil]}
+    for name, runs in pages.items():
+        assert main([*map(str, runs), "--output", str(directory / f"{name}.html")]) == 0
+    return {name: directory / f"{name}.html" for name in pages}

@@ -1,0 +1,46 @@
+"""What a run shows beside numbers: its most confident mistakes and the filters that it learned first -> exhibits.safetensors.
+
+Invariant: everything is of the evaluation that counts, of the averaged weights where there are any. Deliberately without
+words or pictures: the report and W&B draw.
+"""
+
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from train.evaluate import Result
+from train.run import Run
+
+MOST_MISTAKES = 100
+
+
+def collect(run: Run, results: dict[str, Result]) -> dict[str, Tensor]:
+    """Return CPU tensors of the last of `results`: K mistakes, the most confident first, and the first convolution.
+
+    `mistakes_images` uint8 [K,28,28]; `mistakes_labels`, `mistakes_predictions`, `mistakes_positions` (in the evaluated
+    split) int64 [K]; `mistakes_confidences` float32 [K], 0..1; `filters` float32 [C,h,w]. A host-device sync.
+    """
+    result, labels = list(results.values())[-1], run.data.test.labels.cpu()
+    wrong = (result.predictions != labels).nonzero()[:, 0]
+    order = result.confidences[wrong].argsort(descending=True, stable=True)
+    at = wrong[order[:MOST_MISTAKES]]
+    module = run.ema.model if run.ema else run.module
+    first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    return {
+        "mistakes_images": run.data.test.images[at.to(run.world.device), 0].cpu(),
+        "mistakes_labels": labels[at],
+        "mistakes_predictions": result.predictions[at],
+        "mistakes_confidences": result.confidences[at],
+        "mistakes_positions": at,
+        "filters": first.weight.detach()[:, 0].to("cpu", torch.float32).contiguous(),
+    }
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors atomically."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_bytes(safetensors.torch.save(tensors))
+    os.replace(temporary, path)
