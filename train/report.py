@@ -5,9 +5,10 @@ It knows the files and the words, but no format: `charts.py` draws and `page.py`
 """
 
 import json
+import os
 import shlex
 from dataclasses import dataclass
-from itertools import compress, groupby, takewhile
+from itertools import compress, groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Life:
     end_step: int
     start_time: float  # seconds since 1970
     end_time: float  # of the last row
-    end: str  # finished, preempted (SIGTERM), or "no word": killed, crashed, or running still
+    end: str  # finished, preempted (SIGNAL), or "no word of its end": killed, crashed, or running still
     points: list[tuple[float, int]]  # (time, step) of the rows
 
 
@@ -185,7 +186,7 @@ def facts(records: list[Record]) -> dict[str, str]:
         "loss": spread([result["loss"] for result in results], ".4f"),
         "steps": steps
         + (f" of {total.pop():,}" if len(total) == 1 and None not in total else "")
-        + "".join(f", {o}" for o in outcomes),
+        + "".join(f", {o}" for o in sorted(outcomes)),
         "seconds of training": spread([value for value in seconds if value is not None], ",.1f"),
         "images/s": spread([value for value in speeds if value], ",.0f"),
         "processes": (" → ".join(sizes if len(sizes) <= 4 else [sizes[0], "...", sizes[-1]]) or "-") + restarted,
@@ -205,10 +206,7 @@ class Group:
         if len(self.records) == 1:
             return self.records[0].short_name
         names = [record.name for record in self.records]
-        common = (
-            "".join(takewhile(lambda same: same, (c[0] * (len(set(c)) == 1) for c in zip(*names, strict=False)))).rstrip("-_.=+")
-            or names[0]
-        )
+        common = os.path.commonprefix(names).rstrip("-_.=+") or names[0]  # noqa: RUF071 - of characters
         return f"{common}, {len(self.records)} seeds"
 
     def series(self, event: str, field: str, ema: bool | None = None) -> tuple[list[int], list[list[float]]]:
