@@ -113,23 +113,8 @@ def test_models_know_nothing_of_ranks() -> None:
         assert loads(every_import(ROOT / "train" / f"{stem}.py"), "train.world") == set()
 
 
-LIGHT = [
-    ROOT / "train" / f"{stem}.py"
-    for stem in [
-        "config",
-        "mathematics",
-        "cli",
-        "world",
-        "preempt",
-        "report",
-        "charts",
-        "page",
-        "fingerprint",
-        "clock",
-        "watchdog",
-        "__main__",
-    ]
-]
+LIGHT_STEMS = "config mathematics cli world preempt report charts page fingerprint clock watchdog __main__"
+LIGHT = [ROOT / "train" / f"{stem}.py" for stem in LIGHT_STEMS.split()]
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=name_of)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from train.config import mathematics
+from train.mathematics import mathematics
 from train.report import Group, step_label
 
 if TYPE_CHECKING:
