@@ -16,6 +16,8 @@ SUBCOMMANDS = {
     "replay": "compute steps of an exact run again and compare their bits",
     "selftest": "prove on this machine, in half a minute, that kills and world sizes change nothing",
     "model": "print a model's layers, volumes and parameters",
+    "plan": "say what a run would do on N nodes of G GPUs: shares, lr, bytes, memory, the sbatch command",
+    "doctor": "check this machine, or a Slurm cluster, and say how to repair it",
 }
 
 
