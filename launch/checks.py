@@ -3,6 +3,7 @@
 Invariant: a check changes nothing that stays (the data cache apart), waits a bounded time, and never prints a key.
 """
 
+import ctypes
 import netrc
 import os
 import platform
@@ -95,7 +96,9 @@ def gpus(config: Config) -> Iterator[Finding]:
         same = len(set(names)) == 1
         text = f"{len(names)} x {names[0]}" if same else f"different ones: {', '.join(names)}"
         yield Finding("gpus", "OK" if same else "warn", text, "" if same else "the slowest sets the pace: train on one kind")
-        yield driver(torch._C._cuda_getDriverVersion(), torch.version.cuda or "0")  # type: ignore[attr-defined]
+        number = ctypes.c_int()
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+        yield driver(number.value, torch.version.cuda or "0")
         yield nccl(".".join(map(str, torch.cuda.nccl.version())))
     elif nodes and visible != "":
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"

@@ -111,7 +111,7 @@ class Probe:
                 break
             answer = json.loads(line)
             found[answer["rank"]] = time.time(), answer
-        return found
+        return dict(sorted(found.items()))
 
     def close(self) -> str:
         """End the tasks, by their input's end or by a signal; return what srun said last."""
