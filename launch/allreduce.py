@@ -1,0 +1,113 @@
+"""`python -m launch.allreduce`: one of N processes that add tensors up together; each prints what it found as one line of JSON.
+
+`launch doctor` starts some on its machine; under `srun` it measures a cluster (docs/scaling.md). The numbers are integers
+whose sums float32 holds exactly, so a right all-reduce gives the expected bits in any order of addition.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from launch.run import die_with_parent, free_port
+
+VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
+POLL_SECONDS = 0.05
+AFTER_A_FAILURE_SECONDS = 2.0  # for the other processes to say what they saw
+
+
+def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> dict[str, Any]:
+    """Join the group, all-reduce tensors of each of `sizes` bytes, check and time them. Collective: every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, os.environ.get(slurm, "0")))
+        for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID"))
+    )
+    torch.set_num_threads(1)
+    on_gpu = torch.cuda.is_available() and not on_cpu
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
+    wrong, seconds = 0, {}
+    try:
+        for size in sizes:
+            numbers = torch.arange(size // 4, device=device).remainder(VALUES).to(torch.float32)
+            times = []
+            for _ in range(repeats + 1):  # the first one connects
+                values = numbers + rank
+                dist.barrier()
+                began = time.perf_counter()
+                dist.all_reduce(values)
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                times.append(time.perf_counter() - began)
+            seconds[str(size)] = statistics.median(times[1:])
+            wrong += int((values != numbers * world_size + world_size * (world_size - 1) // 2).sum())
+    finally:
+        dist.destroy_process_group()
+    return {"rank": rank, "world_size": world_size, "backend": backend, "wrong": wrong, "seconds": seconds}
+
+
+def run_local(program: tuple[str, ...], nproc: int, arguments: list[str], timeout: float) -> list[dict[str, Any]]:
+    """Start `nproc` processes on this machine and return what each printed; raise RuntimeError if one fails or hangs."""
+    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(nproc))
+    if sys.platform == "linux":
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    processes = [
+        subprocess.Popen(
+            (*program, *arguments),
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parent.parent,
+            preexec_fn=die_with_parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(nproc)
+    ]
+    deadline, hung = time.monotonic() + timeout, False
+    try:
+        while None in (codes := [process.poll() for process in processes]):
+            if any(codes):
+                deadline = min(deadline, time.monotonic() + AFTER_A_FAILURE_SECONDS)
+            if hung := time.monotonic() > deadline:
+                break
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+    outputs = [process.communicate() for process in processes]
+    for rank, (code, (_, error)) in enumerate(zip(codes, outputs, strict=True)):
+        if code:
+            last = (error.strip().splitlines() or [""])[-1]
+            raise RuntimeError(f"process {rank} of {nproc} ended with exit code {code}: {last[:150]}")
+    if hung:
+        missing = [rank for rank, code in enumerate(codes) if code is None]
+        raise RuntimeError(f"{len(missing)} of {nproc} processes did not end within {timeout:g} s")
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+def main(argv: list[str]) -> int:
+    """Measure as one rank; exit with 1 if a sum is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m launch.allreduce", description=__doc__.split("\n")[0])
+    parser.add_argument("--bytes", type=int, nargs="+", default=[4, 1 << 20, 25 << 20], help="sizes of the tensors")
+    parser.add_argument("--repeats", type=int, default=10, help="all-reduces of each size (default 10)")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds until a lost rank is an error (default 60)")
+    parser.add_argument("--cpu", action="store_true", help="gloo on the CPU even where there are GPUs")
+    options = parser.parse_args(argv)
+    print(json.dumps(measure(options.bytes, options.repeats, options.timeout, on_cpu=options.cpu)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
