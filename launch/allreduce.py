@@ -4,7 +4,7 @@
 whose sums float32 holds exactly, so a right all-reduce gives the expected bits in any order of addition.
 """
 
-import argparse
+import functools
 import json
 import os
 import statistics
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.run import die_with_parent, free_port
+from train.cli import Parser
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
 POLL_SECONDS = 0.05
@@ -68,7 +69,7 @@ def run_local(program: tuple[str, ...], nproc: int, arguments: list[str], timeou
             (*program, *arguments),
             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parent.parent,
-            preexec_fn=die_with_parent,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -99,7 +100,7 @@ def run_local(program: tuple[str, ...], nproc: int, arguments: list[str], timeou
 
 def main(argv: list[str]) -> int:
     """Measure as one rank; exit with 1 if a sum is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m launch.allreduce", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m launch.allreduce", description=__doc__.split("\n")[0])
     parser.add_argument("--bytes", type=int, nargs="+", default=[4, 1 << 20, 25 << 20], help="sizes of the tensors")
     parser.add_argument("--repeats", type=int, default=10, help="all-reduces of each size (default 10)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds until a lost rank is an error (default 60)")

@@ -4,7 +4,6 @@ Behind `--` stand the arguments of the training that is meant to run: its data, 
 ones that are looked at. Exit codes: 0 nothing fails, 1 something does, 2 bad usage.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from launch import checks, cluster
 from launch.checks import Finding
-from train.cli import parse
+from train.cli import Parser, parse
 from train.config import Config, UserError
 
 Check = Callable[[Config], Iterator[Finding]]
@@ -36,7 +35,7 @@ def line(finding: Finding) -> str:
 
 def main(argv: list[str]) -> int:
     """Check, print, and return 1 if anything fails."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch doctor", usage="%(prog)s [OPTIONS] [-- TRAIN ARGUMENTS]", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--json", action="store_true", help="print JSON")

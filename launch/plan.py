@@ -5,14 +5,13 @@ step that one rank makes on torch's fake process group (dryrun.py). Deliberately
 on the machine; docs/scaling.md models that (`--scaling` prints its tables).
 """
 
-import argparse
 import json
 import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from launch import dryrun
-from train.cli import parse
+from train.cli import Parser, parse
 from train.config import Config, UserError
 
 if TYPE_CHECKING:
@@ -190,7 +189,7 @@ def text(plan: dict[str, Any], nodes: int, per_node: int) -> str:
 
 def main(argv: list[str]) -> int:
     """Print a plan, or the tables of docs/scaling.md."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch plan", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
