@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "sampler", "preempt"},
     {"cli", "rng", "report", "fingerprint"},
     {"augment", "models", "optim", "picture"},
-    {"world", "checkpoint", "metrics"},
+    {"world", "checkpoint", "metrics", "lease"},
     {"data", "reduce"},
     {"evaluate"},
     {"run"},

@@ -4,6 +4,7 @@ Invariant: what a step computes is a function of (config, step) and the state af
 the world size never enter it. `step` counts finished updates and is the only clock.
 """
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from train import checkpoint, data, fingerprint, models, optim, preempt, rng
 from train.augment import augment
 from train.config import Config, UserError
 from train.evaluate import Result, evaluate
+from train.lease import Lease
 from train.metrics import Metrics, read_rows
 from train.run import Ledger, Run, is_due, make_state, restore, set_up
 from train.sampler import Sampler, expected_ledger, key
-from train.summary import arithmetic, headline, read_finished, summarize, write_json
+from train.summary import arithmetic, headline, read_finished, summarize
 from train.world import World
 
 
@@ -159,7 +161,7 @@ def record_fingerprints(run: Run, metrics: Metrics) -> None:
         metrics.record("fingerprint", run.step, first=first, **take_fingerprints(run))
 
 
-def save(run: Run, checkpoints: Path, metrics: Metrics) -> None:
+def save(run: Run, lease: Lease, metrics: Metrics) -> None:
     """Write a checkpoint of the current step and prune old ones. Collective: every rank must call it.
 
     The rows come first: a resume keeps the rows up to its checkpoint's step, so whole stretches must end there.
@@ -168,8 +170,22 @@ def save(run: Run, checkpoints: Path, metrics: Metrics) -> None:
     state = make_state(run)
     if run.world.is_main:
         metrics.record("saved", run.step, weights_sha256=checkpoint.tensors_sha256(state.model))
-        checkpoint.write(checkpoints, run.step, checkpoint.encode(state))
-        checkpoint.prune(checkpoints, run.config.checkpoint.keep, {run.step, run.best["step"] if run.best else run.step})
+        needed = {run.step, run.best["step"] if run.best else run.step}
+        with lease.writing() as staging:
+            checkpoint.write(lease.checkpoints, run.step, checkpoint.encode(state), staging)
+            checkpoint.prune(lease.checkpoints, run.config.checkpoint.keep, needed, staging)
+
+
+def take_lease(run_dir: Path, world: World) -> Lease:
+    """Be the only one that writes into the run directory, or raise UserError. Collective: every rank must call it."""
+    lease, error = None, None
+    try:
+        lease = Lease(run_dir, is_main=world.is_main)
+    except UserError as problem:
+        error = problem
+    world.agree(error)
+    assert lease is not None
+    return lease
 
 
 def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: World) -> tuple[str, checkpoint.State] | None:
@@ -233,7 +249,7 @@ def log_step(run: Run, result: StepResult, metrics: Metrics) -> None:
     )
 
 
-def finish_step(run: Run, metrics: Metrics, checkpoints: Path, *, leaving: bool) -> dict[str, Result] | None:
+def finish_step(run: Run, metrics: Metrics, lease: Lease, *, leaving: bool) -> dict[str, Result] | None:
     """Evaluate and save if that is due after the step that just ended. Collective: every rank must call it."""
     close_epoch(run)
     results, improved = None, False
@@ -246,7 +262,7 @@ def finish_step(run: Run, metrics: Metrics, checkpoints: Path, *, leaving: bool)
         if improved:
             run.best = {"step": run.step, "accuracy": accuracy}
     if improved or leaving or is_due(run, run.config.checkpoint.every_steps, run.step):
-        save(run, checkpoints, metrics)
+        save(run, lease, metrics)
     return results
 
 
@@ -256,18 +272,14 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
     Collective: every rank must call it. Raises UserError for bad config or data, RuntimeError for what fails on the way.
     """
     began = time.perf_counter()
-    with Metrics(config, run_dir, is_main=world.is_main, total_steps=0) as metrics:
+    with take_lease(run_dir, world) as lease, Metrics(config, run_dir, is_main=world.is_main, total_steps=0) as metrics:
         source = data.load(config.data, world, metrics.say)
         run = set_up(config, world, source)
         metrics.total_steps = run.total_steps
-        checkpoints = run_dir / "checkpoints"
-        if world.is_main:
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            checkpoint.sweep(checkpoints)
-        found = find_checkpoint(config, checkpoints, metrics, world)
+        found = find_checkpoint(config, lease.checkpoints, metrics, world)
         warnings = restore(run, found[1], found[0]) if found else []
         if world.is_main:
-            (run_dir / "config.yaml").write_text(config.to_yaml())
+            lease.write_text(run_dir / "config.yaml", config.to_yaml())
         rows = metrics.open(run.step, {"dataset": source.summary(), "world_size": world.world_size})
         kept = [row["train_seconds"] for row in rows if row["event"] == "train"]
         run.train_seconds = kept[-1] if kept else 0.0
@@ -279,18 +291,18 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         if finished:
             metrics.say("This run is finished; nothing to do.")
             return "finished", finished
-        outcome, results = run_steps(run, metrics, checkpoints)
+        outcome, results = run_steps(run, metrics, lease)
         if outcome == "finished" and results is None:  # killed between the last save and the summary
             results = evaluate_run(run)
         summary = summarize(run, outcome, results or {}, time.perf_counter() - began)
         if world.is_main:
             summary["fingerprints"] = fingerprint.receipt(read_rows(metrics.path))
-            write_json(run_dir / "summary.json", summary)
+            lease.write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         world.barrier()  # nobody leaves while rank 0 still writes: a launcher would kill it
         return outcome, summary
 
 
-def run_steps(run: Run, metrics: Metrics, checkpoints: Path) -> tuple[str, dict[str, Result] | None]:
+def run_steps(run: Run, metrics: Metrics, lease: Lease) -> tuple[str, dict[str, Result] | None]:
     """Step until the end, or until a signal has reached any rank -> (outcome, results of the last step's evaluation)."""
     results = None
     watch = Stopwatch(run)
@@ -309,7 +321,7 @@ def run_steps(run: Run, metrics: Metrics, checkpoints: Path) -> tuple[str, dict[
         due = is_due(run, run.config.eval.every_steps, run.step) or is_due(run, run.config.checkpoint.every_steps, run.step)
         if due or leaving or run.step % run.sampler.steps_per_epoch == 0:
             watch.stop()
-            results = finish_step(run, metrics, checkpoints, leaving=leaving)
+            results = finish_step(run, metrics, lease, leaving=leaving)
             watch.start()
         if leaving and run.step < run.total_steps:
             metrics.record("preempted", run.step, signal=preempt.requested())

@@ -256,10 +256,10 @@ def delete_before_write() -> None:
     """The old checkpoint goes before the new one is there: accelerate's total_limit=1."""
     write = checkpoint.write
 
-    def replace(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+    def replace(checkpoints: Path, step: int, files: checkpoint.Files, staging: Path) -> Path:
         for old in checkpoint.directories(checkpoints):
             shutil.rmtree(old)
-        return write(checkpoints, step, files)
+        return write(checkpoints, step, files, staging)
 
     checkpoint.write = replace
 
@@ -267,7 +267,7 @@ def delete_before_write() -> None:
 def written_in_place() -> None:
     """A checkpoint has its name before it is whole: a kill leaves a torn one (Lightning 19970)."""
 
-    def write(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+    def write(checkpoints: Path, step: int, files: checkpoint.Files, staging: Path) -> Path:
         final = checkpoints / f"step-{step:08d}"
         final.mkdir(exist_ok=True)
         for name, content in files.items():
@@ -281,9 +281,9 @@ def temporary_left() -> None:
     """A save leaves its temporary file beside the checkpoint: disks fill up over the weeks."""
     write = checkpoint.write
 
-    def littering(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+    def littering(checkpoints: Path, step: int, files: checkpoint.Files, staging: Path) -> Path:
         (checkpoints / f".writing-{step}").mkdir()
-        return write(checkpoints, step, files)
+        return write(checkpoints, step, files, staging)
 
     checkpoint.write = littering
 
