@@ -85,7 +85,7 @@ def follow(job: str, log: Path) -> int:
         if now != shown:
             print(f"{time.strftime('%H:%M:%S')} job {job}: {now} {fields.get('NodeList', '').replace('(null)', '')}", flush=True)
             shown = now
-        if state not in GOING_ON or reason.startswith("JobHeld"):
+        if state not in GOING_ON or "held" in reason.lower():
             code = int(fields["ExitCode"].split(":")[0])
             return code or int(state != "COMPLETED")
         time.sleep(POLL_SECONDS)
