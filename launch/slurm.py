@@ -37,7 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus-per-node", type=int, default=0, help="GPUs and ranks per node; 0: CPU ranks (default 0)")
     parser.add_argument("--ntasks-per-node", type=int, default=1, help="CPU ranks per node (default 1)")
     parser.add_argument("--signal-seconds", type=int, default=300, help="save and leave so long before the limit (default 300)")
-    parser.add_argument("--sweep", help="'seeds', or a file with one line of flags per run; needs --array, such as --array=1-5%%2")
+    parser.add_argument(
+        "--sweep", help="'seeds', or a file with one line of flags per run; needs --array, such as --array=1-5%%2"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and do not submit")
     parser.add_argument("--follow", action="store_true", help="show the log and the job's states until it ends")
     parser.add_argument("--print-run", action="store_true", help="check the arguments, print the run's directory (for the job)")
@@ -54,7 +56,9 @@ def check_world(config: Config, world_size: int) -> None:
 
 def command(options: argparse.Namespace, extra: list[str], arguments: list[str]) -> list[str]:
     """The sbatch command line."""
-    ranks = ("--gpus-per-node", options.gpus_per_node) if options.gpus_per_node else ("--ntasks-per-node", options.ntasks_per_node)
+    ranks = (
+        ("--gpus-per-node", options.gpus_per_node) if options.gpus_per_node else ("--ntasks-per-node", options.ntasks_per_node)
+    )
     signal = f"--signal=USR2@{options.signal_seconds}"
     script = [SCRIPTS[1], options.sweep] if options.sweep else [SCRIPTS[0]]
     return ["sbatch", "--parsable", "--nodes", str(options.nodes), ranks[0], str(ranks[1]), signal, *extra, *script, *arguments]

@@ -20,7 +20,11 @@ _context = multiprocessing.get_context("spawn")
 
 
 def tree(run: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(run)): file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file() and file.name != ".lock"}
+    return {
+        str(file.relative_to(run)): file.read_bytes()
+        for file in sorted(run.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
 
 
 def save(lease: Lease, step: int) -> Path:
@@ -160,7 +164,9 @@ def test_fenced_at_each_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Mon
     assert moments == 5
 
 
-def test_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refuse(descriptor: int, how: int) -> None:
         raise OSError(38, "Function not implemented")
 

@@ -98,8 +98,8 @@ class Lab:
         shutil.chown(munge / "key", "munge", "munge")
         (munge / "key").chmod(0o400)
         munge.chmod(0o755)
-        files = [f"--{name}={munge}/{file}" for name, file in
-                 (("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]  # fmt: skip
+        names = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        files = [f"--{option}={munge}/{file}" for option, file in names.items()]
         self.sh("setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", *files)
         self.sh("slurmctld", "-i")
         for node in self.nodes:
@@ -122,7 +122,7 @@ class Lab:
             outer = self.parents[node] = subprocess.Popen([*command, *arguments], stdout=log, stderr=log)
         deadline = time.monotonic() + 60
         while not (self.place / f"{node}.up").exists():
-            assert outer.poll() is None and time.monotonic() < deadline, (self.place / f"{node}.boot").read_text()
+            assert time.monotonic() < deadline, (self.place / f"{node}.boot").read_text()
             time.sleep(0.01)
         self.processes[node] = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
 

@@ -1,6 +1,6 @@
 """A rank for the tests on the lab: trains as `python -m train` does, slower, and says where it runs.
 
-ENVIRONMENT  SECONDS_PER_STEP: sleep that long before each step.  POISON_STEP: die in that step.
+ENVIRONMENT  SECONDS_PER_STEP: sleep that long before each step of the first life.  POISON_STEP: die in that step.
 """
 
 import json
@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
             folder = Path("ranks") / os.environ["SLURM_JOB_ID"]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{run.world.rank}.json").write_text(json.dumps(facts))
-        time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
+        if "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
         if run.step == int(os.environ.get("POISON_STEP", "-1")):
             os._exit(9)
         return step_as_it_is(run)

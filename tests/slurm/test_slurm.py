@@ -4,6 +4,7 @@ undisturbed one. Exact mode gives all world sizes the same bits, so one undistur
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import pytest
 import yaml
 from conftest import ROOT
 from ranks.processes import rows, wait_for_step
+
 from slurm.lab import Lab, lab, why_not
 
 STEPS = 60
-TRAIN = (
-    "--data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.micro_batches 8 --train.num_threads "
-    f"1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1 --eval.every_steps 1000 --log.progress false"
-).split()
+TRAIN = [
+    *"--data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.micro_batches 8".split(),
+    *f"--train.num_threads 1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1".split(),
+    *"--eval.every_steps 1000 --log.progress false".split(),
+]
 WAIT_SECONDS = 180.0
 PYTHON = """#!/bin/bash
 # Runs the training slower (tests/slurm/rank.py); everything else as it is.
@@ -74,7 +77,7 @@ class Cluster:
         run = self.path(name)
         steps = [row["step"] for row in rows(run, "train")]
         assert steps == list(range(1, STEPS + 1))
-        assert not [path for path in run.rglob(".*")], "something temporary is left"
+        assert not list(run.rglob(".*")), "something temporary is left"
         return json.loads((run / "summary.json").read_text())
 
     def path(self, name: str) -> Path:
@@ -115,7 +118,10 @@ def quiet_cluster(cluster: Cluster) -> Iterator[None]:
             cluster.lab.start(node)
         cluster.lab.netup(node)
     deadline = time.monotonic() + 60
-    while cluster.run("squeue", "--noheader").strip() or cluster.run("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D").strip() != "3":
+    while (
+        cluster.run("squeue", "--noheader").strip()
+        or cluster.run("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D").strip() != "3"
+    ):
         assert time.monotonic() < deadline, cluster.run("squeue") + cluster.run("sinfo")
         time.sleep(0.3)
 
@@ -181,8 +187,8 @@ def test_node_dies(cluster: Cluster, undisturbed: str, which: str) -> None:
 
 def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
     """A node is cut off and its rank trains on; the job's next life, elsewhere, takes over, and the old one cannot write."""
-    job = cluster.submit("silent", SECONDS_PER_STEP="0.7")
-    wait_for_step(cluster.path("silent"), 12)
+    job = cluster.submit("silent", SECONDS_PER_STEP="2")
+    wait_for_step(cluster.path("silent"), 3)
     cluster.lab.netdown("node1")
     deadline = time.monotonic() + WAIT_SECONDS
     while len(rows(cluster.path("silent"), "start")) < 2 and time.monotonic() < deadline:
@@ -192,7 +198,10 @@ def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
     assert cluster.finish(job, "silent")["weights_sha256"] == undisturbed
     assert cluster.ranks(job, 0)[0]["host"] == "node1"
     assert cluster.ranks(job, 1)[0]["host"] != "node1"
-    assert "train.lease.Fenced: fenced: process" in cluster.log(job)
+    while "train.lease.Fenced: fenced: " not in cluster.log(job):  # at its next save
+        assert time.monotonic() < deadline, cluster.log(job)
+        time.sleep(0.3)
+    assert cluster.summary("silent")["weights_sha256"] == undisturbed
 
 
 def test_scancel_ends_it_for_good_and_the_same_name_goes_on(cluster: Cluster, undisturbed: str) -> None:
@@ -244,18 +253,17 @@ def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
 
 
 def test_launch_slurm_passes_hostile_arguments_and_follows(cluster: Cluster, undisturbed: str) -> None:
-    hostile = "it's \"quoted\", $(touch broken) `touch broken`; a\\b *\nnext line, ü && true"
+    hostile = 'it\'s "quoted", $(touch broken) `touch broken`; a\\b *\nnext line, ü && true'
     arguments = ["--nodes", "2", "--follow", "--time=5", "--", *TRAIN, "--run.name", "followed", f"--wandb.notes={hostile}"]
     code, shown = cluster.launch("--dry-run", *arguments)
     assert code == 0
     assert "--signal=USR2@300 --time=5 slurm/train.sbatch --data.name digits" in shown
-    import shlex
-
     assert shlex.split(shown)[-1] == f"--wandb.notes={hostile}"
     code, shown = cluster.launch(*arguments)
     assert code == 0, shown
     assert "slurm: finished" in shown
-    assert re.search(r"job \d+: RUNNING", shown) and re.search(r"job \d+: COMPLETED", shown)
+    assert re.search(r"job \d+: RUNNING", shown)
+    assert re.search(r"job \d+: COMPLETED", shown)
     assert cluster.summary("followed")["weights_sha256"] == undisturbed
     config = yaml.safe_load((cluster.path("followed") / "config.yaml").read_text())
     assert config["wandb"]["notes"] == hostile
