@@ -114,13 +114,14 @@ def test_old_incarnation_can_neither_save_nor_prune_nor_write(tmp_path: Path, mo
     log = open(tmp_path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with Lease(tmp_path, is_main=True) as new:
-        drop_after(tmp_path / "metrics.jsonl", 20)
+        drop_after(tmp_path / "metrics.jsonl", 20, new.staging)
         before = tree(tmp_path)
         log.write('{"event": "train", "step": 21}\n')
         for attempt in (
             lambda: save(old, 30),
             lambda: prune(old),
             lambda: old.write_text(tmp_path / "summary.json", "{}"),
+            lambda: drop_after(tmp_path / "metrics.jsonl", 0, old.staging),
             lambda: (old.staging / "step-00000030" / "model.safetensors").write_bytes(b""),
         ):
             with pytest.raises((Fenced, FileNotFoundError), match=r"fenced: process \d+ on .*, Slurm job 7, life 2|No such file"):

@@ -5,7 +5,7 @@ the same Slurm job may take over from one that a broken network has silenced but
 Fence: an incarnation prepares all it writes in its own `checkpoints/.writing-TOKEN/`, made once, at the start, and renames it
 into place. Taking over moves that directory away: every later write, rename or prune of the old incarnation finds no
 directory and fails. Nothing is checked before a write, so no pause between a check and a write can let an old one through.
-metrics.jsonl is replaced at the start (`metrics.drop_after`): an old incarnation appends to a file without a name.
+metrics.jsonl is replaced so at the start: an old incarnation appends to a file without a name.
 """
 
 import contextlib

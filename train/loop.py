@@ -280,7 +280,8 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         warnings = restore(run, found[1], found[0]) if found else []
         if world.is_main:
             lease.write_text(run_dir / "config.yaml", config.to_yaml())
-        rows = metrics.open(run.step, {"dataset": source.summary(), "world_size": world.world_size})
+        with lease.writing() as staging:
+            rows = metrics.open(run.step, {"dataset": source.summary(), "world_size": world.world_size}, staging)
         kept = [row["train_seconds"] for row in rows if row["event"] == "train"]
         run.train_seconds = kept[-1] if kept else 0.0
         for line in (headline(run, run_dir, found[0] if found else None), arithmetic(run), *warnings):

@@ -246,7 +246,7 @@ def oldest_checkpoint() -> None:
 
 def rows_kept_on_resume() -> None:
     """The log goes on after the rows of steps that are computed again (wandb, TensorBoard)."""
-    train.metrics.drop_after = lambda path, step: train.metrics.read_rows(path)
+    train.metrics.drop_after = lambda path, step, staging: train.metrics.read_rows(path)
 
 
 # Checkpoints

@@ -21,11 +21,11 @@ from ranks.processes import rows, wait_for_step
 from slurm.lab import Lab, lab, why_not
 
 STEPS = 60
-TRAIN = [
-    *"--data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.micro_batches 8".split(),
-    *f"--train.num_threads 1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1".split(),
-    *"--eval.every_steps 1000 --log.progress false".split(),
-]
+TRAIN = f"""
+--data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.micro_batches 8
+--train.num_threads 1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1 --eval.every_steps 1000
+--log.progress false
+""".split()
 WAIT_SECONDS = 180.0
 PYTHON = """#!/bin/bash
 # Runs the training slower (tests/slurm/rank.py); everything else as it is.
