@@ -104,11 +104,13 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{stray[0]!r} stands alone. Write sbatch's options as --name=value; the training's stand behind `--`.")
     config = parse(arguments)
     if options.print_run:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise UserError("--print-run is for the job: SLURM_JOB_ID is not set.")
         print(Path(config.run.dir) / run_name(config, arguments, os.environ["SLURM_JOB_ID"]))
         return 0
-    for name in ("nodes", "ntasks_per_node"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Use 1 or more.")
+    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("gpus_per_node", 0), ("signal_seconds", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Use {least} or more.")
     if options.sweep and (options.follow or not any(word.startswith("--array=") for word in extra)):
         raise UserError("--sweep needs --array=FIRST-LAST, such as --array=1-5%2, and cannot be followed: each task has its log.")
     check_world(config, options.nodes * (options.gpus_per_node or options.ntasks_per_node))
