@@ -228,11 +228,10 @@ def test_poison_is_tried_so_often_and_then_held(cluster: Cluster) -> None:
 
 
 def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
-    before = cluster.run("sacct", check=False) or ""
     for arguments, word in (
         (["--", *TRAIN, "--optim.lrr", "1"], "optim.lr"),
         (["--nodes", "3", "--ntasks-per-node", "3", "--", *TRAIN], "9 processes cannot share train.micro_batches 8"),
-        (["--nodes", "9", "--", *TRAIN], "sbatch says"),
+        (["--nodes", "4", "--", *TRAIN], "sbatch says"),
         (["--partition=none", "--", *TRAIN], "invalid partition"),
         (["--nodes", "0", "--", *TRAIN], "--nodes is 0"),
         (["stray", "--", *TRAIN], "'stray' stands alone"),
@@ -241,7 +240,7 @@ def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
         assert code == 2, output
         assert word in output
         assert output.count("\n") == 1, output
-    assert cluster.run("squeue", "--noheader").strip() == "", before
+    assert cluster.run("squeue", "--noheader").strip() == ""
     typo = cluster.submit("typo", flags=("--optim.lrr", "1"))
     mnist = ("--data.name", "mnist", "--data.download", "false")
     data = cluster.submit("nodata", "--nodes", "2", "--ntasks-per-node", "2", flags=mnist)
