@@ -9,6 +9,8 @@ from train.config import UserError
 
 SUBCOMMANDS = {
     "run": "train on this machine: one process per GPU, restarts, signals and exit codes passed on",
+    "slurm": "check a training and submit it to a Slurm cluster",
+    "sweep": "print a table of the runs in a directory, with mean and standard deviation",
     "demo": "train one run on 1, 2 and 4 processes, kill one, and compare the bits",
     "bench": "measure what exact mode costs",
     "data": "download and verify a data set",

@@ -179,11 +179,12 @@ def checkpoint(repeats: int) -> list[Row]:
         state = make_state(run)
         files = checkpoints.encode(state)
         step = iter(range(10**6))
-        path = checkpoints.write(Path(place), 10**7, files)
+        staging = Path(tempfile.mkdtemp(dir=place))
+        path = checkpoints.write(Path(place), 10**7, files, staging)
         works = {
             "collect the state": lambda: make_state(run),
             "encode": lambda: checkpoints.encode(state),
-            "write and sync": lambda: checkpoints.write(Path(place), next(step), files),
+            "write and sync": lambda: checkpoints.write(Path(place), next(step), files, staging),
             "read and verify": lambda: checkpoints.read(path),
         }
         found = in_turns(works, repeats, 3, 1)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from train.cli import Parser, did_you_mean, parse, recipe_name
+from train.cli import Parser, did_you_mean, parse, run_name
 from train.config import UserError
 
 LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
@@ -116,9 +116,7 @@ class Ranks:
 def named(arguments: list[str]) -> list[str]:
     """Check the training's arguments and return them with a run name, the same for every restart."""
     config = parse(arguments)
-    if config.run.name is not None:
-        return arguments
-    return [*arguments, "--run.name", f"{recipe_name(arguments) or config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    return [*arguments, "--run.name", run_name(config, arguments, time.strftime("%Y%m%d-%H%M%S"))]
 
 
 def main(argv: list[str]) -> int:

@@ -23,6 +23,9 @@ LAUNCHER_VARIABLES = (
     "LOCAL_RANK",
     "LOCAL_WORLD_SIZE",
     "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_ID",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
     "ACCELERATE_MIXED_PRECISION",
 )
 # The caller's MNIST directory, for the tests that are marked so; all others must not depend on it.

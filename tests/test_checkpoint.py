@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,28 @@ from conftest import small_state as state
 from train import checkpoint
 from train.checkpoint import decode, encode
 from train.config import UserError
+from train.lease import Lease
 
 
 def write(checkpoints: Path, *steps: int) -> list[Path]:
-    return [checkpoint.write(checkpoints, step, encode(state(step))) for step in steps]
+    return [write_files(checkpoints, step, encode(state(step))) for step in steps]
+
+
+def write_files(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+    with Lease(checkpoints.parent, is_main=True) as lease, lease.writing() as staging:
+        return checkpoint.write(checkpoints, step, files, staging)
+
+
+def prune(checkpoints: Path, keep: int, needed: set[int]) -> None:
+    with Lease(checkpoints.parent, is_main=True) as lease, lease.writing() as staging:
+        checkpoint.prune(checkpoints, keep, needed, staging)
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """The checkpoints of a run: beside them stands its lock while one writes."""
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -155,7 +172,7 @@ def test_latest_takes_the_highest_step(tmp_path: Path) -> None:
 
 
 def test_write_then_read_gives_the_state_back(tmp_path: Path) -> None:
-    path = checkpoint.write(tmp_path / "new" / "checkpoints", 10, encode(state()))
+    path = write_files(tmp_path.parent / "new" / "checkpoints", 10, encode(state()))
     assert path.name == "step-00000010"
     assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "manifest.json"])
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name]
@@ -170,7 +187,7 @@ def test_write_then_read_gives_the_state_back(tmp_path: Path) -> None:
 def test_write_leaves_a_whole_checkpoint_of_the_step_as_it_is(tmp_path: Path) -> None:
     (path,) = write(tmp_path, 10)
     before = tree(tmp_path)
-    assert checkpoint.write(tmp_path, 10, encode(state(11))) == path
+    assert write_files(tmp_path, 10, encode(state(11))) == path
     assert tree(tmp_path) == before
 
 
@@ -188,18 +205,14 @@ def test_write_moves_a_damaged_checkpoint_of_the_step_aside(tmp_path: Path) -> N
     assert all(content in others for content in damaged)
 
 
-def test_write_survives_a_leftover_and_sweep_removes_it(tmp_path: Path) -> None:
-    leftover = tmp_path / ".writing-step-00000010"
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_text("half")
-    (path,) = write(tmp_path, 10)
-    assert checkpoint.read(path).keys() == {*FILES, "manifest.json"} - {"manifest.json"}
-    shutil.copytree(path, tmp_path / ".writing-step-00000020")
-    shutil.copytree(path, tmp_path / ".writing-pruned-step-00000005")
-    before = tree(path)
-    checkpoint.sweep(tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
-    assert tree(path) == before
+def test_write_survives_a_save_that_failed(tmp_path: Path) -> None:
+    with Lease(tmp_path.parent, is_main=True) as lease:
+        leftover = lease.staging / "step-00000010"
+        leftover.mkdir()
+        (leftover / "model.safetensors").write_text("half")
+        path = checkpoint.write(tmp_path, 10, encode(state(10)), lease.staging)
+        assert checkpoint.read(path).keys() == {*FILES, "manifest.json"} - {"manifest.json"}
+        assert list(lease.staging.iterdir()) == []
 
 
 def test_write_that_fails_leaves_no_name_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +234,7 @@ ALL = [50, 40, 30, 20, 10]
 )
 def test_prune_keeps_the_newest_and_the_best(keep: int, best: int | None, left: list[int], tmp_path: Path) -> None:
     write(tmp_path, 10, 20, 30, 40, 50)
-    checkpoint.prune(tmp_path, keep, {best} if best else set())
+    prune(tmp_path, keep, {best} if best else set())
     assert [checkpoint.step_of(path) for path in checkpoint.directories(tmp_path)] == left
     assert len(list(tmp_path.iterdir())) == len(left)
 
@@ -230,10 +243,10 @@ def test_prune_neither_counts_nor_deletes_damaged_checkpoints(tmp_path: Path) ->
     paths = write(tmp_path, 10, 30)
     edit("model.safetensors", flip)(paths[1])  # a run went on from 10 and saves 20 now
     write(tmp_path, 20)
-    checkpoint.prune(tmp_path, 1, set())
+    prune(tmp_path, 1, set())
     found = checkpoint.latest(tmp_path, lambda line: None)
     assert found is not None
     assert found[0].name == "step-00000020"
     write(tmp_path, 40)
-    checkpoint.prune(tmp_path, 1, set())
+    prune(tmp_path, 1, set())
     assert [checkpoint.step_of(path) for path in checkpoint.directories(tmp_path)] == [40, 30]

@@ -181,7 +181,7 @@ def test_disk_that_fails_or_is_slow_for_a_while(tmp_path: Path, fault: str, says
 @needs_strace
 def test_killed_at_every_call_that_changes_the_disk_a_whole_checkpoint_stays(tmp_path: Path) -> None:
     """The other calls are in `tests/faults.py crash-points`."""
-    points = crashes.points(tmp_path / "checkpoints")
+    points = crashes.points(tmp_path / "run")
     assert {name for name, _ in points} >= {*CHANGES}
-    found = {point: crashes.crash(tmp_path / "checkpoints", *point) for point in points if point[0] in CHANGES}
+    found = {point: crashes.crash(tmp_path / "run", *point) for point in points if point[0] in CHANGES}
     assert {point: problem for point, problem in found.items() if problem} == {}

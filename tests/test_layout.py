@@ -13,7 +13,7 @@ LAYERS = [
     {"yamlfile", "mathematics"},
     {"cli", "rng", "report", "fingerprint", "watchdog"},
     {"augment", "models", "optim", "charts"},
-    {"world", "checkpoint", "metrics", "page"},
+    {"world", "checkpoint", "metrics", "page", "lease"},
     {"data", "reduce"},
     {"evaluate", "deploy", "image"},
     {"run"},

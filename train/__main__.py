@@ -14,7 +14,7 @@ import faulthandler
 import time
 from pathlib import Path
 
-from train.cli import parse, recipe_name
+from train.cli import parse, run_name
 from train.config import Config, RunError, UserError
 from train.world import World, env_rank, run_suffix
 
@@ -32,8 +32,7 @@ def complain(error: UserError | RunError) -> int:
 
 def run_directory(config: Config, argv: list[str], world: World) -> Path:
     """Return run.dir/run.name, the same on all ranks. Collective: every rank must call it."""
-    name = config.run.name or f"{recipe_name(argv) or config.data.name}-{run_suffix()}"
-    return Path(config.run.dir) / world.broadcast(name)
+    return Path(config.run.dir) / world.broadcast(run_name(config, argv, run_suffix()))
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,8 @@
 """Checkpoints: atomic, checksummed, verified before use, and without pickle.
 
-`step-00000235/` is written under a temporary name, every file and the directory synced, then renamed: a name that exists
-is whole. Crash points: before the rename the temporary is swept at the next start; after it the checkpoint is complete.
+`step-00000235/` is written in the writer's staging directory (`train.lease`), every file and the directory synced, then
+renamed: a name that exists is whole. Crash points: before the rename the next start removes the staging directory; after it
+the checkpoint is complete. A writer without a staging directory has been replaced by another: all it tries fails.
 Tensors are safetensors, the rest is JSON, `manifest.json` has each file's SHA-256. Only rank 0 touches the disk: what it
 loads it broadcasts, so the run directory need not be shared. The world size is no part of the state.
 """
@@ -188,20 +189,15 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write(checkpoints: Path, step: int, files: Files) -> Path:
+def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
     """Write a checkpoint so that its name appears only when it is whole and on the disk; return its path.
 
     A whole checkpoint of the same step stays as it is. A damaged one is moved to `damaged-...`, never deleted.
     """
-    final = checkpoints / f"step-{step:08d}"
-    if final.exists():
-        if is_whole(final):
-            return final
-        names = (checkpoints / f"damaged-{final.name}-{number}" for number in itertools.count())
-        final.rename(next(path for path in names if not path.exists()))
-    temporary = checkpoints / f".writing-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    final, temporary = checkpoints / f"step-{step:08d}", staging / f"step-{step:08d}"
+    if final.exists() and is_whole(final):
+        return final
+    temporary.mkdir()
     try:
         for name, content in files.items():
             with open(temporary / name, "wb") as file:
@@ -212,25 +208,22 @@ def write(checkpoints: Path, step: int, files: Files) -> Path:
     except OSError:  # a full disk: half a checkpoint would fill it further
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if final.exists():
+        names = (checkpoints / f"damaged-{final.name}-{number}" for number in itertools.count())
+        final.rename(next(path for path in names if not path.exists()))
     temporary.rename(final)
     _sync_directory(checkpoints)
     return final
 
 
-def sweep(checkpoints: Path) -> None:
-    """Remove what a killed save or prune left behind; only the run's owner may call it."""
-    for leftover in checkpoints.glob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def prune(checkpoints: Path, keep: int, needed: set[int]) -> None:
+def prune(checkpoints: Path, keep: int, needed: set[int], staging: Path) -> None:
     """Delete all but the newest `keep` whole checkpoints and those of the steps in `needed`.
 
     Damaged ones neither count nor go: after a resume from an older checkpoint they are newer than the one just written.
-    A directory is first renamed to a temporary name: a kill in between leaves no half of a checkpoint under a good name.
+    A directory is first moved to the staging directory: a kill in between leaves no half of a checkpoint under a good name.
     """
     for path in [path for path in directories(checkpoints) if is_whole(path)][keep:]:
         if step_of(path) not in needed:
-            doomed = checkpoints / f".writing-pruned-{path.name}"
+            doomed = staging / f"pruned-{path.name}"
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

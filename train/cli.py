@@ -52,6 +52,11 @@ def recipe_name(argv: Sequence[str]) -> str | None:
     return Path(files[-1]).stem if files else None
 
 
+def run_name(config: Config, argv: Sequence[str], suffix: str) -> str:
+    """The name of a run's directory: run.name, else the recipe's name and what tells this run from others of it."""
+    return config.run.name or f"{recipe_name(argv) or config.data.name}-{suffix}"
+
+
 def config_files(argv: Sequence[str]) -> list[str]:
     """The files of all `--config FILE` and `--config=FILE`, in their order."""
     pairs = zip(argv, [*argv[1:], ""], strict=False)

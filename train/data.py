@@ -182,7 +182,8 @@ def find_folder(config: DataConfig) -> Path:
             why += f", and the download failed ({' '.join(str(error).split())[:80]}...)"
     raise DataMissing(
         f"{config.name} cannot be had: {why}. Either --data.download true, with internet; or --data.root DIR or "
-        f"MNIST_ROOT=DIR, where DIR/{subfolder} holds the four .gz files; or --data.fallback true, to train on digits."
+        f"MNIST_ROOT=DIR, where DIR/{subfolder} holds the four .gz files (on a cluster, first on the login node: "
+        f"python -m launch data --name {config.name} --root DIR); or --data.fallback true, to train on digits."
     )
 
 

@@ -4,10 +4,6 @@ Invariant: everything is of the evaluation that counts, of the averaged weights 
 words or pictures: the report and W&B draw.
 """
 
-import os
-from pathlib import Path
-
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +33,3 @@ def collect(run: Run, results: dict[str, Result]) -> dict[str, Tensor]:
         "mistakes_positions": at,
         "filters": first.weight.detach()[:, 0].to("cpu", torch.float32).contiguous(),
     }
-
-
-def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors atomically."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_bytes(safetensors.torch.save(tensors))
-    os.replace(temporary, path)

@@ -4,12 +4,14 @@ Invariant: what a step computes is a function of (config, step) and the state af
 the world size never enter it. `step` counts finished updates and is the only clock.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -17,11 +19,12 @@ from train import checkpoint, data, exhibits, fingerprint, preempt
 from train.alarms import Alarms
 from train.config import Config, RunError, UserError
 from train.evaluate import Result, evaluate
+from train.lease import Lease
 from train.metrics import Metrics, read_rows
 from train.run import Ledger, Run, is_due, make_state, restore, set_up
 from train.sampler import expected_ledger
 from train.step import StepResult, check_numbers, train_step
-from train.summary import arithmetic, headline, phases, read_finished, summarize, write_json
+from train.summary import arithmetic, headline, phases, read_finished, summarize
 from train.watchdog import Watchdog
 from train.world import World
 
@@ -75,13 +78,19 @@ def main_writes(world: World, place: Path, kind: type[Exception], action: Callab
     return result
 
 
-def prepare(checkpoints: Path) -> None:
-    """Make the directory, see whether one can write there, and remove what a killed life left behind."""
-    (checkpoints / ".writing-nothing").mkdir(parents=True, exist_ok=True)
-    checkpoint.sweep(checkpoints)
+def take_lease(run_dir: Path, world: World) -> Lease:
+    """Be the only one that writes into the run directory, or raise UserError. Collective: every rank must call it."""
+    lease, error = None, None
+    try:
+        lease = Lease(run_dir, is_main=world.is_main)
+    except UserError as problem:
+        error = problem
+    world.agree(error)
+    assert lease is not None
+    return lease
 
 
-def save(run: Run, checkpoints: Path, metrics: Metrics, *, must: bool) -> None:
+def save(run: Run, lease: Lease, metrics: Metrics, *, must: bool) -> None:
     """Write a checkpoint of the current step and prune old ones. Collective: every rank must call it.
 
     The rows come first: a resume keeps the rows up to its checkpoint's step, so whole stretches must end there. A disk that
@@ -94,16 +103,18 @@ def save(run: Run, checkpoints: Path, metrics: Metrics, *, must: bool) -> None:
     def write() -> None:
         metrics.record("saved", run.step, weights_sha256=checkpoint.tensors_sha256(state.model))
         metrics.flush()
-        checkpoint.write(checkpoints, run.step, checkpoint.encode(state))
-        checkpoint.prune(checkpoints, run.config.checkpoint.keep, {run.step, run.best["step"] if run.best else run.step})
+        needed = {run.step, run.best["step"] if run.best else run.step}
+        with lease.writing() as staging:
+            checkpoint.write(lease.checkpoints, run.step, checkpoint.encode(state), staging)
+            checkpoint.prune(lease.checkpoints, run.config.checkpoint.keep, needed, staging)
 
     if must:
-        main_writes(run.world, checkpoints, RunError, write)
+        main_writes(run.world, lease.checkpoints, RunError, write)
     elif run.world.is_main:
         try:
             write()
         except OSError as error:
-            metrics.say(f"warning: no checkpoint of step {run.step}: {error.strerror} ({checkpoints}). Training goes on.")
+            metrics.say(f"warning: no checkpoint of step {run.step}: {error.strerror} ({lease.checkpoints}). Training goes on.")
             metrics.record("save_failed", run.step, error=str(error.strerror))
 
 
@@ -182,7 +193,7 @@ def log_step(run: Run, result: StepResult, metrics: Metrics, alarms: Alarms, ran
     )
 
 
-def finish_step(run: Run, metrics: Metrics, checkpoints: Path, *, leaving: bool) -> dict[str, Result] | None:
+def finish_step(run: Run, metrics: Metrics, lease: Lease, *, leaving: bool) -> dict[str, Result] | None:
     """Evaluate and save if that is due after the step that just ended. Collective: every rank must call it."""
     close_epoch(run)
     results, improved = None, False
@@ -196,7 +207,7 @@ def finish_step(run: Run, metrics: Metrics, checkpoints: Path, *, leaving: bool)
         if improved:
             run.best = {"step": run.step, "accuracy": accuracy}
     if improved or leaving or is_due(run, run.config.checkpoint.every_steps, run.step):
-        save(run, checkpoints, metrics, must=leaving or run.step == run.total_steps)
+        save(run, lease, metrics, must=leaving or run.step == run.total_steps)
     return results
 
 
@@ -206,18 +217,17 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
     Collective: every rank must call it. Raises UserError for bad config or data, RuntimeError for what fails on the way.
     """
     began = time.perf_counter()
-    watchdog = Watchdog(world.clock, run_dir / ".ranks", world.rank, world.world_size)
-    with Metrics(config, run_dir, is_main=world.is_main, total_steps=0) as metrics, watchdog:
+    with (
+        take_lease(run_dir, world) as lease,
+        Metrics(config, run_dir, is_main=world.is_main, total_steps=0) as metrics,
+        Watchdog(world.clock, run_dir / ".ranks", world.rank, world.world_size),  # a second run, refused above, has none
+    ):
         source = data.load(config.data, world, metrics.say)
         run = set_up(config, world, source)
         metrics.total_steps = run.total_steps
-        checkpoints = run_dir / "checkpoints"
-        main_writes(world, run_dir, UserError, lambda: prepare(checkpoints))
-        found = find_checkpoint(config, checkpoints, metrics, world)
+        found = find_checkpoint(config, lease.checkpoints, metrics, world)
         warnings = restore(run, found[1], found[0]) if found else []
-        main_writes(world, run_dir, UserError, lambda: (run_dir / "config.yaml").write_text(config.to_yaml()))
-        about = {"dataset": source.summary(), "world_size": world.world_size}
-        rows = main_writes(world, run_dir, UserError, lambda: metrics.open(run.step, about)) or []
+        rows = main_writes(world, run_dir, UserError, lambda: open_records(run, lease, metrics)) or []
         kept = [row["train_seconds"] for row in rows if row["event"] == "train"]
         run.train_seconds = kept[-1] if kept else 0.0
         for line in (headline(run, run_dir, found[0] if found else None), arithmetic(run), *warnings):
@@ -229,22 +239,34 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         if finished:
             metrics.say("This run is finished; nothing to do.")
             return "finished", finished
-        outcome, results = run_steps(run, metrics, checkpoints, Alarms(config.log, metrics, rows))
+        outcome, results = run_steps(run, metrics, lease, Alarms(config.log, metrics, rows))
         world.clock.enter("finish")
         if outcome == "finished" and results is None:  # killed between the last save and the summary
             results = evaluate_run(run)
         summary = summarize(run, outcome, results or {}, time.perf_counter() - began)
         summary["phases"] = phases(world)
         if world.is_main:
-            if results:  # before the summary: one that is current has exhibits of the same step
-                exhibits.write(run_dir / "exhibits.safetensors", exhibits.collect(run, results))
             summary["fingerprints"] = fingerprint.receipt(read_rows(metrics.path))
         # Nobody leaves while rank 0 still writes: a launcher would kill it.
-        main_writes(world, run_dir, RunError, lambda: write_json(run_dir / "summary.json", summary))
+        main_writes(world, run_dir, RunError, lambda: write_results(run, lease, results, summary))
         return outcome, summary
 
 
-def run_steps(run: Run, metrics: Metrics, checkpoints: Path, alarms: Alarms) -> tuple[str, dict[str, Result] | None]:
+def open_records(run: Run, lease: Lease, metrics: Metrics) -> list[dict[str, Any]]:
+    """Write config.yaml and open metrics.jsonl on rank 0; return the rows of the lives before."""
+    lease.write(metrics.path.with_name("config.yaml"), run.config.to_yaml().encode())
+    with lease.writing() as staging:
+        return metrics.open(run.step, {"dataset": run.data.summary(), "world_size": run.world.world_size}, staging)
+
+
+def write_results(run: Run, lease: Lease, results: dict[str, Result] | None, summary: dict[str, Any]) -> None:
+    """Write summary.json on rank 0, and before it the exhibits: beside a current summary they are of the same step."""
+    if results:
+        lease.write(lease.run_dir / "exhibits.safetensors", safetensors.torch.save(exhibits.collect(run, results)))
+    lease.write(lease.run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+
+
+def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple[str, dict[str, Result] | None]:
     """Step until the end, or until a signal has reached any rank -> (outcome, results of the last step's evaluation)."""
     results, clock = None, run.world.clock
     rank_seconds: list[Tensor] = []  # of the steps since the last row
@@ -271,7 +293,7 @@ def run_steps(run: Run, metrics: Metrics, checkpoints: Path, alarms: Alarms) -> 
             rank_seconds.clear()
         if due or leaving:
             watch.stop()
-            results = finish_step(run, metrics, checkpoints, leaving=leaving)
+            results = finish_step(run, metrics, lease, leaving=leaving)
             watch.start()
         if leaving and run.step < run.total_steps:
             metrics.record("preempted", run.step, signal=preempt.requested())

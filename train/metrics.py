@@ -32,10 +32,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return parse_rows(path.read_text(errors="replace")) if path.is_file() else []
 
 
-def drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrite a metrics.jsonl without the rows of later steps and return what stays; atomic."""
+def drop_after(path: Path, step: int, staging: Path | None = None) -> list[dict[str, Any]]:
+    """Rewrite a metrics.jsonl without the rows of later steps and return what stays; atomic, prepared in `staging`."""
     rows = [row for row in read_rows(path) if row["step"] <= step or row["event"] in LIFE_EVENTS]
-    temporary = path.with_name(path.name + ".writing")
+    temporary = (staging or path.parent) / (path.name + ".writing")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(temporary, path)
     return rows
@@ -117,11 +117,11 @@ class Metrics:
         if self.wandb:
             self.wandb.finish(exit_code=0 if kind is None else 1)
 
-    def open(self, step: int, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    def open(self, step: int, facts: dict[str, Any], staging: Path | None = None) -> list[dict[str, Any]]:
         """Go on after `step`; return the rows that were kept. `facts` go to W&B beside the config."""
         if not self.is_main:
             return []
-        rows = drop_after(self.path, step)
+        rows = drop_after(self.path, step, staging)
         self.wandb, line = start_wandb(self.config, self.path.parent, facts)
         self.say(line)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115

@@ -1,7 +1,6 @@
 """What a run says of itself: how a batch is cut, and the contents of summary.json."""
 
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -116,10 +115,3 @@ def read_finished(path: Path, run: Run) -> dict[str, Any] | None:
         return summary if summary["outcome"] == "finished" and summary["step"] == run.step else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged: it is made anew
         return None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

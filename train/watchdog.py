@@ -101,8 +101,6 @@ class Watchdog:
         if error is None or isinstance(error, (UserError, RunError)):  # all ranks leave together
             if self.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
-                with contextlib.suppress(OSError):  # of a run that was refused before it wrote anything
-                    self.directory.parent.rmdir()
         elif self.world_size > 1:
             if self.clock.phase == "reduce":
                 print(f"error: {self.verdict(CORPSE_SECONDS)[1]}", file=sys.stderr, flush=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,16 +28,42 @@ T = TypeVar("T")
 BACKSTOP_SECONDS = 60  # that torch's own timeouts come after the watchdog's, which knows who is to blame
 
 
+def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """What torch's launchers set, for a rank that srun started directly; empty for others.
+
+    `SLURM_STEP_NODELIST` may be node[01-03,7],x: the first host has rank 0. `SLURM_STEP_TASKS_PER_NODE` may be 2(x3),1. The port
+    depends on job, life and step, so that jobs that share a node, and a life that a lost node left behind, do not meet.
+    """
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or "RANK" in env or "WORLD_SIZE" in env:
+        return {}
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env["SLURM_STEP_NODELIST"])
+    tasks: list[str] = []
+    for group in env["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, times = group.rstrip(")").partition("(x")
+        tasks += [count] * int(times or 1)
+    number = 16 * int(env["SLURM_JOB_ID"]) + 4 * int(env.get("SLURM_RESTART_COUNT") or 0) + int(env.get("SLURM_STEP_ID", "0"))
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks[int(env["SLURM_NODEID"])],
+        "MASTER_ADDR": env.get("MASTER_ADDR") or re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else ""),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + number % 15000),
+    }
+
+
 def env_rank() -> int:
     """This process's rank as its launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return int((os.environ | slurm_variables(os.environ)).get("RANK", "0"))
 
 
 def run_suffix() -> str:
-    """What tells this run from others of its recipe: torchrun's id, which its restarts share, or the time."""
+    """What tells this run from others of its recipe: torchrun's id or Slurm's, which restarts share, or the time."""
     identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if identity != "none":
         return identity
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PTY_PORT" not in os.environ:  # not at an interactive prompt
+        return f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"  # the same after a requeue
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise UserError("torchrun --max-restarts needs --run.name (or its --rdzv-id): a restart must find the same run.")
     return time.strftime("%Y%m%d-%H%M%S")
@@ -57,11 +85,6 @@ def check_launcher(config: TrainConfig) -> int:
         )
     if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         raise UserError("Set train.micro_batch_limit instead of accelerate's gradient_accumulation_steps.")
-    if "SLURM_STEP_NUM_TASKS" in env and "WORLD_SIZE" not in env and int(env["SLURM_STEP_NUM_TASKS"]) > 1:
-        raise UserError(
-            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks without RANK and WORLD_SIZE. Set them from SLURM_PROCID "
-            "and SLURM_NTASKS, or start one task per node with torchrun inside."
-        )
     return int(env.get("WORLD_SIZE", "1"))
 
 
@@ -100,6 +123,7 @@ class World:
     @classmethod
     def open(cls, config: TrainConfig) -> World:
         """Join the process group. Collective: every rank must call it. Close it in a `finally`."""
+        os.environ.update(slurm_variables(os.environ))
         asked = check_launcher(config)
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -18,6 +18,7 @@ from conftest import small_state
 
 from ranks.processes import _context
 from train import checkpoint
+from train.lease import Lease
 
 OLDER, NEWER = 10, 20
 IGNORED = re.compile(r"mmap|munmap|mremap|mprotect|madvise|brk|futex|rt_sig|restart_syscall|getrandom|exit|sched|clock")
@@ -28,16 +29,21 @@ def _write(directory: str) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     (Path(directory) / "ready").touch()
     signal.sigwait({signal.SIGUSR2})
-    checkpoint.write(Path(directory), NEWER, files)
-    checkpoint.prune(Path(directory), 1, {NEWER})
+    _save(Path(directory), NEWER, files)
     os._exit(0)
+
+
+def _save(run: Path, step: int, files: checkpoint.Files) -> None:
+    with Lease(run, is_main=True) as lease, lease.writing() as staging:
+        checkpoint.write(lease.checkpoints, step, files, staging)
+        checkpoint.prune(lease.checkpoints, 1, {step}, staging)
 
 
 def _traced(directory: Path, *options: str) -> int | None:
     """Write a newer checkpoint beside an older one under strace; return the exit code."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    checkpoint.write(directory, OLDER, checkpoint.encode(small_state(OLDER)))
+    _save(directory, OLDER, checkpoint.encode(small_state(OLDER)))
     process = _context.Process(target=_write, args=(str(directory),))
     process.start()
     deadline = time.monotonic() + 60
@@ -73,21 +79,22 @@ def crash(directory: Path, name: str, number: int) -> str | None:
     if code != -signal.SIGKILL:
         return f"exit code {code}"
     problems: list[str] = []
-    whole = [checkpoint.step_of(path) for path in checkpoint.directories(directory) if checkpoint.is_whole(path)]
-    found = checkpoint.latest(directory, problems.append)
-    if problems or found is None or not set(whole) & {OLDER, NEWER} or len(whole) != len(checkpoint.directories(directory)):
+    checkpoints = directory / "checkpoints"
+    named = checkpoint.directories(checkpoints)
+    whole = [checkpoint.step_of(path) for path in named if checkpoint.is_whole(path)]
+    found = checkpoint.latest(checkpoints, problems.append)
+    if problems or found is None or not set(whole) & {OLDER, NEWER} or len(whole) != len(named):
         return f"whole {whole}, {problems}"
-    checkpoint.sweep(directory)
-    checkpoint.write(directory, NEWER, checkpoint.encode(small_state(NEWER)))
-    checkpoint.prune(directory, 1, {NEWER})
-    left = sorted(path.name for path in directory.iterdir())
-    return None if left == [f"step-{NEWER:08d}"] and checkpoint.is_whole(directory / left[0]) else f"left {left}"
+    _save(directory, NEWER, checkpoint.encode(small_state(NEWER)))
+    left = sorted(str(path.relative_to(directory)) for path in directory.glob("*/*")) + list(map(str, directory.glob(".*")))
+    newest = f"checkpoints/step-{NEWER:08d}"
+    return None if left == [newest] and checkpoint.is_whole(directory / newest) else f"left {left}"
 
 
 def campaign(options: object, place: Path) -> dict[str, Any]:
     """Every system call of a checkpoint's writing."""
-    calls = points(place / "checkpoints")
-    found = {f"{name} {number}": crash(place / "checkpoints", name, number) for name, number in calls}
+    calls = points(place / "run")
+    found = {f"{name} {number}": crash(place / "run", name, number) for name, number in calls}
     return {"points": len(calls), "problems": {point: problem for point, problem in found.items() if problem}}
 
 

@@ -247,7 +247,7 @@ def oldest_checkpoint() -> None:
 
 def rows_kept_on_resume() -> None:
     """The log goes on after the rows of steps that are computed again (wandb, TensorBoard)."""
-    train.metrics.drop_after = lambda path, step: train.metrics.read_rows(path)
+    train.metrics.drop_after = lambda path, step, staging: train.metrics.read_rows(path)
 
 
 # Checkpoints
@@ -257,10 +257,10 @@ def delete_before_write() -> None:
     """The old checkpoint goes before the new one is there: accelerate's total_limit=1."""
     write = checkpoint.write
 
-    def replace(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+    def replace(checkpoints: Path, step: int, files: checkpoint.Files, staging: Path) -> Path:
         for old in checkpoint.directories(checkpoints):
             shutil.rmtree(old)
-        return write(checkpoints, step, files)
+        return write(checkpoints, step, files, staging)
 
     checkpoint.write = replace
 
@@ -268,7 +268,7 @@ def delete_before_write() -> None:
 def written_in_place() -> None:
     """A checkpoint has its name before it is whole: a kill leaves a torn one (Lightning 19970)."""
 
-    def write(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+    def write(checkpoints: Path, step: int, files: checkpoint.Files, staging: Path) -> Path:
         final = checkpoints / f"step-{step:08d}"
         final.mkdir(exist_ok=True)
         for name, content in files.items():
@@ -282,9 +282,9 @@ def temporary_left() -> None:
     """A save leaves its temporary file beside the checkpoint: disks fill up over the weeks."""
     write = checkpoint.write
 
-    def littering(checkpoints: Path, step: int, files: checkpoint.Files) -> Path:
+    def littering(checkpoints: Path, step: int, files: checkpoint.Files, staging: Path) -> Path:
         (checkpoints / f".writing-{step}").mkdir()
-        return write(checkpoints, step, files)
+        return write(checkpoints, step, files, staging)
 
     checkpoint.write = littering
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPT = Path(os.environ.get("SLURM_LAB") or Path(__file__).with_name("lab"))  # starts and stops a cluster
-QUICK = "SlurmdTimeout=10\nKillWait=5\nMessageTimeout=5"
+from slurm.lab import Lab, why_not
+from slurm.lab import lab as start
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 ONLY_SLURM = """
 import json, os, sys
 from launch import cluster, doctor
@@ -26,52 +28,41 @@ for finding in doctor.examine([("slurm", check)], config):
 """
 
 
-class Lab:
-    """A cluster of two nodes and a head, each in namespaces of its own."""
+class Cluster:
+    """Two nodes and a head; a call runs a command on one of them."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        self.env = {**os.environ, "LAB": str(place / "lab"), "NODES": "2", "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
-        self.env |= {"EXTRA": QUICK, "AUTHX": ",cred_expire=5"}
+    def __init__(self, running: Lab) -> None:
+        self.lab, self.place = running, running.place.parent
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "SLURM_CONF": f"{running.place}/slurm.conf"}
 
-    def __call__(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run((SCRIPT, *command), env=self.env, capture_output=True, text=True, timeout=200)
-
-    def up(self) -> None:
-        # files, not pipes: the daemons keep what they inherit open
-        with open(self.place / "up.log", "w") as log:
-            code = subprocess.run((SCRIPT, "up"), env=self.env, stdout=log, stderr=log, timeout=200).returncode
-        assert code == 0, (self.place / "up.log").read_text()
+    def __call__(self, where: str, *command: str) -> subprocess.CompletedProcess[str]:
+        enter = ("nsenter", "-t", str(self.lab.processes[where]), "-m", "-u", "-n", "-p", f"--wdns={ROOT}", "--")
+        return subprocess.run((*enter, *command), env=self.env, capture_output=True, text=True, timeout=200)
 
     def doctor(self, nodes: int = 2, *where: str) -> dict[str, tuple[str, str, str]]:
         """name -> (status, text, remedy) of the Slurm checks, made on the head."""
-        done = self("sh", sys.executable, "-c", ONLY_SLURM, str(self.place / "runs"), str(nodes), *where)
+        done = self("head", sys.executable, "-c", ONLY_SLURM, str(self.place / "runs"), str(nodes), *where)
         assert done.returncode == 0, done.stderr
         found = {name: (status, text, remedy) for name, status, text, remedy in map(json.loads, done.stdout.splitlines())}
         assert all(remedy for status, _, remedy in found.values() if status != "OK")
-        assert self("sh", "squeue", "-h", "-n", "doctor").stdout == "", "a probe is left"
+        assert self("head", "squeue", "-h", "-n", "doctor").stdout == "", "a probe is left"
         assert list((self.place / "runs").glob(".doctor-*")) == []
         return found
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
+def lab() -> Iterator[Cluster]:
     place = Path(tempfile.mkdtemp(prefix="doctor-", dir="/tmp"))  # munge's user must get through, as it cannot in pytest's
-    place.chmod(0o755)
     (place / "runs").mkdir()
-    started = Lab(place)
-    try:
-        started.up()
-        yield started
-    finally:
-        started("down")
-        shutil.rmtree(place, ignore_errors=True)
+    with start(place / "lab", nodes=2) as running:
+        yield Cluster(running)
+    shutil.rmtree(place, ignore_errors=True)
 
 
-def test_a_good_cluster_is_ok(lab: Lab) -> None:
+def test_a_good_cluster_is_ok(lab: Cluster) -> None:
     runs = str(lab.place / "runs")
     command = (sys.executable, "-m", "launch", "doctor", "--slurm", "--json")
-    done = lab("sh", "env", "-C", str(ROOT), *command, "--", "--data.name", "digits", "--run.dir", runs)
+    done = lab("head", "env", "-C", str(ROOT), *command, "--", "--data.name", "digits", "--run.dir", runs)
     report = json.loads(done.stdout)
     found = {item["name"]: (item["status"], item["text"]) for item in report["findings"]}
     names = {"sbatch", "partitions", "submit", "shared files", "network", "clocks", "python", "all-reduce"}
@@ -82,13 +73,13 @@ def test_a_good_cluster_is_ok(lab: Lab) -> None:
     assert done.returncode == (1 if report["status"] == "fail" else 0)
 
 
-def test_a_directory_that_one_node_does_not_share_fails(lab: Lab) -> None:
+def test_a_directory_that_one_node_does_not_share_fails(lab: Cluster) -> None:
     runs = str(lab.place / "runs")
-    assert lab("exec", "node2", "mount", "-t", "tmpfs", "tmpfs", runs).returncode == 0
+    assert lab("node2", "mount", "-t", "tmpfs", "tmpfs", runs).returncode == 0
     try:
         status, text, remedy = lab.doctor()["shared files"]
     finally:
-        lab("exec", "node2", "umount", runs)
+        lab("node2", "umount", runs)
     assert status == "fail"
     assert "node2 (No such file or directory)" in text
     assert "node1" not in text
@@ -96,79 +87,79 @@ def test_a_directory_that_one_node_does_not_share_fails(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(("ahead", "expected"), [(-5, "warn"), (90, "fail")])
-def test_a_wrong_clock_is_seen(lab: Lab, ahead: int, expected: str) -> None:
+def test_a_wrong_clock_is_seen(lab: Cluster, ahead: int, expected: str) -> None:
     node = ROOT / "launch" / "node.py"
     wrong = lab.place / "node.py"
     wrong.write_text(node.read_text().replace('"time": time.time()', f'"time": time.time() + {ahead}'))
-    assert lab("exec", "node2", "mount", "--bind", str(wrong), str(node)).returncode == 0
+    assert lab("node2", "mount", "--bind", str(wrong), str(node)).returncode == 0
     try:
         status, text, _ = lab.doctor()["clocks"]
     finally:
-        lab("exec", "node2", "umount", str(node))
+        lab("node2", "umount", str(node))
     assert status == expected
     told = {part.split()[0]: float(part.split()[1]) for part in text.split(", ")}
     assert abs(told["node1"]) < 0.9
     assert abs(told["node2"] - ahead) < 0.9
 
 
-def test_a_blocked_way_between_nodes_fails(lab: Lab) -> None:
-    assert lab("exec", "node2", "ip", "route", "add", "unreachable", "10.77.0.11").returncode == 0
+def test_a_blocked_way_between_nodes_fails(lab: Cluster) -> None:
+    assert lab("node2", "ip", "route", "add", "unreachable", "10.78.0.11").returncode == 0
     try:
         status, text, remedy = lab.doctor()["network"]
     finally:
-        lab("exec", "node2", "ip", "route", "del", "unreachable", "10.77.0.11")
+        lab("node2", "ip", "route", "del", "unreachable", "10.78.0.11")
     assert status == "fail"
     assert "node2 cannot reach node1: " in text
     assert "GLOO_SOCKET_IFNAME" in remedy
 
 
-def test_a_name_that_means_the_loopback_fails(lab: Lab) -> None:
+def test_a_name_that_means_the_loopback_fails(lab: Cluster) -> None:
     """Debian writes the own name to /etc/hosts as 127.0.1.1: other nodes would be told that address."""
     hosts = lab.place / "hosts"
-    hosts.write_text("127.0.1.1 node1\n10.77.0.1 head\n")
-    assert lab("exec", "node1", "mount", "--bind", str(hosts), "/etc/hosts").returncode == 0
+    hosts.write_text("127.0.1.1 node1\n10.78.0.1 head\n")
+    assert lab("node1", "mount", "--bind", str(hosts), "/etc/hosts").returncode == 0
     try:
         status, text, _ = lab.doctor()["network"]
     finally:
-        lab("exec", "node1", "umount", "/etc/hosts")
+        lab("node1", "umount", "/etc/hosts")
     assert status == "fail"
     assert "node1 takes node1 for itself (127.0." in text
 
 
-def test_an_interface_that_is_not_there_fails(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interface_that_is_not_there_fails(lab: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lab.env, "GLOO_SOCKET_IFNAME", "ib0")
     assert lab.doctor()["network"][:2] == ("fail", "node1 has no interface ib0; node2 has no interface ib0")
 
 
-def test_a_node_without_the_program_fails(lab: Lab) -> None:
+def test_a_node_without_the_program_fails(lab: Cluster) -> None:
     node = ROOT / "launch" / "node.py"
     empty = lab.place / "empty.py"
     empty.write_text("raise SystemExit('nothing here')\n")
-    assert lab("exec", "node2", "mount", "--bind", str(empty), str(node)).returncode == 0
+    assert lab("node2", "mount", "--bind", str(empty), str(node)).returncode == 0
     try:
         status, text, _ = lab.doctor()["nodes"]
     finally:
-        lab("exec", "node2", "umount", str(node))
+        lab("node2", "umount", str(node))
     assert status == "fail"
     assert text.startswith(("0 of 2", "1 of 2"))
 
 
-def test_a_busy_cluster_is_a_warning(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_cluster_is_a_warning(lab: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lab.env, "QUEUE_SECONDS", "5")
-    batch = lab("sh", "sbatch", "--parsable", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 300")
+    batch = lab("head", "sbatch", "--parsable", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 300")
     job = batch.stdout.strip()
     assert job.isdigit(), batch.stderr
-    lab("sh", "bash", "-c", f"for _ in $(seq 300); do squeue -h -j {job} -t R | grep -q . && break; sleep 0.2; done")
+    lab("head", "bash", "-c", f"for _ in $(seq 300); do squeue -h -j {job} -t R | grep -q . && break; sleep 0.2; done")
     try:
         status, text, remedy = lab.doctor()["nodes"]
     finally:
-        lab("sh", "scancel", job)
+        lab("head", "scancel", job)
     assert status == "warn"
     assert text.startswith("0 of 2 node(s) ran a probe")
     assert "busy" in remedy
 
 
-def test_jobs_that_cannot_be_are_refused(lab: Lab) -> None:
+def test_jobs_that_cannot_be_are_refused(lab: Cluster) -> None:
     status, text, _ = lab.doctor(3)["submit"]
     assert status == "fail"
     assert "3 node(s) is refused" in text
@@ -177,18 +168,18 @@ def test_jobs_that_cannot_be_are_refused(lab: Lab) -> None:
     assert "partition" in text
 
 
-def test_a_lost_node_is_a_warning(lab: Lab) -> None:
-    assert lab("sh", "scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test").returncode == 0
+def test_a_lost_node_is_a_warning(lab: Cluster) -> None:
+    assert lab("head", "scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test").returncode == 0
     try:
         found = lab.doctor(1)
     finally:
-        lab("sh", "scontrol", "update", "NodeName=node2", "State=RESUME")
+        lab("head", "scontrol", "update", "NodeName=node2", "State=RESUME")
     assert found["partitions"][0] == "warn"
     assert "1 down in main*" in found["partitions"][1]
     assert found["clocks"][0] == "OK"
 
 
-def test_without_slurm_it_fails_at_once(lab: Lab) -> None:
+def test_without_slurm_it_fails_at_once(lab: Cluster) -> None:
     """A controller that is gone, and no Slurm at all."""
     lab.env["SLURM_CONF"] = "/nonexistent/slurm.conf"
     done = subprocess.run(

@@ -1,0 +1,133 @@
+"""`python -m launch slurm`: check a training, hand it to Slurm, follow it.
+
+Nothing is queued that would fail on a typo: the config is parsed, the ranks must be able to share the batch, the scripts pass
+`bash -n` and the request passes `sbatch --test-only`. Arguments are passed as a list, never through a shell's parser. What
+happens in the job stands in slurm/train.sbatch.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from train.cli import Parser, parse, run_name
+from train.config import Config, UserError
+
+ROOT = Path(__file__).parent.parent
+SITE = 'if [ -f slurm/site.env ]; then set -a; . slurm/site.env; set +a; fi; exec "$@"'  # its SBATCH_* reach sbatch
+SCRIPTS = ("slurm/train.sbatch", "slurm/sweep.sbatch")
+POLL_SECONDS = 1.0
+GOING_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the command line."""
+    parser = Parser(
+        prog="python -m launch slurm",
+        usage="%(prog)s [OPTIONS] [SBATCH OPTIONS] -- TRAIN ARGUMENTS",
+        description="Check a training and submit it. Options that are not listed go to sbatch: --time, --partition, --account, "
+        "--qos, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=0, help="GPUs and ranks per node; 0: CPU ranks (default 0)")
+    parser.add_argument("--ntasks-per-node", type=int, default=1, help="CPU ranks per node (default 1)")
+    parser.add_argument("--signal-seconds", type=int, default=300, help="save and leave so long before the limit (default 300)")
+    parser.add_argument(
+        "--sweep", help="'seeds', or a file with one line of flags per run; needs --array, such as --array=1-5%%2"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command and do not submit")
+    parser.add_argument("--follow", action="store_true", help="show the log and the job's states until it ends")
+    parser.add_argument("--print-run", action="store_true", help="check the arguments, print the run's directory (for the job)")
+    return parser
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise UserError where so many ranks cannot share the training: the rule that the ranks themselves apply."""
+    from train import models
+    from train.run import plan_micro_batches
+
+    plan_micro_batches(config, world_size, bool(models.norms(models.build(config.model, config.seed))))
+
+
+def command(options: argparse.Namespace, extra: list[str], arguments: list[str]) -> list[str]:
+    """The sbatch command line."""
+    ranks = (
+        ("--gpus-per-node", options.gpus_per_node) if options.gpus_per_node else ("--ntasks-per-node", options.ntasks_per_node)
+    )
+    signal = f"--signal=USR2@{options.signal_seconds}"
+    script = [SCRIPTS[1], options.sweep] if options.sweep else [SCRIPTS[0]]
+    return ["sbatch", "--parsable", "--nodes", str(options.nodes), ranks[0], str(ranks[1]), signal, *extra, *script, *arguments]
+
+
+def run(*argv: str) -> str:
+    """Run a command in the project's directory with the site's settings; UserError with its last words if it fails."""
+    done = subprocess.run(("bash", "-c", SITE, "bash", *argv), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        words = " ".join(done.stderr.split())
+        raise UserError(f"{argv[0]} says: {words}" if words else f"{argv[0]} ended with exit code {done.returncode}.")
+    return done.stdout.strip()
+
+
+def follow(job: str, log: Path) -> int:
+    """Show the log and each new state until the job ends or is held; return its exit code. Ctrl-C leaves the job alone."""
+    shown, position = "", 0
+    while True:
+        text = run("scontrol", "show", "job", "-o", job)
+        fields = dict(re.findall(r"(\S+?)=(\S*)", text))
+        state, reason = fields["JobState"], fields["Reason"]
+        now = state if reason == "None" else f"{state} ({reason})"
+        if log.exists():
+            with open(log, errors="replace") as file:
+                file.seek(position)
+                print(file.read(), end="", flush=True)
+                position = file.tell()
+        if now != shown:
+            print(f"{time.strftime('%H:%M:%S')} job {job}: {now} {fields.get('NodeList', '').replace('(null)', '')}", flush=True)
+            shown = now
+        if state not in GOING_ON or "held" in reason.lower():
+            code = int(fields["ExitCode"].split(":")[0])
+            return code or int(state != "COMPLETED")
+        time.sleep(POLL_SECONDS)
+
+
+def main(argv: list[str]) -> int:
+    """Submit, or show what would be submitted; return 0, 2 for what Slurm or the config refuses, or the job's exit code."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, extra = make_parser().parse_known_args(argv[:end])
+    arguments = argv[end + 1 :]
+    if stray := [word for word in extra if not word.startswith("-")]:
+        raise UserError(f"{stray[0]!r} stands alone. Write sbatch's options as --name=value; the training's stand behind `--`.")
+    config = parse(arguments)
+    if options.print_run:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise UserError("--print-run is for the job: SLURM_JOB_ID is not set.")
+        print(Path(config.run.dir) / run_name(config, arguments, os.environ["SLURM_JOB_ID"]))
+        return 0
+    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("gpus_per_node", 0), ("signal_seconds", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Use {least} or more.")
+    if options.sweep and (options.follow or not any(word.startswith("--array=") for word in extra)):
+        raise UserError("--sweep needs --array=FIRST-LAST, such as --array=1-5%2, and cannot be followed: each task has its log.")
+    check_world(config, options.nodes * (options.gpus_per_node or options.ntasks_per_node))
+    for script in SCRIPTS:
+        run("bash", "-n", script)
+    wanted = command(options, extra, arguments)
+    if options.dry_run:
+        print(shlex.join(wanted))
+        return 0
+    run(wanted[0], "--test-only", *wanted[2:])
+    job = run(*wanted).split(";")[0]
+    log = ROOT / (f"slurm-{job}_*.log" if options.sweep else f"slurm-{job}.log")
+    place = f"runs/sweep-{job}" if options.sweep else str(Path(config.run.dir) / run_name(config, arguments, job))
+    print(f"job {job}: squeue -j {job}; log {log}; run {place}; scancel {job} ends it", flush=True)
+    if not options.follow:
+        return 0
+    try:
+        return follow(job, log)
+    except KeyboardInterrupt:
+        print(f"job {job} goes on", file=sys.stderr)
+        return 130

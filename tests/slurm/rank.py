@@ -1,0 +1,42 @@
+"""A rank for the tests on the lab: trains as `python -m train` does, slower, and says where it runs.
+
+ENVIRONMENT  SECONDS_PER_STEP: sleep that long before each step of the first life.  POISON_STEP: die in that step.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import train.__main__
+import train.loop
+from train.run import Run
+
+SHOWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+
+
+def main(argv: list[str]) -> int:
+    step_as_it_is = train.loop.train_step
+    seen = False
+
+    def train_step(run: Run) -> train.loop.StepResult:
+        nonlocal seen
+        if not seen:
+            seen = True
+            facts = {name: os.environ.get(name) for name in SHOWN} | {"host": os.uname().nodename}
+            folder = Path("ranks") / os.environ["SLURM_JOB_ID"]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{run.world.rank}.json").write_text(json.dumps(facts))
+        if "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
+        if run.step == int(os.environ.get("POISON_STEP", "-1")):
+            os._exit(9)
+        return step_as_it_is(run)
+
+    train.loop.train_step = train_step
+    return train.__main__.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

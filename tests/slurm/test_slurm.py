@@ -1,0 +1,298 @@
+"""slurm/*.sbatch and `launch slurm` on a real Slurm of several nodes: whatever happens to a job, its run ends with the bits of an
+undisturbed one. Exact mode gives all world sizes the same bits, so one undisturbed run is the reference for every test."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from ranks.processes import rows, wait_for_step
+
+from slurm.lab import Lab, lab, why_not
+
+STEPS = 60
+TRAIN = f"""
+--data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.micro_batches 8
+--train.num_threads 1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1 --eval.every_steps 1000
+--log.progress false
+""".split()
+WAIT_SECONDS = 180.0
+PYTHON = """#!/bin/bash
+# Runs the training slower (tests/slurm/rank.py); everything else as it is.
+if [ "$2" = train ]; then exec {python} {root}/tests/slurm/rank.py "${{@:3}}"; fi
+exec {python} "$@"
+"""
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+class Cluster:
+    """The lab, and a copy of the project to submit from."""
+
+    def __init__(self, running: Lab, project: Path) -> None:
+        self.lab, self.project = running, project
+
+    def run(self, *command: str, check: bool = True, **env: str) -> str:
+        return self.lab.sh("env", *(f"{name}={value}" for name, value in env.items()), *command, check=check, cwd=self.project)
+
+    def launch(self, *argv: str, **env: str) -> tuple[int, str]:
+        """`python -m launch slurm` on the head -> (exit code, output)."""
+        text = self.run("bash", "-c", '"$@"; echo "code $?"', "bash", sys.executable, "-m", "launch", "slurm", *argv, **env)
+        output, code = text.rstrip().rsplit("code ", 1)
+        return int(code), output
+
+    def submit(self, name: str, *options: str, flags: tuple[str, ...] = (), **env: str) -> str:
+        """Submit by hand, as the script's first lines say; return the job's id."""
+        arguments = [*TRAIN, "--run.name", name, *flags]
+        return self.run("sbatch", "--parsable", *options, "slurm/train.sbatch", *arguments, **env).split()[-1]
+
+    def job(self, job: str) -> dict[str, str]:
+        return dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", self.run("scontrol", "show", "job", "-o", job).strip()))
+
+    def wait(self, job: str, *states: str) -> dict[str, str]:
+        """Wait until a job has one of these states and is not being requeued."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while (found := self.job(job))["JobState"] not in states:
+            assert time.monotonic() < deadline, f"{found}\n{self.log(job)}"
+            time.sleep(0.3)
+        return found
+
+    def finish(self, job: str, name: str) -> dict[str, Any]:
+        """Wait for the job's end; return the summary of its run, whose directory must be tidy."""
+        found = self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        assert found["JobState"] == "COMPLETED", f"{found}\n{self.log(job)}"
+        return self.summary(name)
+
+    def summary(self, name: str) -> dict[str, Any]:
+        run = self.path(name)
+        steps = [row["step"] for row in rows(run, "train")]
+        assert steps == list(range(1, STEPS + 1))
+        assert not list(run.rglob(".*")), "something temporary is left"
+        return json.loads((run / "summary.json").read_text())
+
+    def path(self, name: str) -> Path:
+        return self.project / "runs" / name
+
+    def log(self, job: str) -> str:
+        path = self.project / f"slurm-{job}.log"
+        return path.read_text() if path.exists() else "no log"
+
+    def ranks(self, job: str, life: int = 0) -> dict[int, dict[str, str]]:
+        """What the ranks of one life of a job said of themselves."""
+        found = [json.loads(path.read_text()) for path in (self.project / "ranks" / job).glob(f"{life}-*.json")]
+        return {int(facts["RANK"] or 0): facts for facts in found}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    place = tmp_path_factory.mktemp("slurm")
+    project = place / "project"
+    shutil.copytree(ROOT / "slurm", project / "slurm")
+    for package in ("train", "launch", "configs"):
+        (project / package).symlink_to(ROOT / package)
+    (project / "python").write_text(PYTHON.format(python=sys.executable, root=ROOT))
+    (project / "python").chmod(0o755)
+    site = f"PYTHON={project}/python\nexport PYTHONPATH={ROOT} XDG_CACHE_HOME={place}/cache WANDB_MODE=disabled\n"
+    (project / "slurm" / "site.env").write_text(site)
+    with lab(place / "lab") as running:
+        yield Cluster(running, project)
+
+
+@pytest.fixture(autouse=True)
+def quiet_cluster(cluster: Cluster) -> Iterator[None]:
+    """No job and no dead node is left for the next test."""
+    yield
+    cluster.run("scancel", "--user", "root")
+    for node in cluster.lab.nodes:
+        if node not in cluster.lab.processes:
+            cluster.lab.start(node)
+        cluster.lab.netup(node)
+    deadline = time.monotonic() + 60
+    while (
+        cluster.run("squeue", "--noheader").strip()
+        or cluster.run("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D").strip() != "3"
+    ):
+        assert time.monotonic() < deadline, cluster.run("squeue") + cluster.run("sinfo")
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> str:
+    """The weights' SHA-256 of a run on one node that nothing happens to."""
+    return cluster.finish(cluster.submit("undisturbed"), "undisturbed")["weights_sha256"]
+
+
+def test_three_nodes_with_two_gpus_each(cluster: Cluster, undisturbed: str) -> None:
+    job = cluster.submit("three", "--nodes", "3", "--gpus-per-node", "2")
+    summary = cluster.finish(job, "three")
+    assert (summary["world_size"], summary["weights_sha256"]) == (6, undisturbed)
+    ranks = cluster.ranks(job)
+    assert sorted(ranks) == list(range(6))
+    for rank, facts in ranks.items():
+        assert facts["host"] == f"node{rank // 2 + 1}"
+        assert (facts["LOCAL_RANK"], facts["LOCAL_WORLD_SIZE"], facts["WORLD_SIZE"]) == (str(rank % 2), "2", "6")
+        assert facts["CUDA_VISIBLE_DEVICES"] == "0,1"  # each sees its node's, and takes the one of its local rank
+        assert facts["MASTER_ADDR"] == "node1"
+    assert len({facts["MASTER_PORT"] for facts in ranks.values()}) == 1
+    assert "ranks share" in cluster.log(job)  # no CPUs were asked for
+
+
+def test_time_limit(cluster: Cluster, undisturbed: str) -> None:
+    job = cluster.submit("limit", "--nodes", "2", "--time", "1", "--signal", "USR2@20", SECONDS_PER_STEP="0.8")
+    assert cluster.finish(job, "limit")["weights_sha256"] == undisturbed
+    (told,) = rows(cluster.path("limit"), "preempted")
+    starts = [row["step"] for row in rows(cluster.path("limit"), "start")]
+    assert starts == [0, told["step"]]  # not one step is computed twice
+    assert "exit code 75; requeued from" in cluster.log(job)
+    assert cluster.job(job)["Restarts"] == "1"
+
+
+def test_scontrol_requeue(cluster: Cluster, undisturbed: str) -> None:
+    job = cluster.submit("requeue", "--nodes", "2", "--ntasks-per-node", "2", SECONDS_PER_STEP="0.1")
+    wait_for_step(cluster.path("requeue"), 15)
+    cluster.run("scontrol", "requeue", job)
+    assert cluster.finish(job, "requeue")["weights_sha256"] == undisturbed
+    assert [row["world_size"] for row in rows(cluster.path("requeue"), "start")] == [4, 4]
+    assert rows(cluster.path("requeue"), "start")[1]["step"] >= 10
+
+
+def test_preemption(cluster: Cluster, undisturbed: str) -> None:
+    job = cluster.submit("preempted", "--nodes", "2", "--ntasks-per-node", "2", SECONDS_PER_STEP="0.1")
+    wait_for_step(cluster.path("preempted"), 12)
+    cluster.run("sbatch", "-p", "urgent", "--nodes", "3", "--ntasks-per-node", "8", "--output", "/dev/null", "--wrap", "sleep 2")
+    assert cluster.finish(job, "preempted")["weights_sha256"] == undisturbed
+    (told,) = rows(cluster.path("preempted"), "preempted")
+    assert [row["step"] for row in rows(cluster.path("preempted"), "start")] == [0, told["step"]]
+
+
+@pytest.mark.parametrize("which", ["batch node", "other node"])
+def test_node_dies(cluster: Cluster, undisturbed: str, which: str) -> None:
+    name = which.replace(" ", "-")
+    job = cluster.submit(name, "--nodes", "2", SECONDS_PER_STEP="0.1")
+    wait_for_step(cluster.path(name), 15)
+    cluster.lab.kill("node1" if which == "batch node" else "node2")
+    assert cluster.finish(job, name)["weights_sha256"] == undisturbed
+    assert [row["step"] for row in rows(cluster.path(name), "start")] == [0, 10]
+
+
+def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
+    """A node is cut off and its rank trains on; the job's next life, elsewhere, takes over, and the old one cannot write."""
+    job = cluster.submit("silent", SECONDS_PER_STEP="2")
+    wait_for_step(cluster.path("silent"), 3)
+    cluster.lab.netdown("node1")
+    deadline = time.monotonic() + WAIT_SECONDS
+    while len(rows(cluster.path("silent"), "start")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    alive = cluster.lab.run_on("node1", "pgrep", "-f", "rank.py", check=False)
+    assert alive.strip(), "the old incarnation has ended by itself: nothing is proven"
+    assert cluster.finish(job, "silent")["weights_sha256"] == undisturbed
+    assert cluster.ranks(job, 0)[0]["host"] == "node1"
+    assert cluster.ranks(job, 1)[0]["host"] != "node1"
+    while "train.lease.Fenced: fenced: " not in cluster.log(job):  # at its next save
+        assert time.monotonic() < deadline, cluster.log(job)
+        time.sleep(0.3)
+    assert cluster.summary("silent")["weights_sha256"] == undisturbed
+
+
+def test_scancel_ends_it_for_good_and_the_same_name_goes_on(cluster: Cluster, undisturbed: str) -> None:
+    job = cluster.submit("cancelled", "--nodes", "2", SECONDS_PER_STEP="0.1")
+    wait_for_step(cluster.path("cancelled"), 12)
+    cluster.run("scancel", job)
+    cluster.wait(job, "CANCELLED")
+    time.sleep(3)
+    found = cluster.job(job)
+    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), cluster.log(job)
+    assert cluster.finish(cluster.submit("cancelled"), "cancelled")["weights_sha256"] == undisturbed
+
+
+def test_poison_is_tried_so_often_and_then_held(cluster: Cluster) -> None:
+    job = cluster.submit("poison", POISON_STEP="25", LOCKSTEP_ATTEMPTS="2")
+    deadline = time.monotonic() + WAIT_SECONDS
+    while "held" not in (found := cluster.job(job))["Reason"].lower():
+        assert time.monotonic() < deadline, cluster.log(job)
+        time.sleep(0.3)
+    assert found["JobState"] == "PENDING"
+    assert re.search(r"held: 2 attempts from runs/poison/checkpoints/step-00000020 without", found["Comment"])
+    # the first life got from the start to step 20, which refills the budget: two more lives from there
+    assert [row["step"] for row in rows(cluster.path("poison"), "start")] == [0, 20, 20]
+
+
+def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
+    for arguments, word in (
+        (["--", *TRAIN, "--optim.lrr", "1"], "optim.lr"),
+        (["--nodes", "3", "--ntasks-per-node", "3", "--", *TRAIN], "9 processes cannot share train.micro_batches 8"),
+        (["--nodes", "4", "--", *TRAIN], "sbatch says"),
+        (["--partition=none", "--", *TRAIN], "invalid partition"),
+        (["--nodes", "0", "--", *TRAIN], "--nodes is 0"),
+        (["stray", "--", *TRAIN], "'stray' stands alone"),
+    ):
+        code, output = cluster.launch(*arguments)
+        assert code == 2, output
+        assert word in output
+        assert output.count("\n") == 1, output
+    assert cluster.run("squeue", "--noheader").strip() == ""
+    typo = cluster.submit("typo", flags=("--optim.lrr", "1"))
+    mnist = ("--data.name", "mnist", "--data.download", "false")
+    data = cluster.submit("nodata", "--nodes", "2", "--ntasks-per-node", "2", flags=mnist)
+    for job, word in ((typo, "optim.lr"), (data, "python -m launch data --name mnist --root DIR")):
+        found = cluster.wait(job, "FAILED")
+        assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0"), cluster.log(job)
+        assert cluster.log(job).count("error:") == 1 + cluster.log(job).count("srun: error:"), cluster.log(job)
+        assert word in cluster.log(job)
+
+
+def test_launch_slurm_passes_hostile_arguments_and_follows(cluster: Cluster, undisturbed: str) -> None:
+    hostile = 'it\'s "quoted", $(touch broken) `touch broken`; a\\b *\nnext line, ü && true'
+    arguments = ["--nodes", "2", "--follow", "--time=5", "--", *TRAIN, "--run.name", "followed", f"--wandb.notes={hostile}"]
+    code, shown = cluster.launch("--dry-run", *arguments)
+    assert code == 0
+    assert "--signal=USR2@300 --time=5 slurm/train.sbatch --data.name digits" in shown
+    assert shlex.split(shown)[-1] == f"--wandb.notes={hostile}"
+    code, shown = cluster.launch(*arguments)
+    assert code == 0, shown
+    assert "slurm: finished" in shown
+    assert re.search(r"job \d+: RUNNING", shown)
+    assert re.search(r"job \d+: COMPLETED", shown)
+    assert cluster.summary("followed")["weights_sha256"] == undisturbed
+    config = yaml.safe_load((cluster.path("followed") / "config.yaml").read_text())
+    assert config["wandb"]["notes"] == hostile
+    assert not (cluster.project / "broken").exists()
+
+
+def test_sweep(cluster: Cluster) -> None:
+    short = [*TRAIN, "--train.max_steps", "5"]
+    (cluster.project / "lines.txt").write_text("--seed 1 --wandb.notes 'two words, one flag'\n--optim.lr 0.02\n")
+    output = cluster.run(sys.executable, "-m", "launch", "slurm", "--sweep", "seeds", "--array=1-2%1", "--", *short)
+    seeds = re.search(r"job (\d+)", output)
+    assert seeds, output
+    lines = cluster.run("sbatch", "--parsable", "--array", "1-2", "slurm/sweep.sbatch", "lines.txt", *short).split()[-1]
+    deadline = time.monotonic() + WAIT_SECONDS
+    while cluster.run("squeue", "--noheader").strip():
+        assert time.monotonic() < deadline, cluster.run("squeue")
+        time.sleep(0.3)
+    config = {}
+    for job, names in ((seeds.group(1), ("seed-1", "seed-2")), (lines, ("line-1", "line-2"))):
+        logs = "".join(path.read_text() for path in cluster.project.glob(f"slurm-{job}_*.log"))
+        assert re.search(r"2 of 2 runs: mean [\d.]+% \+- [\d.]+% \(standard deviation\)", logs), logs
+        for name in names:
+            config[name] = yaml.safe_load((cluster.path(f"sweep-{job}") / name / "config.yaml").read_text())
+    assert [config[name]["seed"] for name in config] == [1, 2, 1, 0]
+    assert config["line-1"]["wandb"]["notes"] == "two words, one flag"
+    assert config["line-2"]["optim"]["lr"] == 0.02
+
+
+def test_scripts_are_shell() -> None:
+    for script in ("train.sbatch", "sweep.sbatch", "site.env.example"):
+        assert subprocess.run(["bash", "-n", ROOT / "slurm" / script]).returncode == 0
+    ignored = subprocess.run(["git", "check-ignore", "-q", "slurm/site.env"], cwd=ROOT, env=os.environ)
+    assert ignored.returncode == 0
