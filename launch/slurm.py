@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from train.cli import Parser, parse, run_name
@@ -23,7 +24,7 @@ POLL_SECONDS = 1.0
 GOING_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Build the command line."""
     parser = Parser(
         prog="python -m launch slurm",
@@ -53,7 +54,7 @@ def check_world(config: Config, world_size: int) -> None:
     plan_micro_batches(config, world_size, bool(models.norms(models.build(config.model, config.seed))))
 
 
-def command(options: argparse.Namespace, extra: list[str], arguments: list[str]) -> list[str]:
+def command(options: Namespace, extra: list[str], arguments: list[str]) -> list[str]:
     """The sbatch command line."""
     ranks = (
         ("--gpus-per-node", options.gpus_per_node) if options.gpus_per_node else ("--ntasks-per-node", options.ntasks_per_node)
