@@ -31,7 +31,6 @@ def make_parser() -> Parser:
         usage="%(prog)s [OPTIONS] [SBATCH OPTIONS] -- TRAIN ARGUMENTS",
         description="Check a training and submit it. Options that are not listed go to sbatch: --time, --partition, --account, "
         "--qos, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
-        allow_abbrev=False,
     )
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
     parser.add_argument("--gpus-per-node", type=int, default=0, help="GPUs and ranks per node; 0: CPU ranks (default 0)")

@@ -197,6 +197,7 @@ def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
     final, temporary = checkpoints / f"step-{step:08d}", staging / f"step-{step:08d}"
     if final.exists() and is_whole(final):
         return final
+    shutil.rmtree(temporary, ignore_errors=True)  # of a save that failed
     temporary.mkdir()
     try:
         for name, content in files.items():
