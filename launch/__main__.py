@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "bench": "measure what exact mode costs",
     "data": "download and verify a data set",
     "report": "draw a picture of one or several runs",
+    "sync": "send W&B what it lacks of runs that were offline, killed or cut off",
     "compare": "say where two runs differ: mathematics, losses, gradient norms, weights",
     "replay": "compute steps of an exact run again and compare their bits",
     "selftest": "prove on this machine, in half a minute, that kills and world sizes change nothing",

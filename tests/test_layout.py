@@ -11,9 +11,9 @@ from conftest import ROOT
 LAYERS = [
     {"config", "sampler", "preempt"},
     {"cli", "rng", "report", "fingerprint"},
-    {"augment", "models", "optim", "picture"},
-    {"world", "checkpoint", "metrics"},
-    {"data", "reduce"},
+    {"augment", "models", "optim", "picture", "mirror"},
+    {"world", "checkpoint", "tracking"},
+    {"data", "reduce", "metrics"},
     {"evaluate"},
     {"run"},
     {"summary", "exhibits"},
@@ -81,7 +81,7 @@ def test_train_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("package", "homes"),
-    [("torch.distributed", {"world", "reduce"}), ("accelerate", {"world"}), ("wandb", {"metrics"}), ("jsonargparse", {"cli"})],
+    [("torch.distributed", {"world", "reduce"}), ("accelerate", {"world"}), ("wandb", {"mirror"}), ("jsonargparse", {"cli"})],
 )
 def test_package_is_imported_at_its_home_only(package: str, homes: set[str]) -> None:
     assert {path.stem for path in TRAIN if loads(every_import(path), package)} == homes
@@ -114,7 +114,7 @@ def test_models_know_nothing_of_ranks() -> None:
 
 LIGHT = [
     ROOT / "train" / f"{stem}.py"
-    for stem in ("config", "cli", "world", "preempt", "report", "picture", "fingerprint", "__main__")
+    for stem in ("config", "cli", "world", "preempt", "report", "picture", "fingerprint", "mirror", "tracking", "__main__")
 ]
 
 

@@ -257,7 +257,8 @@ class WandbConfig:
     """Weights & Biases: a mirror of metrics.jsonl, never in the way of training."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with a key and a server that answers, else offline."""
+    """auto: what $WANDB_MODE says, else online with a key and a server that answers within 2 seconds, else offline. online: wait
+    longer for the server (training does not wait). Everything can be sent later by `python -m launch sync`."""
     project: str = "lockstep"
     """Project that the run appears in."""
     entity: str | None = None
@@ -268,6 +269,20 @@ class WandbConfig:
     """Labels of the run."""
     notes: str | None = None
     """A sentence about the run."""
+    histograms: bool = True
+    """Show the distribution of each parameter tensor, at each evaluation."""
+    confusion: bool = True
+    """Show the confusion matrix at the end."""
+    mistakes: bool = True
+    """Show the most confident mistakes, as a table and as images, and the first layer's filters at the end."""
+    checkpoints: bool = True
+    """Keep the best and the last checkpoint as artifacts."""
+    code: bool = True
+    """Keep the source code as an artifact (git's state is always noted)."""
+    system: bool = True
+    """Show the load of CPU, GPU, memory, disk and network."""
+    alerts: bool = True
+    """Send an alert when the run is preempted, fails or finishes."""
 
 
 @dataclass(frozen=True)

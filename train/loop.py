@@ -241,6 +241,7 @@ def finish_step(run: Run, metrics: Metrics, checkpoints: Path, *, leaving: bool)
         results = evaluate_run(run)
         for name, result in results.items():
             metrics.record("eval", run.step, split=run.data.eval_split, ema=name == "ema", **result.record())
+        metrics.record_weights(run.step, run.module)
         accuracy = list(results.values())[-1].accuracy
         improved = run.best is None or accuracy > run.best["accuracy"]
         if improved:
@@ -268,7 +269,7 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         warnings = restore(run, found[1], found[0]) if found else []
         if world.is_main:
             (run_dir / "config.yaml").write_text(config.to_yaml())
-        rows = metrics.open(run.step, {"dataset": source.summary(), "world_size": world.world_size})
+        rows = metrics.open(run.step)
         kept = [row["train_seconds"] for row in rows if row["event"] == "train"]
         run.train_seconds = kept[-1] if kept else 0.0
         for line in (headline(run, run_dir, found[0] if found else None), arithmetic(run), *warnings):
