@@ -12,14 +12,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch sync", description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run that has ended, such as runs/mnist")
     options = parser.parse_args(argv)
-    for run_dir in options.runs:
-        for name in ("metrics.jsonl", "config.yaml"):
-            if not (run_dir / name).is_file() or not (run_dir / name).stat().st_size:
-                raise UserError(
-                    f"{run_dir} has no {name}, or an empty one. Expected the directory of a run, such as runs/mnist-20260101-120000."
-                )
     from train import tracking
 
+    for run_dir in options.runs:
+        if not (run_dir / "config.yaml").is_file() or not tracking.Tail(run_dir / "metrics.jsonl").rows():
+            raise UserError(
+                f"{run_dir} is no run with rows. Expected the directory of a run, such as runs/mnist-20260101-120000."
+            )
     for run_dir in options.runs:
         try:
             print(tracking.sync(run_dir), flush=True)

@@ -15,6 +15,10 @@ USER = "tester"
 TIMEOUT_SECONDS = 60.0
 
 
+class Refused(Exception):
+    """What the server does not do, as it tells its client."""
+
+
 @dataclass
 class ServedRun:
     """What the server knows of a run."""
@@ -35,6 +39,14 @@ class ServedRun:
         return [{name: value for name, value in row.items() if not name.startswith("_")} for row in self.history]
 
 
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 256  # wandb opens a connection per file; a full backlog would cost it seconds of retries
+    daemon_threads = True
+
+    def handle_error(self, *arguments: Any) -> None:
+        """Be quiet about clients that were killed; what this server gets wrong is kept in `faults`."""
+
+
 class Server:
     """A server on a port of its own; a context manager."""
 
@@ -45,13 +57,13 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.rewinds = True  # not every server offers that
         self.operations: list[str] = []
+        self.faults: list[str] = []
         self.port = 0
         self.start()
 
     def start(self) -> None:
         """Listen, on the port of before if there was one."""
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"server_state": self}))
-        self.http.daemon_threads = True
+        self.http = _Http(("127.0.0.1", self.port), type("Handler", (_Handler,), {"server_state": self}))
         self.port = self.http.server_port
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         self.awake = threading.Event()
@@ -80,7 +92,7 @@ class Server:
         return run
 
     def graphql(self, query: str, variables: dict[str, Any]) -> Any:
-        """The `data` of an answer. An operation that it does not know is an AttributeError: the test log shows it."""
+        """The `data` of an answer. An operation that it does not know is a fault."""
         operation = re.search(r"(?:query|mutation)\s+(\w+)", query).group(1)  # type: ignore[union-attr]
         self.operations.append(operation)
         return getattr(self, f"_{operation}")(variables)
@@ -124,7 +136,7 @@ class Server:
 
     def _RewindRun(self, variables: dict) -> Any:
         if not self.rewinds:
-            raise ValueError("rewinding is not enabled")
+            raise Refused("rewinding is not enabled")
         history = self.runs[variables["runName"]].history
         assert variables["metricName"] == "_step"
         assert 0 <= variables["metricValue"] < len(history)
@@ -189,24 +201,27 @@ class Server:
 
 class _Handler(BaseHTTPRequestHandler):
     server_state: Server
+    protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: Any) -> None:
         """Be quiet."""
 
     def do_POST(self) -> None:
         body = self._body()
-        if self.path == "/graphql":
-            request = json.loads(body)
-            try:
-                answer = {"data": self.server_state.graphql(request["query"], request.get("variables") or {})}
-            except ValueError as error:
-                answer = {"errors": [{"message": str(error)}]}
-            self._send(answer)
-        elif self.path.endswith("/file_stream"):
-            self.server_state.stream(self.path.split("/")[-2], json.loads(body))
-            self._send({})
-        else:
-            self._send({})
+        try:
+            if self.path == "/graphql":
+                request = json.loads(body)
+                self._send({"data": self.server_state.graphql(request["query"], request.get("variables") or {})})
+            elif self.path.endswith("/file_stream"):
+                self.server_state.stream(self.path.split("/")[-2], json.loads(body))
+                self._send({})
+            else:  # telemetry
+                self._send({})
+        except Refused as error:
+            self._send({"errors": [{"message": str(error)}]})
+        except (LookupError, AttributeError, AssertionError, TypeError) as error:
+            self.server_state.faults.append(f"{type(error).__name__}: {error}")
+            self.send_error(500)
 
     def do_PUT(self) -> None:
         self.server_state.files[self.path.removeprefix("/upload/")] = self._body()

@@ -16,7 +16,7 @@ from typing import Any
 from train.config import Config, class_names
 
 MIRRORED = ("train", "eval", "weights")  # the events of the rows that W&B shows
-START_SECONDS, PATIENCE_SECONDS = 2, 60
+START_SECONDS, PATIENCE_SECONDS, TRANSMIT_SECONDS = 2, 60, 5
 PREEMPTED = 75
 MOST_MISTAKES = 24  # each is two files to upload
 
@@ -122,6 +122,7 @@ class Mirror:
             program="-m train",
             x_disable_stats=not options.system,
             x_stats_pid=os.getppid(),
+            x_file_stream_transmit_interval=TRANSMIT_SECONDS,
         )
         run = self.wandb.init(
             project=options.project,
@@ -153,11 +154,13 @@ class Mirror:
         values = {f"{event}/{name}": value for name, value in row.items() if isinstance(value, (int, float)) and name != "ema"}
         shown = {"step": row["step"], **values}
         if event == "weights":
+            import numpy as np
+
             for name, value in row.items():
                 if isinstance(value, list):
                     low, high, counts = value
-                    edges = [low + (high - low) * index / len(counts) for index in range(len(counts) + 1)]
-                    shown[f"weights/{name}"] = self.wandb.Histogram(np_histogram=(counts, edges))
+                    bins = np.array(counts), np.linspace(low, high, len(counts) + 1)
+                    shown[f"weights/{name}"] = self.wandb.Histogram(np_histogram=bins)
         if event == "finished":
             shown |= self._media()
         return shown
@@ -170,7 +173,7 @@ class Mirror:
         order = ("ema_test_confusion", "test_confusion", "ema_validation_confusion", "validation_confusion")
         confusion = next((summary[name] for name in order if name in summary), None)
         if options.confusion and confusion:
-            fields = ["Actual", "Predicted", "nPredictions"]
+            fields: list[Any] = ["Actual", "Predicted", "nPredictions"]
             cells = [[names[i], names[j], count] for i, row in enumerate(confusion) for j, count in enumerate(row)]
             table = self.wandb.Table(columns=fields, data=cells)
             title = {"title": "confusion matrix"}
@@ -190,7 +193,8 @@ class Mirror:
                 rows.append([self.wandb.Image(image), names[label], names[predicted], float(confidence), int(position)])
                 text = f"{names[label]} taken for {names[predicted]}, {confidence:.1%}"
                 images.append(self.wandb.Image(image, caption=text))
-            shown["mistakes"] = self.wandb.Table(columns=["image", "label", "prediction", "confidence", "position"], data=rows)
+            fields = ["image", "label", "prediction", "confidence", "position"]
+            shown["mistakes"] = self.wandb.Table(columns=fields, data=rows)
             shown["mistake_images"] = images
             filters = tensors["filters"]
             gray = (np.hstack(list(filters)) - filters.min()) / max(float(np.ptp(filters)), 1e-9) * 255

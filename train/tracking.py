@@ -5,6 +5,7 @@ later for what it could not send. Training loses a few microseconds at the start
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -76,7 +77,8 @@ class Tail:
     """The whole rows of a growing metrics.jsonl; a torn last line, which a kill can leave, is not one."""
 
     def __init__(self, path: Path) -> None:
-        self.file, self.rest = open(path), ""  # noqa: SIM115
+        self.file: Any = open(path) if path.exists() else io.StringIO()  # noqa: SIM115
+        self.rest = ""
 
     def rows(self) -> list[Row]:
         """The rows since the last call."""
