@@ -100,7 +100,7 @@ class Server:
     def bucket(self, name: str) -> dict[str, Any]:
         """A run as the protocol shows it."""
         run = self.runs[name]
-        project = {"id": "p", "name": "lockstep", "entity": {"id": "e", "name": USER}}
+        project = {"id": "p", "name": run.fields["project"], "entity": {"id": "e", "name": USER}}
         shown = {"displayName": run.fields.get("displayName"), "description": None, "sweepName": None, "project": project}
         return {"id": name, "name": name, "config": run.fields["config"], "historyLineCount": len(run.history), **shown}
 
@@ -126,7 +126,7 @@ class Server:
             }
             counts = {"logLineCount": 0, "eventsLineCount": len(run.events), "tags": [], "notes": None}
             bucket = self.bucket(variables["name"]) | texts | counts
-        return {"model": {"id": "p", "name": "lockstep", "entity": {"id": "e", "name": USER}, "bucket": bucket}}
+        return {"model": {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": USER}, "bucket": bucket}}
 
     def _UpsertBucket(self, variables: dict) -> Any:
         inserted = variables["name"] not in self.runs

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from train.config import Config, class_names
 
 MIRRORED = ("train", "eval", "weights")  # the events of the rows that W&B shows
-START_SECONDS, PATIENCE_SECONDS, TRANSMIT_SECONDS = 2, 60, 5
+START_SECONDS, PATIENT_START_SECONDS, FINISH_SECONDS, TRANSMIT_SECONDS = 2, 10, 120, 5
 PREEMPTED = 75
 MOST_MISTAKES = 24  # each is two files to upload
 
@@ -80,7 +81,7 @@ class Mirror:
         self.is_live = mode != "sync"
         try:
             if mode != "offline":
-                self._begin_online(START_SECONDS if mode == "auto" else PATIENCE_SECONDS, count)
+                self._begin_online(START_SECONDS if mode == "auto" else PATIENT_START_SECONDS, count)
                 self.say(f"wandb: online, {self.run.url}")
                 return
             why = ""
@@ -90,7 +91,7 @@ class Mirror:
             self.wandb.teardown()
             why = f" ({brief(error)})"
         how = {"resume_from": f"{wandb_id(self.run_dir)}?_step={count - 1}"} if count else {}
-        self.run, self.position = self._init(PATIENCE_SECONDS, mode="offline", **how), count
+        self.run, self.position = self._init(PATIENT_START_SECONDS, mode="offline", **how), count
         self.say(f"wandb: offline{why}; {remedy(self.run_dir)}")
 
     def _begin_online(self, seconds: int, count: int) -> None:
@@ -99,13 +100,13 @@ class Mirror:
         Where a server cannot, they stay and are not sent again: a step that is computed twice has the same values.
         """
         self.run = self._init(seconds, mode="online", resume="allow")
-        if self.run.step > count > 0:
+        if self.run.starting_step > count > 0:
             self.run.finish()
             try:
                 self.run = self._init(seconds, mode="online", resume_from=f"{self.run.id}?_step={count - 1}")
             except self.wandb.errors.Error:
                 self.run = self._init(seconds, mode="online", resume="allow")
-        self.position = self.run.step
+        self.position = self.run.starting_step
 
     def _init(self, seconds: int, **how: Any) -> Any:
         options, dataset = self.config.wandb, self.start.get("data", {})
@@ -116,7 +117,7 @@ class Mirror:
             notes = f"{loud} {notes or ''}".strip()
         settings = self.wandb.Settings(
             init_timeout=seconds,
-            finish_timeout=PATIENCE_SECONDS,
+            finish_timeout=FINISH_SECONDS,
             finish_timeout_raises=True,
             console="off",
             program="-m train",
@@ -151,8 +152,9 @@ class Mirror:
     def _payload(self, row: Row) -> dict[str, Any]:
         """What W&B is told of a row: its numbers as `event/name` beside `step`, histograms and media as W&B's types."""
         event = "eval_ema" if row.get("ema") else row["event"]  # both are evaluated at one step
-        values = {f"{event}/{name}": value for name, value in row.items() if isinstance(value, (int, float)) and name != "ema"}
-        shown = {"step": row["step"], **values}
+        shown = {f"{event}/{name}": value for name, value in row.items() if type(value) in (int, float)}
+        shown |= {"step": row["step"], "_timestamp": shown.pop(f"{event}/time", time.time())}
+        del shown[f"{event}/step"]
         if event == "weights":
             import numpy as np
 

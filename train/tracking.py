@@ -5,7 +5,6 @@ later for what it could not send. Training loses a few microseconds at the start
 """
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -77,16 +76,20 @@ class Tail:
     """The whole rows of a growing metrics.jsonl; a torn last line, which a kill can leave, is not one."""
 
     def __init__(self, path: Path) -> None:
-        self.file: Any = open(path) if path.exists() else io.StringIO()  # noqa: SIM115
-        self.rest = ""
+        self.path, self.offset = path, 0
 
     def rows(self) -> list[Row]:
-        """The rows since the last call."""
-        *lines, self.rest = (self.rest + self.file.read()).split("\n")
+        """The rows since the last call; none if there is no file."""
         found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                lines = file.readlines()
+            for line in lines:
+                if line.endswith(b"\n"):
+                    self.offset += len(line)
+                    with contextlib.suppress(ValueError):
+                        found.append(json.loads(line))
         return found
 
 
