@@ -3,6 +3,8 @@
 Against a local server (wandb_server.py), with wandb's own processes: its protocol is not ours to fake on this side.
 """
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -16,15 +18,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from ranks.processes import Ranks, arguments, launch, rows, train, wait_for_step
-from wandb_server import Server
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+from wandb_server import USER, Server
 
+from train.cli import parse, recipe_name
 from train.config import Config, WandbConfig
 from train.mirror import MIRRORED, end_row, wandb_id
 from train.tracking import Tail, histograms, mode_of
 
 KEY = "5ec2e7" * 7
 SHORT = "--train.max_steps 20 --log.every_steps 5 --eval.every_steps 10 --checkpoint.every_steps 10"
+PATIENT = "--wandb.start_seconds 100 --wandb.finish_seconds 100"  # this machine may be busy
 MEDIUM = "--train.max_steps 1000 --log.every_steps 10 --eval.every_steps 500 --checkpoint.every_steps 500"
 LONG = "--train.max_steps 100000 --log.every_steps 5 --eval.every_steps 1000 --checkpoint.every_steps 50"
 
@@ -94,7 +101,7 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> None:
 
 def test_an_online_run_shows_everything_once_and_rewinds(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
     run = tmp_path / "runs" / "some-run"
-    flags = f"{SHORT} --optim.ema 0.9 --wandb.tags ['a'] --wandb.group g --wandb.notes why --wandb.project tests"
+    flags = f"{SHORT} {PATIENT} --optim.ema 0.9 --wandb.tags ['a'] --wandb.group g --wandb.notes why --wandb.project tests"
     summary = train(2, run, flags, **env)  # two ranks, one W&B run
     shown, logs = server.run, (tmp_path / "runs" / "some-run-logs" / "rank-0.log").read_text()
     assert "wandb: online, http://127.0.0.1" in logs
@@ -202,7 +209,7 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
 ) -> None:
     run = tmp_path / "runs" / "r"
     no_key = {name: value for name, value in env.items() if name != "WANDB_API_KEY"}
-    ranks = Ranks(1, arguments(run, LONG), tmp_path / "logs", **no_key)
+    ranks = Ranks(1, arguments(run, LONG, PATIENT), tmp_path / "logs", **no_key)
     wait_for_step(run, 60)
     until(lambda: "wandb: offline" in ranks.output())
     ranks.signal(signal.SIGTERM)
@@ -210,8 +217,7 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
     assert "(No API key configured" in ranks.output()
     last = rows(run)[-1]["step"]
     config = run / "config.yaml"
-    flags = LONG.replace("--train.max_steps 100000", "--train.max_steps 100000 --wandb.histograms false")
-    ranks = Ranks(1, arguments(run, flags), tmp_path / "logs-2", **no_key)
+    ranks = Ranks(1, arguments(run, LONG, PATIENT, "--wandb.histograms false"), tmp_path / "logs-2", **no_key)
     wait_for_step(run, last + 50)
     ranks.signal(signal.SIGTERM)
     assert ranks.wait() == [75]
@@ -237,7 +243,7 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
 
 def test_a_sigkilled_run_leaves_no_process_and_is_sent_later(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
     run = tmp_path / "runs" / "r"
-    ranks = Ranks(1, arguments(run, LONG), tmp_path / "logs", **env)
+    ranks = Ranks(1, arguments(run, LONG, PATIENT), tmp_path / "logs", **env)
     until(lambda: "wandb: online" in ranks.output())
     until(lambda: server.run.history)
     assert len(followers(run)) == 1
@@ -264,9 +270,11 @@ def test_a_server_that_fails_is_not_in_the_way(
     fate: str, undisturbed: str, tmp_path: Path, server: Server, env: dict[str, str]
 ) -> None:
     run = tmp_path / "runs" / "r"
+    patience = "--wandb.start_seconds 100"
     if fate == "silent from the start":
         server.awake.clear()
-    ranks = Ranks(1, arguments(run, MEDIUM), tmp_path / "logs", **env)
+        patience = "--wandb.finish_seconds 100"
+    ranks = Ranks(1, arguments(run, MEDIUM, patience), tmp_path / "logs", **env)
     if fate != "silent from the start":
         until(lambda: "wandb: online" in ranks.output())
         assert not (run / "summary.json").exists()
@@ -299,7 +307,7 @@ def test_a_fallback_and_a_loss_that_is_not_finite_are_announced(tmp_path: Path, 
     run = tmp_path / "runs" / "r"
     off = " ".join(f"--wandb.{name} false" for name in ("histograms", "confusion", "mistakes", "checkpoints", "code", "system"))
     fallback = f"--data.name mnist --data.root {tmp_path}/none --data.download false --data.fallback true"
-    ranks = Ranks(1, arguments(run, SHORT, "--optim.lr 900 --optim.warmup 0", fallback, off), tmp_path / "logs", **env)
+    ranks = Ranks(1, arguments(run, SHORT, "--optim.lr 900 --optim.warmup 0", fallback, off, PATIENT), tmp_path / "logs", **env)
     assert ranks.wait() == [1], ranks.output()
     (alert,) = server.alerts
     assert (alert["title"], alert["severity"]) == ("r failed", "ERROR")
@@ -309,6 +317,55 @@ def test_a_fallback_and_a_loss_that_is_not_finite_are_announced(tmp_path: Path, 
     assert server.run.fields["notes"].startswith("THIS IS NOT MNIST: trained on the fallback data set digits.")
     assert server.run.config["dataset"]["is_fallback"] is True
     assert (server.artifacts, server.run.events) == ([], [])
+
+
+def test_a_sweep_trains_what_its_agent_says(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
+    """By wandb's own `sweep` and `agent`, which write the command lines."""
+    bin_dir = Path(sys.executable).parent
+    os_env = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+    path = {"PATH": f"{bin_dir}:{os.environ['PATH']}", "WANDB_DIR": str(tmp_path / "agent")}
+    full = {**os_env, **{name: value for name, value in env.items() if value}, **path}
+    (tmp_path / "agent").mkdir()
+
+    def wandb(*arguments: str) -> str:
+        command = [str(bin_dir / "wandb"), *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=full, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert "sweep-id" in wandb("sweep", "configs/sweep.yaml")
+    values = {"optim.lr": 0.0123, "optim.schedule": "one_cycle", "optim.label_smoothing": 0, "train.exact": True}
+    values |= {
+        "train.micro_batches": 2,
+        "train.max_steps": 10,
+        "wandb.tags": ["a", "b"],
+        "wandb.notes": "two words",
+        "wandb.finish_seconds": 100,
+    }
+    values |= {"wandb.start_seconds": 100}
+    values |= {"run.dir": str(tmp_path / "runs"), "data.name": "digits", "data.validation": 100, "model.name": "tiny"}
+    arguments = {name: {"value": value} for name, value in values.items()}
+    server.commands = [{"type": "run", "run_id": "swept-1", "program": "train/__main__.py", "args": arguments}, {"type": "exit"}]
+    shown = wandb("agent", f"{USER}/lockstep/sweep-id")
+    run = tmp_path / "runs" / "quickstart-swept-1"  # the agent's id names it, so that it resumes when the agent gets it again
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["outcome"], summary["exact"], summary["config"]["optim.lr"]) == ("finished", True, 0.0123), shown
+    assert list(server.runs) == ["swept-1"]
+    assert server.run.fields["sweep"] == "sweep-id"
+    assert server.run.fields["tags"] == ["a", "b"]
+    metric = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())["metric"]["name"]
+    assert server.run.summary[metric] == summary["validation_accuracy"]
+
+
+def test_every_value_of_the_sweep_is_one_that_the_config_takes() -> None:
+    sweep = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
+    choices = {name: choice.get("values") or [choice["min"], choice["max"]] for name, choice in sweep["parameters"].items()}
+    for chosen in itertools.zip_longest(*choices.values()):
+        values = {name: value for name, value in zip(choices, chosen, strict=True) if value is not None}
+        flags = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})["args"]
+        config = dataclasses.asdict(parse(["--config=configs/quickstart.yaml", *flags]))
+        assert {name: config[name.split(".")[0]][name.split(".")[1]] for name in values} == values
+    assert recipe_name(sweep["command"]) == "quickstart"
 
 
 def test_disabled_starts_nothing(tmp_path: Path) -> None:

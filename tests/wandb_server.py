@@ -1,4 +1,4 @@
-"""A W&B server for tests: as much of its protocol as wandb's init, log, resume, rewind, artifacts, alerts and finish use.
+"""A W&B server for tests: as much of its protocol as wandb's init, log, resume, rewind, artifacts, alerts, finish and sweeps use.
 
 It keeps what it was sent, per run. After `awake.clear()` it accepts requests and stays silent; after `stop()` it refuses
 connections; `start()` comes back on the same port with everything it knew. It checks no key.
@@ -58,6 +58,8 @@ class Server:
         self.rewinds = True  # not every server offers that
         self.operations: list[str] = []
         self.faults: list[str] = []
+        self.sweep = ""  # the YAML of the only one
+        self.commands: list[dict[str, Any]] = []  # what an agent gets, one after the other
         self.port = 0
         self.start()
 
@@ -142,6 +144,23 @@ class Server:
         assert 0 <= variables["metricValue"] < len(history)
         del history[int(variables["metricValue"]) + 1 :]
         return {"rewindRun": {"rewoundRun": self.bucket(variables["runName"])}}
+
+    def _UpsertSweep(self, variables: dict) -> Any:
+        self.sweep = variables["config"]
+        project = {"id": "p", "name": variables["projectName"], "entity": {"id": "e", "name": USER}}
+        return {"upsertSweep": {"sweep": {"name": "sweep-id", "project": project}, "configValidationWarnings": []}}
+
+    def _SweepWithRuns(self, variables: dict) -> Any:
+        return {"project": {"sweep": {"id": "s", "name": "sweep-id", "config": self.sweep, "runs": {"edges": []}}}}
+
+    def _CreateAgent(self, variables: dict) -> Any:
+        return {"createAgent": {"agent": {"id": "agent-id"}}}
+
+    def _Heartbeat(self, variables: dict) -> Any:
+        """Give an agent the next of `commands`; it gets none while it trains."""
+        commands = [] if json.loads(variables["runState"]) else self.commands[:1]
+        del self.commands[: len(commands)]
+        return {"agentHeartbeat": {"agent": {"id": "agent-id"}, "commands": json.dumps(commands)}}
 
     def _CreateRunFiles(self, variables: dict) -> Any:
         files = [{"name": name, "uploadUrl": self._upload_url(name)} for name in variables["files"]]

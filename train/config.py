@@ -257,8 +257,8 @@ class WandbConfig:
     """Weights & Biases: a mirror of metrics.jsonl, never in the way of training."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: what $WANDB_MODE says, else online with a key and a server that answers within 2 seconds, else offline. online: wait
-    longer for the server (training does not wait). Everything can be sent later by `python -m launch sync`."""
+    """auto: what $WANDB_MODE says, else online with a key and a server that answers soon, else offline; online: give the server
+    10 seconds. What could not be sent, `python -m launch sync` sends later."""
     project: str = "lockstep"
     """Project that the run appears in."""
     entity: str | None = None
@@ -269,6 +269,10 @@ class WandbConfig:
     """Labels of the run."""
     notes: str | None = None
     """A sentence about the run."""
+    start_seconds: int = 2
+    """Seconds within which the server must answer in mode auto. Training does not wait meanwhile."""
+    finish_seconds: int = 5
+    """Longest wait at the end for what was not sent yet, in seconds."""
     histograms: bool = True
     """Show the distribution of each parameter tensor, at each evaluation."""
     confusion: bool = True
@@ -283,6 +287,11 @@ class WandbConfig:
     """Show the load of CPU, GPU, memory, disk and network."""
     alerts: bool = True
     """Send an alert when the run is preempted, fails or finishes."""
+
+    def __post_init__(self) -> None:
+        for name in ("start_seconds", "finish_seconds"):
+            value = getattr(self, name)
+            _check(value >= 1, f"wandb.{name} is {value}. Use 1 or more seconds; wandb.mode offline waits for no server.")
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ class Metrics:
             return
         row = {"event": event, "step": step, **values, "time": round(time.time(), 3)}
         self.file.write(json.dumps(row) + "\n")
-        if event == "start" and (mode := mode_of(self.config)) != "disabled":
-            self.tracker = Tracker(mode, self.path.parent, self.say)
+        if event == "start" and mode_of(self.config) != "disabled":
+            self.tracker = Tracker(self.config, self.path.parent, self.say)
         if event == "eval":
             split = f"{'averaged weights, ' if values.get('ema') else ''}{values['split']}"
             self.say(f"step {step}: {split} accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")

@@ -17,7 +17,7 @@ from typing import Any
 from train.config import Config, class_names
 
 MIRRORED = ("train", "eval", "weights")  # the events of the rows that W&B shows
-START_SECONDS, PATIENT_START_SECONDS, FINISH_SECONDS, TRANSMIT_SECONDS = 2, 10, 120, 5
+PATIENT_START_SECONDS, FINISH_SECONDS, TRANSMIT_SECONDS = 10, 120, 5
 PREEMPTED = 75
 MOST_MISTAKES = 24  # each is two files to upload
 
@@ -81,7 +81,7 @@ class Mirror:
         self.is_live = mode != "sync"
         try:
             if mode != "offline":
-                self._begin_online(START_SECONDS if mode == "auto" else PATIENT_START_SECONDS, count)
+                self._begin_online(self.config.wandb.start_seconds if mode == "auto" else PATIENT_START_SECONDS, count)
                 self.say(f"wandb: online, {self.run.url}")
                 return
             why = ""

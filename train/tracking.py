@@ -1,7 +1,7 @@
 """W&B is kept by a process of its own that follows metrics.jsonl, so that nothing it does can reach training.
 
 Training starts it and tells it when the run has ended; it reads everything else from the run directory, as `launch sync` does
-later for what it could not send. Training loses a few microseconds at the start, and at the end at most FINISH_SECONDS.
+later for what it could not send. Training loses a few milliseconds at its start, and at its end at most wandb.finish_seconds.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from train.cli import parse
 from train.config import Config
 from train.mirror import MIRRORED, Mirror, Row, brief, end_row, remedy
 
-FINISH_SECONDS, POLL_SECONDS = 5, 0.5
+POLL_SECONDS = 0.5
 BINS = 64
 
 
@@ -46,10 +46,10 @@ def histograms(parameters: Mapping[str, Any]) -> Row:
 class Tracker:
     """Training's end of the mirror: starts the process, shows what it prints, and ends it."""
 
-    def __init__(self, mode: str, run_dir: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
         """Start it; metrics.jsonl must have this life's `start` row."""
-        self.run_dir, self.say = run_dir, say
-        command = (sys.executable, "-m", "train.tracking", str(run_dir.resolve()), mode)
+        self.seconds, self.run_dir, self.say = config.wandb.finish_seconds, run_dir, say
+        command = (sys.executable, "-m", "train.tracking", str(run_dir.resolve()), mode_of(config))
         root = Path(__file__).parent.parent  # where the code is: W&B notes the state of git there
         self.process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.reader = threading.Thread(target=self._show, daemon=True)
@@ -60,15 +60,15 @@ class Tracker:
             self.say(line.rstrip())
 
     def close(self, error: BaseException | None) -> None:
-        """Let it send what is left, for at most FINISH_SECONDS."""
+        """Let it send what is left, for at most wandb.finish_seconds."""
         assert self.process.stdin
         try:
             with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
                 pipe.write(json.dumps(str(error) if error else None) + "\n")
-            self.process.wait(FINISH_SECONDS)
+            self.process.wait(self.seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.say(f"wandb: not done after {FINISH_SECONDS} s; {remedy(self.run_dir)}")
+            self.say(f"wandb: not done after {self.seconds} s; {remedy(self.run_dir)}")
         self.reader.join(POLL_SECONDS)
 
 
