@@ -9,9 +9,17 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+from ranks.processes import launch, rows
+
+from train.mirror import MIRRORED
+
 USER = "tester"
+KEY = "5ec2e7" * 7
+SHORT = "--train.max_steps 20 --log.every_steps 5 --eval.every_steps 10 --checkpoint.every_steps 10"
+PATIENT = "--wandb.start_seconds 100 --wandb.finish_seconds 100"  # this machine may be busy
 TIMEOUT_SECONDS = 60.0
 
 
@@ -262,3 +270,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+
+def expected(run: Path) -> list[dict[str, Any]]:
+    """The numbers that W&B must show, row by row, made from metrics.jsonl and summary.json by rules of this test's own."""
+    found = []
+    for row in rows(run):
+        if row["event"] in MIRRORED:
+            group = "eval_ema" if row.get("ema") else row["event"]
+            numbers = {f"{group}/{name}": value for name, value in row.items() if type(value) in (int, float) and name != "time"}
+            found.append({"step": row["step"], **numbers})
+            del found[-1][f"{group}/step"]
+    return found
+
+
+def is_end(row: dict[str, Any]) -> bool:
+    """Whether a row of W&B is the one that stands for summary.json."""
+    return any(name.startswith("finished/") for name in row)
+
+
+def numbers(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers of W&B's rows, without the one that stands for summary.json."""
+    return [{name: value for name, value in row.items() if type(value) in (int, float)} for row in shown if not is_end(row)]
+
+
+def sync(run: Path, env: dict[str, str]) -> str:
+    """What `python -m launch sync RUN` prints."""
+    code, shown = launch(run.parent / "sync.log", f"sync {run}", **env)
+    assert code == 0, shown
+    return shown
