@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "data": "download and verify a data set",
     "report": "write a page about one or several runs",
     "watch": "show a run's progress in the terminal",
+    "sync": "send W&B what it lacks of runs that were offline, killed or cut off",
     "compare": "say where two runs differ: mathematics, losses, gradient norms, weights",
     "replay": "compute steps of an exact run again and compare their bits",
     "selftest": "prove on this machine, in half a minute, that kills and world sizes change nothing",

@@ -67,8 +67,10 @@ def partitions() -> Finding:
     if not up:
         return Finding("partitions", "fail", f"none is up: {text[:100]}", "ask who runs the cluster")
     lost = [f"{row[2]} {row[3]} in {row[0]}" for row in rows if row[3].rstrip("*~#!%$@^-").startswith(("down", "drain", "fail"))]
-    usable = sum(int(row[2]) for row in rows if row[1] == "up" and row[3] in ("idle", "mixed", "allocated"))
-    text = f"{', '.join(up)}: {usable} node(s) in use or idle"
+    usable = {
+        name: sum(int(row[2]) for row in rows if row[0] == name and row[3] in ("idle", "mixed", "allocated")) for name in up
+    }
+    text = f"nodes in use or idle: {', '.join(f'{name} {count}' for name, count in usable.items())}"
     if lost:
         return Finding("partitions", "warn", f"{text}; {', '.join(lost)}", "sinfo -R says why")
     return Finding("partitions", "OK", text)

@@ -14,6 +14,8 @@ from train.config import TrainConfig
 from train.world import World
 
 if TYPE_CHECKING:
+    from wandb_server import Server
+
     from train.checkpoint import State
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +71,25 @@ def mnist_root() -> Path:
     if not MNIST_ROOT:
         pytest.skip("MNIST_ROOT is not set: the original MNIST files are needed")
     return Path(MNIST_ROOT)
+
+
+@pytest.fixture
+def server() -> Iterator["Server"]:
+    """A local W&B server that gets nothing wrong."""
+    from wandb_server import Server
+
+    with Server() as running:
+        yield running
+    assert running.faults == []
+
+
+@pytest.fixture
+def env(tmp_path: Path, server: "Server") -> dict[str, str]:
+    """The environment of a person with a key and a server, and with a home directory of their own."""
+    from wandb_server import KEY
+
+    (tmp_path / "home").mkdir()
+    return {**server.env, "WANDB_API_KEY": KEY, "HOME": str(tmp_path / "home")}
 
 
 def small_state(step: int = 10) -> "State":

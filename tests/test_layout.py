@@ -9,12 +9,12 @@ from conftest import ROOT
 
 # A module may import from the rows above its own only.
 LAYERS = [
-    {"config", "sampler", "preempt", "clock"},
+    {"config", "sampler", "preempt", "clock", "labels"},
     {"yamlfile", "mathematics"},
     {"cli", "rng", "report", "fingerprint", "watchdog"},
-    {"augment", "models", "optim", "charts"},
-    {"world", "checkpoint", "metrics", "page", "lease"},
-    {"data", "reduce"},
+    {"augment", "models", "optim", "charts", "mirror"},
+    {"world", "checkpoint", "page", "lease", "tracking"},
+    {"data", "reduce", "metrics"},
     {"evaluate", "deploy", "image"},
     {"run"},
     {"summary", "step", "alarms", "exhibits"},
@@ -82,7 +82,7 @@ def test_train_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("package", "homes"),
-    [("torch.distributed", {"world", "reduce"}), ("accelerate", {"world"}), ("wandb", {"metrics"}), ("jsonargparse", {"cli"})],
+    [("torch.distributed", {"world", "reduce"}), ("accelerate", {"world"}), ("wandb", {"mirror"}), ("jsonargparse", {"cli"})],
 )
 def test_package_is_imported_at_its_home_only(package: str, homes: set[str]) -> None:
     assert {path.stem for path in TRAIN if loads(every_import(path), package)} == homes
@@ -113,7 +113,9 @@ def test_models_know_nothing_of_ranks() -> None:
         assert loads(every_import(ROOT / "train" / f"{stem}.py"), "train.world") == set()
 
 
-LIGHT_STEMS = "config mathematics cli world preempt report charts page fingerprint clock watchdog __main__"
+LIGHT_STEMS = (
+    "config labels mathematics cli world preempt report charts page fingerprint clock watchdog mirror tracking lease __main__"
+)
 LIGHT = [ROOT / "train" / f"{stem}.py" for stem in LIGHT_STEMS.split()]
 
 

@@ -1,17 +1,13 @@
-"""train.metrics: one row per event, none doubled or missing after a resume, silence on other ranks, and W&B as a mirror."""
+"""train.metrics: one row per event, none doubled or missing after a resume, silence on other ranks."""
 
 import json
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from train.config import Config, LogConfig, WandbConfig
-from train.metrics import Metrics, drop_after, read_rows, start_wandb, wandb_id
+from train.config import Config, LogConfig
+from train.metrics import Metrics, drop_after, read_rows
 
 TRAIN = {"loss": 0.5, "lr": 0.1, "epoch": 0.25, "images_per_second": 1000.0, "seconds_left": 1.0, "grad_norm": None}
 EVAL = {"split": "test", "ema": False, "accuracy": 0.9912, "loss": 0.03, "correct": 9912, "num_examples": 10_000}
@@ -31,7 +27,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], tail: str = "") -> None:
 
 def test_record_writes_one_row_per_event_at_once(tmp_path: Path) -> None:
     with opened(tmp_path) as metrics:
-        assert metrics.open(0, {}) == []
+        assert metrics.open(0) == []
         metrics.record("start", 0, world_size=1, command=["--seed", "1"])
         metrics.record("train", 10, **TRAIN)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before anything is closed
@@ -48,7 +44,7 @@ def test_record_writes_one_row_per_event_at_once(tmp_path: Path) -> None:
 
 def test_other_ranks_are_silent_and_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with opened(tmp_path / "nowhere", is_main=False) as metrics:
-        assert metrics.open(0, {}) == []
+        assert metrics.open(0) == []
         metrics.say("hello")
         metrics.record("train", 10, **TRAIN)
         metrics.record("eval", 10, **EVAL)
@@ -61,7 +57,7 @@ def test_console_shows_evaluations_always_and_steps_if_wanted(
     progress: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with opened(tmp_path, progress=progress) as metrics:
-        metrics.open(0, {})
+        metrics.open(0)
         metrics.record("train", 100, **TRAIN)
         metrics.record("eval", 100, **EVAL)
         metrics.record("eval", 100, **{**EVAL, "ema": True})
@@ -103,7 +99,7 @@ def test_drop_after_drops_exactly_the_later_steps(step: int, kept: list[int], ta
 def test_resume_after_a_torn_line_goes_on_in_a_new_one(tmp_path: Path) -> None:
     write_rows(tmp_path / "metrics.jsonl", rows_of(EVENTS), '{"event": "train", "st')
     with opened(tmp_path) as metrics:
-        assert len(metrics.open(10, {})) == 6
+        assert len(metrics.open(10)) == 6
         metrics.record("train", 20, **TRAIN)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert len(rows) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
@@ -112,99 +108,3 @@ def test_resume_after_a_torn_line_goes_on_in_a_new_one(tmp_path: Path) -> None:
 
 def test_read_rows_of_no_file_is_empty(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "absent") == []
-
-
-def test_wandb_id_is_made_once_per_run(tmp_path: Path) -> None:
-    first, other = tmp_path / "a", tmp_path / "b"
-    first.mkdir()
-    other.mkdir()
-    assert wandb_id(first) == wandb_id(first) != wandb_id(other)
-    assert len(wandb_id(first)) == 8
-
-
-@pytest.mark.parametrize(("mode", "environment"), [("disabled", "online"), ("auto", "disabled")])
-def test_wandb_that_is_disabled_is_not_imported(mode: str, environment: str, tmp_path: Path, python: Callable) -> None:
-    script = (
-        "import sys, pathlib; from train.config import Config, WandbConfig; from train.metrics import start_wandb\n"
-        f"print(start_wandb(Config(wandb=WandbConfig(mode='{mode}')), pathlib.Path(sys.argv[1]), {{}}), 'wandb' in sys.modules)"
-    )
-    done = python("-c", script, str(tmp_path), WANDB_MODE=environment)
-    assert done.stdout.strip() == "(None, 'wandb: disabled') False"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_wandb_disabled_says_so(tmp_path: Path) -> None:
-    assert start_wandb(Config(wandb=WandbConfig(mode="disabled")), tmp_path, {}) == (None, "wandb: disabled")
-
-
-OFFLINE = """
-import pathlib, sys
-from train.config import Config, OptimConfig, WandbConfig
-from train.metrics import Metrics
-config = Config(seed=7, optim=OptimConfig(lr=0.125), wandb=WandbConfig(mode="offline", project="tests", tags=["a"]))
-with Metrics(config, pathlib.Path(sys.argv[1]), is_main=True, total_steps=20) as metrics:
-    metrics.open(0, {"world_size": 1})
-    metrics.record("start", 0, world_size=1)
-    metrics.record("train", 10, loss=0.5, lr=0.1, images_per_second=1.0, epoch=0.5, seconds_left=1.0)
-    metrics.record("eval", 20, split="test", ema=False, accuracy=0.75, loss=0.25)
-"""
-
-
-def test_wandb_offline_run_is_a_readable_mirror(tmp_path: Path, python: Callable) -> None:
-    run_dir = tmp_path / "some-run"
-    run_dir.mkdir()
-    done = python("-c", OFFLINE, str(run_dir))
-    assert done.returncode == 0, done.stderr
-    assert "wandb: offline" in done.stdout
-    (offline,) = (run_dir / "wandb").glob("offline-run-*")
-    assert offline.name.endswith(wandb_id(run_dir))
-    wandb = shutil.which("wandb", path=str(Path(sys.executable).parent))
-    assert wandb is not None
-    shown = subprocess.run([wandb, "leet", "inspect", "--json", str(offline)], capture_output=True, text=True, check=True)
-    records = [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
-    of_type: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        of_type.setdefault(record["type"], []).append(record[record["type"]])
-    (run,) = of_type["run"]
-    assert (run["run_id"], run["project"], run["display_name"], run["tags"]) == (wandb_id(run_dir), "tests", "some-run", ["a"])
-    assert (run["config"]["update"]["seed"], run["config"]["update"]["optim"]["lr"]) == (7, 0.125)
-    assert run["config"]["update"]["world_size"] == 1
-    rows = [{name: value for name, value in row["item"].items() if name[0] != "_"} for row in of_type["history"]]
-    assert [row["step"] for row in rows] == [0, 10, 20]
-    assert (rows[1]["train/loss"], rows[1]["train/lr"], rows[2]["eval/accuracy"]) == (0.5, 0.1, 0.75)
-    assert [metric["step_metric"] for metric in of_type["metric"]] == ["step"]
-    assert of_type["exit"] == [{"exit_code": 0}]
-
-
-class Mirror:
-    """A W&B run that only remembers."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def log(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def finish(self, exit_code: int) -> None:
-        self.exit_code = exit_code
-
-
-def test_wandb_tells_the_averaged_weights_from_the_weights(tmp_path: Path) -> None:
-    with opened(tmp_path) as metrics:
-        metrics.open(0, {})
-        metrics.wandb = mirror = Mirror()
-        metrics.record("eval", 10, **EVAL)
-        metrics.record("eval", 10, **{**EVAL, "ema": True, "accuracy": 0.5})
-    assert mirror.exit_code == 0
-    assert [row["step"] for row in mirror.rows] == [10, 10]
-    names = [{name for name in row if name.endswith("accuracy")} for row in mirror.rows]
-    assert names[0].isdisjoint(names[1])  # under one name each value would hide the other
-
-
-def test_wandb_is_told_of_a_crash(tmp_path: Path) -> None:
-    mirror = Mirror()
-    metrics = opened(tmp_path)
-    metrics.open(0, {})
-    metrics.wandb = mirror
-    metrics.__exit__(RuntimeError, RuntimeError("crash"), None)
-    assert mirror.exit_code == 1

@@ -41,17 +41,6 @@ def _check_counts(section: str, config: Any) -> None:
         _check(not isinstance(value, int) or value <= LARGEST, f"{section}.{name} is {value!s:.40}. Use {LARGEST:,} or less.")
 
 
-CLASS_NAMES = {
-    "fashion_mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"],
-    "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
-}
-
-
-def class_names(data_name: str) -> list[str]:
-    """One name per label of a data set; the digits 0..9 where the labels are digits."""
-    return CLASS_NAMES.get(data_name, [str(digit) for digit in range(10)])
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives and how it starts."""
@@ -291,7 +280,8 @@ class WandbConfig:
     """Weights & Biases: a mirror of metrics.jsonl, never in the way of training."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with a key and a server that answers, else offline."""
+    """auto: what $WANDB_MODE says, else online with a key and a server that answers soon, else offline; online: give the server
+    10 seconds. What could not be sent, `python -m launch sync` sends later."""
     project: str = "lockstep"
     """Project that the run appears in."""
     entity: str | None = None
@@ -302,6 +292,29 @@ class WandbConfig:
     """Labels of the run."""
     notes: str | None = None
     """A sentence about the run."""
+    start_seconds: int = 2
+    """Seconds within which the server must answer in mode auto. Training does not wait meanwhile."""
+    finish_seconds: int = 5
+    """Longest wait at the end for what was not sent yet, in seconds."""
+    histograms: bool = True
+    """Show the distribution of each parameter tensor, at each evaluation."""
+    confusion: bool = True
+    """Show the confusion matrix at the end."""
+    mistakes: bool = True
+    """Show the most confident mistakes, as a table and as images, and the first layer's filters at the end."""
+    checkpoints: bool = True
+    """Keep the best and the last checkpoint as artifacts."""
+    code: bool = True
+    """Keep the source code as an artifact (git's state is always noted)."""
+    system: bool = True
+    """Show the load of CPU, GPU, memory, disk and network."""
+    alerts: bool = True
+    """Send an alert when the run is preempted, fails or finishes."""
+
+    def __post_init__(self) -> None:
+        for name in ("start_seconds", "finish_seconds"):
+            value = getattr(self, name)
+            _check(value >= 1, f"wandb.{name} is {value}. Use 1 or more seconds; wandb.mode offline waits for no server.")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from train import checkpoint, models, report
 from train.augment import normalize
 from train.checkpoint import Damaged
-from train.config import ModelConfig, UserError, class_names
+from train.config import ModelConfig, UserError
+from train.labels import class_names
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
 FACTS_FILE = "lockstep.json"  # in a .pt2

@@ -202,6 +202,7 @@ def finish_step(run: Run, metrics: Metrics, lease: Lease, *, leaving: bool) -> d
         results = evaluate_run(run)
         for name, result in results.items():
             metrics.record("eval", run.step, split=run.data.eval_split, ema=name == "ema", **result.record())
+        metrics.record_weights(run.step, run.module)
         accuracy = list(results.values())[-1].accuracy
         improved = run.best is None or accuracy > run.best["accuracy"]
         if improved:
@@ -256,7 +257,7 @@ def open_records(run: Run, lease: Lease, metrics: Metrics) -> list[dict[str, Any
     """Write config.yaml and open metrics.jsonl on rank 0; return the rows of the lives before."""
     lease.write(metrics.path.with_name("config.yaml"), run.config.to_yaml().encode())
     with lease.writing() as staging:
-        return metrics.open(run.step, {"dataset": run.data.summary(), "world_size": run.world.world_size}, staging)
+        return metrics.open(run.step, staging)
 
 
 def write_results(run: Run, lease: Lease, results: dict[str, Result] | None, summary: dict[str, Any]) -> None:

@@ -58,7 +58,9 @@ def env_rank() -> int:
 
 
 def run_suffix() -> str:
-    """What tells this run from others of its recipe: torchrun's id or Slurm's, which restarts share, or the time."""
+    """What tells this run from others of its recipe: the id of a sweep, torchrun or Slurm, which restarts share, or the time."""
+    if "WANDB_SWEEP_ID" in os.environ:
+        return os.environ["WANDB_RUN_ID"]
     identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if identity != "none":
         return identity

@@ -68,7 +68,7 @@ def test_a_good_cluster_is_ok(lab: Cluster) -> None:
     names = {"sbatch", "partitions", "submit", "shared files", "network", "clocks", "python", "all-reduce"}
     assert names <= found.keys(), done.stderr
     assert {name: found[name] for name in names if found[name][0] != "OK"} == {}
-    assert found["partitions"][1] == "main*: 2 node(s) in use or idle"
+    assert found["partitions"][1] == "nodes in use or idle: main* 2, urgent 2"
     assert "2 node(s) reach node1 by eth0" in found["network"][1]
     assert done.returncode == (1 if report["status"] == "fail" else 0)
 
