@@ -2,29 +2,36 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test exact-demo lint help
+.PHONY: train test exact-demo faults lint help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-train: $(READY)  ## train configs/quickstart.yaml on every GPU of this machine (one process on a CPU)
+train: $(VENV)/.ready  ## train configs/quickstart.yaml on every GPU of this machine (one process on a CPU)
 	$(BIN)/python -m launch run -- --config configs/quickstart.yaml
 
-test: $(READY)  ## run the test suite
+test: $(VENV)/.ready-dev  ## run the test suite
 	$(BIN)/python -m pytest -q
 
-exact-demo: $(READY)  ## the same bits on 1, 2 and 4 processes, one of them killed (under 2 minutes)
+exact-demo: $(VENV)/.ready  ## the same bits on 1, 2 and 4 processes, one of them killed (under 2 minutes)
 	$(BIN)/python -m launch demo
 
-lint: $(READY)  ## format, lint, types
+faults: $(VENV)/.ready-dev  ## the long fault campaigns: kills, restarts, crash points of a save (an hour)
+	$(BIN)/python tests/faults.py kills elastic crash-points
+
+lint: $(VENV)/.ready-dev  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-$(READY): pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python {sys.version.split()[0]} is too old. Use 3.10 or newer: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[report,bench,export,dev]'
+	$(INSTALL) '.[report]'
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(INSTALL) '.[report,bench,export,dev]'
 	touch $@

@@ -120,7 +120,7 @@ def test_a_fallback_and_a_loss_that_is_not_finite_are_announced(tmp_path: Path, 
     assert ranks.wait() == [1], ranks.output()
     (alert,) = server.alerts
     assert (alert["title"], alert["severity"]) == ("r failed", "ERROR")
-    assert "The loss of step" in alert["text"]
+    assert "is not finite" in alert["text"]
     assert server.run.exit_code == 1
     assert server.run.fields["tags"] == ["fallback-data"]
     assert server.run.fields["notes"].startswith("THIS IS NOT MNIST: trained on the fallback data set digits.")
