@@ -133,8 +133,8 @@ class Sizes:
 def measure(config: Config, rank: int, world_size: int, local_world_size: int, micro_batches: int, num: tuple[int, int]) -> Sizes:
     """Let one rank make one step, of two examples per micro-batch, and count; `num` are train and test examples."""
     from train import checkpoint
-    from train.loop import train_step
     from train.run import make_state, set_up
+    from train.step import train_step
 
     train = dataclasses.replace(
         config.train, micro_batches=micro_batches, global_batch_size=2 * micro_batches, micro_batch_limit=0, compile=False

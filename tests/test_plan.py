@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from ranks.processes import Ranks, arguments, rows, train
 
 from launch import dryrun, plan
 from train.cli import parse
-from train.loop import train_step
 from train.models import MODELS
 from train.run import set_up
 from train.sampler import Sampler
+from train.step import train_step
 
 SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.num_threads", "1"]
 
@@ -192,3 +193,10 @@ def test_command_line(python: Callable[..., Any]) -> None:
     made = json.loads(done.stdout)
     assert made["commands"][1].startswith("sbatch --nodes 1 slurm/train.sbatch")
     assert made["num_parameters"] == sum(parameter.numel() for parameter in MODELS["tiny"](0.0).parameters())
+
+
+def test_tables_of_the_scaling_page_are_the_generated_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--scaling"]) == 0
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    written = page.split("<!-- tables: python -m launch plan --scaling -->\n")[1].split("\n<!-- end of tables -->")[0]
+    assert written == capsys.readouterr().out.rstrip("\n"), "paste the output of `python -m launch plan --scaling`"

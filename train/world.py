@@ -174,12 +174,14 @@ class World:
 
     def close(self) -> None:
         """Leave the process group (otherwise some exits end in SIGABRT) and forget accelerate's global state."""
+        import torch
         import torch.distributed as dist
         from accelerate.state import AcceleratorState
 
         if dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(True)
+        torch.use_deterministic_algorithms(False)
 
     @property
     def is_main(self) -> bool:

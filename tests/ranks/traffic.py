@@ -9,8 +9,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from train import data
 from train.cli import parse
-from train.loop import train_step
 from train.run import set_up
+from train.step import train_step
 from train.world import World
 
 
