@@ -86,7 +86,7 @@ def damaged(run: Path, case: str, path: Path) -> Path:
     if case in STATES:
         state = STATES[case](checkpoint.decode(checkpoint.read(only)))
         shutil.rmtree(only)
-        checkpoint.write(path / "checkpoints", 2, checkpoint.encode(state))
+        checkpoint.write(path / "checkpoints", 2, checkpoint.encode(state), path.parent)
     else:
         DAMAGES[case][1](only)
     return path
@@ -132,5 +132,5 @@ def test_run_directory_that_cannot_be_made_is_refused(world_size: int, tmp_path:
     (tmp_path / "file").touch()
     ranks = Ranks(world_size, arguments(tmp_path / "file" / "run", FAST), tmp_path / "logs")
     assert set(ranks.wait()) == {2}
-    assert "cannot be made: Not a directory" in ranks.output()
+    assert "cannot be written: Not a directory" in ranks.output()
     assert "Traceback" not in ranks.output()

@@ -69,7 +69,7 @@ def change_states(run: Path, change: Callable[[checkpoint.State], checkpoint.Sta
     for path in checkpoint.directories(run / "checkpoints"):
         state = change(checkpoint.decode(checkpoint.read(path)))
         shutil.rmtree(path)
-        checkpoint.write(path.parent, checkpoint.step_of(path), checkpoint.encode(state))
+        checkpoint.write(path.parent, checkpoint.step_of(path), checkpoint.encode(state), path.parent.parent)
 
 
 def test_best_checkpoint_is_taken_and_the_newest_where_it_is_damaged(run: Path, tmp_path: Path, capsys: Any) -> None:

@@ -86,7 +86,7 @@ def test_checkpoint_that_was_signed_again_is_named(run: Path) -> None:
     for tensor in state.model.values():  # all of them: one value alone may sit in a filter that never fires
         tensor += 0.01
     shutil.rmtree(path)
-    checkpoint.write(path.parent, 25, checkpoint.encode(state), path.parent)
+    checkpoint.write(path.parent, 25, checkpoint.encode(state), path.parent.parent)
     code, said = replay(run, "25:27")
     assert code == 1, said
     assert f"damaged: Checkpoint {path} holds other weights than the run saved at step 25." in said

@@ -10,7 +10,9 @@ from train import preempt
 if __name__ == "__main__":
     preempt.install()  # first of all: a signal must find its handler while everything else is being imported
 
+import contextlib
 import faulthandler
+import io
 import time
 from pathlib import Path
 
@@ -39,7 +41,8 @@ def main(argv: list[str]) -> int:
     """Train as the command line says; return the exit code."""
     preempt.install()
     preempt.die_with_launcher()
-    faulthandler.enable()
+    with contextlib.suppress(io.UnsupportedOperation):  # where somebody has put another stderr in place
+        faulthandler.enable()
     try:
         config = parse(argv)
         world = World.open(config.train)
