@@ -93,8 +93,8 @@ class Tail:
         return found
 
 
-def open_mirror(run_dir: Path, mode: str, say: Callable[[str], None]) -> tuple[Mirror, Tail]:
-    """Open the mirror of a run and send it the rows that there are; in mode `sync` all count, else those before this life."""
+def open_mirror(run_dir: Path, mode: str, say: Callable[[str], None]) -> tuple[Mirror, Tail, list[Row]]:
+    """Open the mirror of a run and send it the rows before this life, or all in mode `sync`; return the others too."""
     config = parse(["--config", str(run_dir / "config.yaml")])
     tail = Tail(run_dir / "metrics.jsonl")
     rows = tail.rows()
@@ -103,9 +103,9 @@ def open_mirror(run_dir: Path, mode: str, say: Callable[[str], None]) -> tuple[M
     before, newest = (rows, rows[-1]) if mode == "sync" else (rows[:last], rows[last])
     count = sum(row["event"] in MIRRORED for row in before) + (end_row(run_dir, newest["step"]) is not None)
     mirror.begin(mode, count)
-    for row in rows:
+    for row in before:
         mirror.send(row)
-    return mirror, tail
+    return mirror, tail, rows[len(before) :]
 
 
 def follow(run_dir: Path, mode: str) -> None:
@@ -121,15 +121,17 @@ def follow(run_dir: Path, mode: str) -> None:
         is_over.set()
 
     threading.Thread(target=listen, daemon=True).start()
-    mirror, tail = open_mirror(run_dir, mode, lambda line: print(line, flush=True))
+    mirror, tail, waiting = open_mirror(run_dir, mode, lambda line: print(line, flush=True))
     mirror.send_code()
     over = False
     while not over:
         over = is_over.wait(POLL_SECONDS)  # before the rows are read: all were written before
-        for row in tail.rows():
+        waiting += tail.rows()
+        for row in waiting:
             mirror.send(row)
             if row["event"] == "preempted":
                 mirror.alert("preempted", f"at step {row['step']} by {row['signal']}", "WARN")
+        waiting.clear()
     if farewell[0] is not None:
         mirror.alert("failed", farewell[0], "ERROR")
     mirror.end()
@@ -139,7 +141,7 @@ def follow(run_dir: Path, mode: str) -> None:
 def sync(run_dir: Path) -> str:
     """Send W&B what it lacks of a run that has ended; return one line. Raises ConnectionError if that fails."""
     try:
-        mirror, _ = open_mirror(run_dir.resolve(), "sync", lambda line: None)
+        mirror, _, _ = open_mirror(run_dir.resolve(), "sync", lambda line: None)
         mirror.end()
     except Exception as error:
         raise ConnectionError(brief(error)) from error
