@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test exact-demo faults lint help
+.PHONY: train test exact-demo faults lint audit help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,13 +18,18 @@ test: $(VENV)/.ready-dev  ## run the test suite
 exact-demo: $(VENV)/.ready  ## the same bits on 1, 2 and 4 processes, one of them killed (under 2 minutes)
 	$(BIN)/python -m launch demo
 
-faults: $(VENV)/.ready-dev  ## the long fault campaigns: kills, restarts, crash points of a save (an hour)
-	$(BIN)/python tests/faults.py kills elastic crash-points
+faults: $(VENV)/.ready-dev  ## the long fault campaigns: kills, restarts, crash points of a save, a long run (an hour or two)
+	$(BIN)/python tests/faults.py elastic kills crash-points long
 
 lint: $(VENV)/.ready-dev  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit:  ## known vulnerabilities of the pinned packages (asks PyPI)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python {sys.version.split()[0]} is too old. Use 3.10 or newer: make PYTHON=python3.12")'

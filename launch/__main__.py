@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from train import __version__
-from train.cli import did_you_mean
+from train.cli import did_you_mean, keep_others_from_writing
 from train.config import UserError
 
 SUBCOMMANDS = {
@@ -12,7 +12,7 @@ SUBCOMMANDS = {
     "slurm": "check a training and submit it to a Slurm cluster",
     "sweep": "print a table of the runs in a directory, with mean and standard deviation",
     "demo": "train one run on 1, 2 and 4 processes, kill one, and compare the bits",
-    "bench": "measure what exact mode costs",
+    "bench": "measure: throughput, peers, exact mode's cost, scaling, start-up, time to accuracy",
     "data": "download and verify a data set",
     "report": "write a page about one or several runs",
     "watch": "show a run's progress in the terminal",
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
         print(f"lockstep {__version__}")
         return 0
     try:
+        keep_others_from_writing()
         if name not in SUBCOMMANDS:
             hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
             raise UserError(f"There is no subcommand {name}. {hint}")

@@ -64,17 +64,22 @@ class Ranks:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
     def _start(self, nproc: int, arguments: list[str], restart: int) -> None:
-        port = free_port()
         output = subprocess.DEVNULL if self.quiet else None
-        for rank in range(nproc):
-            env = dict(os.environ, LOCKSTEP_RESTART=str(restart))
-            if nproc > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-            command = (sys.executable, "-m", "train", *arguments)
-            tie = functools.partial(die_with_parent, os.getpid())
-            self.processes.append(subprocess.Popen(command, env=env, preexec_fn=tie, stdout=output, stderr=output))
+        command = (sys.executable, "-m", "train", *arguments)
+        tie = functools.partial(die_with_parent, os.getpid())
+        # Rank 0 serves the rendezvous on this socket: nobody can take its port, and only this machine can reach it.
+        with socket.create_server(("127.0.0.1", 0)) as store:
+            for rank in range(nproc):
+                env = dict(os.environ, LOCKSTEP_RESTART=str(restart))
+                if nproc > 1:
+                    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+                    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
+                    env |= {"LOCKSTEP_STORE_FD": str(store.fileno())}
+                    env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+                handed = [store.fileno()] if nproc > 1 and rank == 0 else []
+                self.processes.append(
+                    subprocess.Popen(command, env=env, pass_fds=handed, preexec_fn=tie, stdout=output, stderr=output)
+                )
 
     def send(self, number: int) -> None:
         """Send a signal to every rank that still runs."""

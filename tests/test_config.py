@@ -30,6 +30,7 @@ RULES: dict[str, tuple[list[Any], list[Any]]] = {
         ["", "a/b", "..", "-x", "a b", ".hidden", "a\nb", "ü", "a" * 201],
         [None, "a", "lr=0.1", "2024-01-01", "A+b_c.d"],
     ),
+    "run.time_limit": ([-1.0, 1.1e6, float("nan")], [0.0, 1e6]),
     "run.resume": ([""], ["never", "runs/a/checkpoints/step-00000001"]),
     "data.validation": ([-1], [0, 1]),
     "data.random_examples": ([5, 0, -1, 10**7 + 1], [6, 10**7]),

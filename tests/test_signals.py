@@ -78,6 +78,14 @@ def test_told_while_training(tmp_path: Path, undisturbed: dict[str, Any], number
     check_told(run, ranks, undisturbed)
 
 
+def test_time_limit_is_a_signal_that_comes_by_itself(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    run = tmp_path / "run"
+    limit = "--run.time_limit 0.02"  # 60 slow steps take as long, and the start does not count less
+    ranks = Ranks(undisturbed["world_size"], arguments(run, FLAGS, limit), tmp_path / "logs", MUTANT="slow_steps")
+    check_told(run, ranks, undisturbed)
+    assert rows(run, "preempted")[-1]["signal"] in ("SIGALRM", None)  # None: rank 1's time was up first
+
+
 STARTED: list[subprocess.Popen] = []
 
 

@@ -16,7 +16,7 @@ import io
 import time
 from pathlib import Path
 
-from train.cli import parse, run_name
+from train.cli import keep_others_from_writing, parse, run_name
 from train.config import Config, RunError, UserError
 from train.world import World, env_rank, run_suffix
 
@@ -41,10 +41,12 @@ def main(argv: list[str]) -> int:
     """Train as the command line says; return the exit code."""
     preempt.install()
     preempt.die_with_launcher()
+    keep_others_from_writing()
     with contextlib.suppress(io.UnsupportedOperation):  # where somebody has put another stderr in place
         faulthandler.enable()
     try:
         config = parse(argv)
+        preempt.leave_after(config.run.time_limit)
         world = World.open(config.train)
     except UserError as error:
         return complain(error)

@@ -7,7 +7,9 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -38,6 +40,11 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(wrong[2], list(choices), hint)
             message = f"{wrong[1]} is {wrong[2]}. Use one of: {', '.join(choices)}"
         raise UserError(f"{' '.join(message.split())[:MAX_MESSAGE]}. {hint}")
+
+
+def keep_others_from_writing() -> None:
+    """Take from other users the right to change what this process writes, whatever the caller's umask allows."""
+    os.umask(os.umask(0o002) | stat.S_IWOTH)
 
 
 def did_you_mean(wrong: str, names: Sequence[str], otherwise: str) -> str:

@@ -51,6 +51,8 @@ class RunConfig:
     """Directory of this run inside run.dir. Default: the recipe's file name and the time."""
     resume: str = "auto"
     """auto: continue the run directory's latest good checkpoint; never: refuse a used directory; or a checkpoint's path."""
+    time_limit: float = 0.0
+    """Minutes after which the run saves and leaves with exit code 75, as on a signal; 0: off. The next start goes on."""
 
     def __post_init__(self) -> None:
         _check(bool(self.dir), "run.dir is empty. Give a directory, such as runs.")
@@ -58,6 +60,7 @@ class RunConfig:
             bad = not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", self.name)
             _check(not bad, f"run.name is {self.name[:220]!r}. Use 1 to 200 letters, digits and . _ = + -: it names a directory.")
         _check(bool(self.resume), "run.resume is empty. Use auto, never, or the path of a checkpoint.")
+        _check(0 <= self.time_limit <= 1e6, f"run.time_limit is {self.time_limit} minutes. Use 0 (off) to 1e6.")
 
 
 @dataclass(frozen=True)

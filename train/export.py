@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from train import __version__, data, deploy, report
-from train.cli import Parser, parse
+from train.cli import Parser, keep_others_from_writing, parse
 from train.config import Config, UserError
 from train.deploy import SUFFIXES, Deployed
 from train.evaluate import Result, evaluate, predictions_sha256
@@ -210,6 +210,7 @@ def place(output: Path | None, kind: str | None, run_dir: Path) -> tuple[str, Pa
 
 def main(argv: list[str]) -> int:
     """Export as the command line says; return the exit code."""
+    keep_others_from_writing()
     parser = Parser(
         prog="python -m train.export",
         usage="%(prog)s RUN [OPTIONS] [-- TRAIN ARGUMENTS]",

@@ -66,7 +66,7 @@ def record_fingerprints(run: Run, metrics: Metrics) -> None:
         metrics.record("fingerprint", run.step, first=first, **take_fingerprints(run))
 
 
-def main_writes(world: World, place: Path, kind: type[Exception], action: Callable[[], T]) -> T | None:
+def main_writes(world: World, place: Path, kind: type[UserError | RunError], action: Callable[[], T]) -> T | None:
     """Let rank 0 write in `place`; raise `kind` on every rank if the disk refuses. Collective: every rank must call it."""
     result, error = None, None
     if world.is_main:
@@ -120,7 +120,8 @@ def save(run: Run, lease: Lease, metrics: Metrics, *, must: bool) -> None:
 
 def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: World) -> tuple[str, checkpoint.State] | None:
     """Return (its path, its state) of the checkpoint to go on from, or None. Collective: every rank must call it."""
-    found, error = None, None
+    found: tuple[Path, checkpoint.Files] | None = None
+    error = None
     if world.is_main:
         try:
             if config.run.resume == "auto":
@@ -134,8 +135,10 @@ def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: 
         except UserError as problem:
             error = problem
     world.agree(error)
-    found = world.broadcast(found)
-    return (str(found[0]), checkpoint.decode(found[1])) if found else None
+    source = world.broadcast(str(found[0]) if found else None)
+    files = found[1] if found else {}
+    received = {name: world.broadcast_bytes(files.get(name, b"")) for name in world.broadcast(list(files))}
+    return (source, checkpoint.decode(received)) if source else None
 
 
 class Stopwatch:

@@ -30,8 +30,14 @@ def install() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def leave_after(minutes: float) -> None:
+    """Let an alarm ask this process to leave once the time is up; 0: never."""
+    signal.signal(signal.SIGALRM, _handle)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+
+
 def requested() -> str | None:
-    """The name of the first signal that this rank received, or None."""
+    """The name of the first signal that this rank received (SIGALRM: its time is up), or None."""
     return signal.Signals(_received[0]).name if _received else None
 
 

@@ -8,6 +8,7 @@ before it has paid for torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import time
@@ -17,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from train.clock import START_TIMEOUT_SECONDS, Clock
-from train.config import TrainConfig, UserError
+from train.config import RunError, TrainConfig, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
+STORE_FD = "LOCKSTEP_STORE_FD"  # the listening socket that `launch run` hands to rank 0
 BACKSTOP_SECONDS = 60  # that torch's own timeouts come after the watchdog's, which knows who is to blame
 
 
@@ -109,6 +111,23 @@ def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -
     return torch.device("cuda", local_rank) if num_gpus else torch.device("cpu")
 
 
+def join_on_loopback(device: torch.device, timeout: timedelta) -> None:
+    """Join the process group of `launch run`, whose store listens on the loopback interface alone (on all of them by default).
+
+    The launcher has opened the socket, rank 0 serves on it. Collective: every rank must call it.
+    """
+    import torch.distributed as dist
+
+    env = os.environ
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    listener = int(env[STORE_FD]) if rank == 0 else None
+    place = (env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+    store = dist.TCPStore(*place, world_size, rank == 0, timeout, master_listen_fd=listener)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+
+
 @dataclasses.dataclass
 class World:
     """One process's place among all, and its Accelerator."""
@@ -142,6 +161,9 @@ class World:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
+        timeout = timedelta(seconds=max(START_TIMEOUT_SECONDS, config.timeout) + BACKSTOP_SECONDS)
+        if STORE_FD in os.environ:
+            join_on_loopback(device, timeout)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # accelerate explains OMP_NUM_THREADS, which we have set
             accelerator = Accelerator(
@@ -149,9 +171,7 @@ class World:
                 mixed_precision="no" if config.precision == "fp32" else config.precision,
                 kwargs_handlers=[
                     DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(
-                        timeout=timedelta(seconds=max(START_TIMEOUT_SECONDS, config.timeout) + BACKSTOP_SECONDS)
-                    ),
+                    InitProcessGroupKwargs(timeout=timeout),
                 ],
                 step_scheduler_with_optimizer=False,
             )
@@ -221,28 +241,47 @@ class World:
         return values
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value on every rank. Collective: every rank must call it."""
+        """Return rank 0's value, of JSON's types, on every rank. Collective: every rank must call it."""
         if self.world_size == 1:
             return value
+        return json.loads(self.broadcast_bytes(json.dumps(value).encode()))
+
+    def broadcast_bytes(self, content: bytes, source: int = 0) -> bytes:
+        """Return the bytes of rank `source` on every rank. Collective: every rank must call it.
+
+        Object collectives of torch.distributed would be shorter; they unpickle what arrives.
+        """
+        if self.world_size == 1:
+            return content
+        import torch
         import torch.distributed as dist
 
-        box: list[Any] = [value]
         with self.clock.collective("broadcast"):
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+            size = torch.tensor([len(content)], device=self.device)
+            dist.broadcast(size, source)
+            buffer = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+            if self.rank == source:
+                buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            dist.broadcast(buffer, source)
+        return buffer.cpu().numpy().tobytes()
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: UserError | RunError | None) -> None:
         """Raise the first rank's error on every rank, if any has one. Collective: every rank must call it."""
-        errors: list[Any] = [error]
         if self.world_size > 1:
+            import torch
             import torch.distributed as dist
 
-            errors = [None] * self.world_size
-            with self.clock.collective("all_gather"):
-                dist.all_gather_object(errors, error)
-        for found in errors:
-            if found is not None:
-                raise found
+            first = torch.tensor([self.world_size if error is None else self.rank], device=self.device)
+            with self.clock.collective("all_reduce"):
+                dist.all_reduce(first, dist.ReduceOp.MIN)
+            if (source := int(first)) == self.world_size:
+                return
+            named = json.dumps([type(error).__name__, str(error)]).encode()
+            name, message = json.loads(self.broadcast_bytes(named, source))
+            kinds: list[type[UserError | RunError]] = [UserError, RunError, *UserError.__subclasses__()]
+            raise {kind.__name__: kind for kind in kinds}[name](message)
+        if error is not None:
+            raise error
 
     def barrier(self) -> None:
         """Wait for every rank. Collective: every rank must call it."""
