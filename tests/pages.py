@@ -81,6 +81,7 @@ def make_summary(**changes: Any) -> dict[str, Any]:
     summary |= {"data": {"name": "mnist", "num_train_examples": 60000, "num_test_examples": 10000, "is_fallback": False}}
     summary |= {"contract": {"device": "x86_64", "num_threads": 2}, "versions": {"torch": "2.15.0", "python": "3.11.2"}}
     summary |= {"test_confusion": confusion(96, {(4, 9): 21, (7, 2): 13, (3, 5): 6})}
+    summary |= {"phases": {"seconds": [9.0, 9.0], "data": [0.125, 0.25], "forward_backward": [0.875, 0.75]}}
     return {**summary, **changes}
 
 

@@ -40,7 +40,8 @@ def test_page_lands_in_the_run_and_says_what_the_run_says(run: Path, capsys: pyt
     lives = ("2001-09-09 01:46:40 UTC", "0:00:30", "0 to 30", "preempted (SIGTERM)", "30 to 60", "finished", "started again")
     mistakes = ("4 → 9 21", "100 mistakes, the most confident first", "0 → 1 99.0%", "82.1% 21 wrong", "the 3 filters")
     environment = ("torch 2.15.0", "cpu x86_64, 2 thread(s)", "c0ffee+", "60,000 train, 10,000 test", "python -m train --seed 1")
-    for said in (*headline, *curves, *lives, *mistakes, *environment, "model cnn"):
+    phases = ("rank 0 rank 1 data 12.5% 25.0% forward_backward 87.5% 75.0%",)
+    for said in (*phases, *headline, *curves, *lives, *mistakes, *environment, "model cnn"):
         assert said in found.text, said
     assert (found.count("svg"), found.count("table", **{"class": "matrix"})) == (6, 1)
     assert found.count("img") == 100 + 3
@@ -117,6 +118,7 @@ def test_same_seed_twice_is_a_comparison(tmp_path: Path) -> None:
     assert "2 runs, the same weights bit for bit" in text
     assert "The configs are equal." in text
     assert str(namesake) in text
+    assert "data 18.8% (12.5% to 25.0%)" in text  # over the ranks of each, the same of both
     assert [record.name for record in report.read_all([one, namesake])] == [str(one), str(namesake)]
 
 

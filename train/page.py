@@ -16,7 +16,7 @@ from typing import Any
 from train.charts import PANELS, VARIABLES, colours, legend, svg
 from train.config import Config, UserError
 from train.labels import class_names
-from train.report import Record, banner, environment, facts, flat, groups, read_all, subtitle, title
+from train.report import Record, banner, environment, facts, flat, groups, phases, read_all, subtitle, title
 
 MISSING = 'A report needs matplotlib and jinja2: pip install "lockstep[report]".'
 NO_SOFTWARE: Any = {"Software": None}  # matplotlib would write its version into each image
@@ -55,6 +55,7 @@ def page(records: list[Record]) -> str:
     environment_ = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment_.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     most = max(MOST_MISTAKES // len(records), 10)
+    spent = phases(records)
     best = max(records, key=lambda record: record.last("eval").get("accuracy", 0))
     return template.render(
         title=title(records),
@@ -66,6 +67,7 @@ def page(records: list[Record]) -> str:
         charts={name: markupsafe.Markup(svg(together, name)) for name in PANELS},
         exhibits=[(record, record is best, exhibits(record, most), matrix(record)) for record in records],
         lives=[(record, lives(record)) for record in records],
+        phases=(list(spent), table(list(spent.values()))),
         names=[record.name for record in records],
         config=changes(records),
         environment=table([environment(record) for record in records]),

@@ -17,6 +17,7 @@ from train.config import UserError
 from train.mathematics import mathematics
 
 Row = dict[str, Any]
+MOST_RANKS = 8  # that have a column of their own
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,19 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """`{"section.field": value}` of what config.yaml holds."""
     sections = {name: value if isinstance(value, dict) else {"": value} for name, value in config.items()}
     return {f"{name}.{field}".rstrip("."): value for name, fields in sections.items() for field, value in fields.items()}
+
+
+def phases(records: list[Record]) -> dict[str, dict[str, str]]:
+    """{column: {phase: share of the last life's time}}: a column per rank of one run on a few, else per run, over its ranks."""
+    columns = {}
+    for record in records:
+        shares = {name: values for name, values in record.summary.get("phases", {}).items() if name != "seconds"}
+        num_ranks = max(map(len, shares.values()), default=0)
+        if len(records) == 1 and 1 < num_ranks <= MOST_RANKS:
+            columns |= {f"rank {rank}": {name: f"{shares[name][rank]:.1%}" for name in shares} for rank in range(num_ranks)}
+        else:
+            columns[record.name] = {name: spread(values, ".1%") for name, values in shares.items()}
+    return columns
 
 
 def environment(record: Record) -> dict[str, str]:
