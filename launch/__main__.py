@@ -5,7 +5,7 @@ import sys
 
 from train import __version__
 from train.cli import did_you_mean, keep_others_from_writing
-from train.config import UserError
+from train.errors import UserError
 
 SUBCOMMANDS = {
     "run": "train on this machine: one process per GPU, restarts, signals and exit codes passed on",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from train.cli import Parser
-from train.config import UserError
+from train.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 
 from launch import allreduce
 from launch.run import count_gpus
-from train.config import Config, UserError
+from train.config import Config
+from train.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 ALLREDUCE_SECONDS = 120.0  # a busy machine imports torch in 15

@@ -11,7 +11,7 @@ from typing import Any
 
 from train import fingerprint, report
 from train.cli import Parser
-from train.config import UserError
+from train.errors import UserError
 from train.mathematics import differences, mathematics
 from train.report import Record
 

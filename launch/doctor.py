@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from launch import checks, cluster
 from launch.checks import Finding
 from train.cli import Parser, parse
-from train.config import Config, UserError
+from train.config import Config
+from train.errors import UserError
 
 Check = Callable[[Config], Iterator[Finding]]
 

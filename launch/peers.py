@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.bench import Row
 from launch.measures import LOOP, bare_step, opened, seconds_of
-from train.config import UserError
+from train.errors import UserError
 
 if TYPE_CHECKING:
     from train.config import Config

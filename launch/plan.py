@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from launch import dryrun
 from train.cli import Parser, parse
-from train.config import Config, UserError
+from train.config import Config
+from train.errors import UserError
 
 if TYPE_CHECKING:
     from train.sampler import Sampler

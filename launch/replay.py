@@ -4,13 +4,13 @@ Invariant: the run's directory is only read. What is compared are bits: loss and
 where the run saved. Before that the config, the data and every checkpoint are held against what the run recorded of them.
 """
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import fingerprint, report
 from train.cli import Parser, parse
-from train.config import Config, UserError
+from train.config import Config, read_steps
+from train.errors import UserError
 from train.mathematics import differences, mathematics
 from train.report import Record
 
@@ -23,10 +23,7 @@ Claim = tuple[str, dict[str, Any]]  # where it stands, and {mathematics, data_sh
 
 def span(text: str, recorded: dict[int, str], run_dir: Path) -> tuple[int, int]:
     """Read `A:B`; raise UserError unless the run has a fingerprint of each of these steps."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise UserError(f"--steps is {text}. Use A:B with A < B, such as 0:10 for the first ten steps.")
-    first, last = int(match[1]), int(match[2])
+    first, last = read_steps("--steps", text)
     if not recorded:
         raise UserError(f"{run_dir} has no fingerprints: only a run with train.exact true can be replayed.")
     if not recorded.keys() >= set(range(first + 1, last + 1)):

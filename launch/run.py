@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from train.cli import Parser, did_you_mean, parse, run_name
-from train.config import UserError
+from train.errors import UserError
 
 LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
 SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved checkpoint

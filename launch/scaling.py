@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from launch import model as model_table
-from train.config import UserError
+from train.errors import UserError
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BATCHES = (512, 8192, 60000)

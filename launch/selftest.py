@@ -20,7 +20,7 @@ from typing import Protocol
 from launch.laws import BATCH, EPOCHS, LR, SAVE_STEPS, STEPS, Evidence, Trace, judge
 from launch.run import Ranks, count_gpus, die_with_parent
 from train.cli import Parser
-from train.config import UserError
+from train.errors import UserError
 
 COMMON = (
     "--data.name digits --log.every_steps 1 --log.progress false --log.report false --wandb.mode disabled --train.num_threads 1"

@@ -15,7 +15,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from train.cli import Parser, parse, run_name
-from train.config import Config, UserError
+from train.config import Config
+from train.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SITE = 'if [ -f slurm/site.env ]; then set -a; . slurm/site.env; set +a; fi; exec "$@"'  # its SBATCH_* reach sbatch

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from train.cli import Parser
-from train.config import UserError
+from train.errors import UserError
 
 
 def table(directory: Path) -> str:

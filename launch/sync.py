@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from train.cli import Parser
-from train.config import UserError
+from train.errors import UserError
 
 
 def main(argv: list[str]) -> int:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train.cli import Parser
-from train.config import UserError
+from train.errors import UserError
 from train.report import Record, parse_rows
 
 EVERY_SECONDS = 1.0

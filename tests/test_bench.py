@@ -10,7 +10,7 @@ import pytest
 
 from launch import bench, measures, peers, trainings
 from launch.bench import Row
-from train.config import UserError
+from train.errors import UserError
 
 ABOUT = {
     "cpu": "a CPU",

@@ -11,7 +11,7 @@ from conftest import small_state as state
 
 from train import checkpoint
 from train.checkpoint import decode, encode
-from train.config import UserError
+from train.errors import UserError
 from train.lease import Lease
 
 

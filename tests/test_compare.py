@@ -16,7 +16,7 @@ from ranks.processes import Ranks, arguments, launch, rows, train, wait_for_step
 from launch.compare import apart
 from launch.report import main as report
 from train import fingerprint
-from train.config import UserError
+from train.errors import UserError
 
 EXACT = "--model.name tiny_bn --train.exact true --train.micro_batches 4 --optim.ema 0.9 --model.dropout 0.2"
 SHORT = "--train.max_steps 30 --log.every_steps 7 --checkpoint.every_steps 5 --eval.every_steps 12 --optim.lr 0.02"

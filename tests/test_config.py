@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import train.config
 from train import __version__
 from train.cli import make_parser, parse, recipe_name
-from train.config import Config, UserError
+from train.config import Config
+from train.errors import UserError
 from train.mathematics import mathematics
 
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
@@ -56,6 +57,7 @@ RULES: dict[str, tuple[list[Any], list[Any]]] = {
     "train.micro_batches": ([-1, 513, 3], [0, 1, 512]),
     "train.micro_batch_limit": ([-1], [0, 1]),
     "train.num_threads": ([-1, 4097], [0, 1, 4096]),
+    "train.profile_steps": (["3", "5:3", "3:3", "a:b", "-1:3", "1:2:3", ""], [None, "0:1", "20:30"]),
     "train.timeout": ([0, 10**7 + 1], [1]),
     "eval.every_steps": ([-1, 10**7 + 1], [0, 1, 10**7]),
     "eval.batch_size": ([0, 10**7 + 1], [1]),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from train import data
-from train.config import DataConfig, UserError
+from train.config import DataConfig
+from train.errors import UserError
 from train.world import World
 
 RAW = Path("MNIST") / "raw"

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from train import checkpoint, data, deploy, export
 from train.checkpoint import Damaged
-from train.config import DataConfig, UserError
+from train.config import DataConfig
 from train.deploy import SUFFIXES, from_run
+from train.errors import UserError
 
 KINDS = list(SUFFIXES)
 

@@ -1,11 +1,13 @@
 """What a person sees or switches on: the progress bar, compilation, silence of other ranks, and what a run writes."""
 
+import gzip
 import json
 import os
 import pty
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,3 +124,20 @@ def test_quickstart_reaches_99_percent_on_mnist(tmp_path: Path, mnist_root: Path
     assert summary["data"]["name"] == "mnist"
     assert summary["num_test_examples"] == 10_000
     assert summary["test_accuracy"] >= 0.989  # one seed; the mean of five is in the recipe
+
+
+def test_profiled_steps_are_a_trace(tmp_path: Path) -> None:
+    """The steps after A until B of rank 0, no others; it changes no bit; the run may end before B."""
+    plain = train(2, tmp_path / "plain", "--train.max_steps 8")
+    traced = train(2, tmp_path / "run", "--train.max_steps 8", "--train.profile_steps 3:5 --log.progress true")
+    assert traced["weights_sha256"] == plain["weights_sha256"]
+    assert "steps 4 to 5 of rank 0 are traced in" in (tmp_path / "run-logs" / "rank-0.log").read_text()
+    for name, count in {"Optimizer.step#SGD.step": 2, "aten::nll_loss_backward": 2}.items():
+        assert [event["name"] for event in read_trace(tmp_path / "run")].count(name) == count
+    train(1, tmp_path / "end", "--train.max_steps 8", "--train.profile_steps 6:100")
+    assert [event["name"] for event in read_trace(tmp_path / "end")].count("Optimizer.step#SGD.step") == 2
+
+
+def read_trace(run: Path) -> list[dict[str, Any]]:
+    with gzip.open(run / "trace.json.gz", "rt") as file:
+        return json.load(file)["traceEvents"]

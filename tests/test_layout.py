@@ -9,12 +9,14 @@ from conftest import ROOT
 
 # A module may import from the rows above its own only.
 LAYERS = [
-    {"config", "sampler", "preempt", "clock", "labels"},
-    {"yamlfile", "mathematics"},
+    {"errors", "sampler", "preempt", "clock", "labels"},
+    {"yamlfile"},
+    {"config"},
+    {"mathematics"},
     {"cli", "rng", "report", "fingerprint", "watchdog"},
     {"augment", "models", "optim", "charts", "mirror"},
     {"world", "checkpoint", "page", "lease", "tracking"},
-    {"data", "reduce", "metrics"},
+    {"data", "reduce", "metrics", "tracer"},
     {"evaluate", "deploy", "image"},
     {"run"},
     {"summary", "step", "alarms", "exhibits"},
@@ -113,9 +115,7 @@ def test_models_know_nothing_of_ranks() -> None:
         assert loads(every_import(ROOT / "train" / f"{stem}.py"), "train.world") == set()
 
 
-LIGHT_STEMS = (
-    "config labels mathematics cli world preempt report charts page fingerprint clock watchdog mirror tracking lease __main__"
-)
+LIGHT_STEMS = "errors yamlfile config labels mathematics cli world preempt report charts page fingerprint clock watchdog mirror tracking lease __main__"
 LIGHT = [ROOT / "train" / f"{stem}.py" for stem in LIGHT_STEMS.split()]
 
 
@@ -135,7 +135,7 @@ def test_launch_imports_the_config_and_nothing_heavy(path: Path) -> None:
     names = at_import(path)
     own = {".".join(name.split(".")[:2]) for name in loads(names, "train")}
     assert own <= {
-        f"train.{name}" for name in ("config", "mathematics", "cli", "report", "page", "fingerprint", "__version__")
+        f"train.{name}" for name in ("errors", "config", "mathematics", "cli", "report", "page", "fingerprint", "__version__")
     }  # each of them light
     heavy = ("torch", "torchvision", "numpy", "accelerate", "wandb", "sklearn")
     assert {name for package in heavy for name in loads(names, package)} == set()

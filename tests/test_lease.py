@@ -12,7 +12,7 @@ from conftest import small_state
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 
 from train import checkpoint
-from train.config import UserError
+from train.errors import UserError
 from train.lease import Fenced, Lease, is_next_life
 from train.metrics import drop_after, read_rows
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from train import checkpoint, data, optim
 from train.alarms import Alarms
-from train.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, RunError, TrainConfig
+from train.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
+from train.errors import RunError
 from train.run import set_up
 from train.sampler import Sampler
 from train.step import check_numbers, train_step

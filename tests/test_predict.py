@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from train import data, deploy, image, predict
-from train.config import DataConfig, UserError
+from train.config import DataConfig
+from train.errors import UserError
 
 NUM_EXAMPLES = 60
 WRONG, OTHER = 0.07, 0.05  # largest shares of wrong labels, and of labels other than without the detour by a file; plus one

@@ -10,7 +10,7 @@ import pytest
 from ranks.processes import launch, rows, train
 
 from launch.replay import span
-from train.config import UserError
+from train.errors import UserError
 
 FLAGS = (
     "--model.name tiny_bn --train.exact true --train.micro_batches 4 --optim.ema 0.9 --model.dropout 0.2 --optim.lr 0.02 "

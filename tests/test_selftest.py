@@ -13,7 +13,7 @@ from conftest import ROOT
 from ranks.processes import Ranks
 
 from launch import laws, selftest
-from train.config import UserError
+from train.errors import UserError
 
 # Every mutant, and a law that must fail; "training": the run itself refuses to go on.
 CAUGHT_BY = {

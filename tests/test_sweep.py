@@ -8,7 +8,7 @@ import pytest
 
 from launch import slurm
 from launch.sweep import table
-from train.config import UserError
+from train.errors import UserError
 
 SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.exact", "true", "--train.micro_batches", "8"]
 

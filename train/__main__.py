@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from train.cli import keep_others_from_writing, parse, run_name
-from train.config import Config, RunError, UserError
+from train.config import Config
+from train.errors import RunError, UserError
 from train.world import World, env_rank, run_suffix
 
 OTHER_RANKS_WAIT_SECONDS = 2.0

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from train.config import UserError
+from train.errors import UserError
 
 SCHEMA = 1
 Files = dict[str, bytes]

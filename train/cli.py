@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from train import __version__, yamlfile
-from train.config import Config, UserError
+from train.config import Config
+from train.errors import UserError
 
 ALIAS = re.compile(r"^(--[\w.]+=)?[\[{&-](.*[\s\[{,:])?&\w.*[\s\[{,:]\*\w", re.DOTALL)
 MAX_FLAG = 4096  # characters; the parser's C code overflows its stack on deeply nested values

@@ -9,22 +9,16 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
+from train import yamlfile
+from train.errors import UserError
 
 
-class UserError(ValueError):
-    """A mistake in what a person gave us (config, data, checkpoint): what was got, what was expected, what to do."""
-
-
-class RunError(RuntimeError):
-    """What went wrong on the way although config and data are good: one line, exit code 1."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that jsonargparse, but not YAML 1.1, would read back as floats, such as 1e3."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_.]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+def read_steps(name: str, text: str) -> tuple[int, int]:
+    """Read `A:B`, the steps after A until B, or raise UserError."""
+    match = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"{name} is {text}. Use A:B with A < B, such as 0:10 for the first ten steps.")
+    return int(match[1]), int(match[2])
 
 
 def _check(ok: bool, message: str) -> None:
@@ -198,6 +192,8 @@ class TrainConfig:
     timeout: int = 120
     """Seconds without any progress after which a rank ends with an error that says who is to blame (600 until the first
     step is done)."""
+    profile_steps: str | None = None
+    """A:B: write what rank 0 does in the steps after A until B to RUN/trace.json.gz, which ui.perfetto.dev opens."""
 
     def __post_init__(self) -> None:
         _check_counts("train", self)
@@ -207,6 +203,8 @@ class TrainConfig:
         for name in ("max_steps", "micro_batches", "micro_batch_limit", "num_threads"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name} is {value}. Use 0 (automatic) or more.")
+        if self.profile_steps is not None:
+            read_steps("train.profile_steps", self.profile_steps)
         _check(self.num_threads <= 4096, f"train.num_threads is {self.num_threads}. Use 0 (automatic) to 4096.")
         size, parts, limit = self.global_batch_size, self.micro_batches, self.micro_batch_limit
         _check(parts > 0 or not self.exact, "train.exact needs train.micro_batches: the largest world size, such as 8.")
@@ -342,4 +340,4 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `--config` reads back to an equal Config."""
-        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False)
+        return yamlfile.dump(dataclasses.asdict(self))

@@ -24,7 +24,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.config import DataConfig, UserError
+from train.config import DataConfig
+from train.errors import UserError
 from train.labels import class_names
 from train.sampler import GOLDEN, mix64
 from train.world import World

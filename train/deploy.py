@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from train import checkpoint, models, report
 from train.augment import normalize
 from train.checkpoint import Damaged
-from train.config import ModelConfig, UserError
+from train.config import ModelConfig
+from train.errors import UserError
 from train.labels import class_names
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from train import __version__, data, deploy, report
 from train.cli import Parser, keep_others_from_writing, parse
-from train.config import Config, UserError
+from train.config import Config
 from train.deploy import SUFFIXES, Deployed
+from train.errors import UserError
 from train.evaluate import Result, evaluate, predictions_sha256
 from train.mathematics import differences
 from train.run import contract

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-from train.config import UserError
+from train.errors import UserError
 
 FORMATS = {"loss": ">d", "grad_norm": ">f"}  # struct's: big-endian float64 and float32
 Bits = dict[int, str]  # step -> hex

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from train.config import UserError
+from train.errors import UserError
 
 SIDE = 28
 MAX_BYTES, MAX_PIXELS = 100_000_000, 50_000_000

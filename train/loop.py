@@ -17,7 +17,8 @@ from torch import Tensor
 
 from train import checkpoint, data, exhibits, fingerprint, preempt
 from train.alarms import Alarms
-from train.config import Config, RunError, UserError
+from train.config import Config
+from train.errors import RunError, UserError
 from train.evaluate import Result, evaluate
 from train.lease import Lease
 from train.metrics import Metrics, read_rows
@@ -25,6 +26,7 @@ from train.run import Ledger, Run, is_due, make_state, restore, set_up
 from train.sampler import expected_ledger
 from train.step import StepResult, check_numbers, train_step
 from train.summary import arithmetic, headline, phases, read_finished, summarize
+from train.tracer import Tracer
 from train.watchdog import Watchdog
 from train.world import World
 
@@ -274,10 +276,11 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
     """Step until the end, or until a signal has reached any rank -> (outcome, results of the last step's evaluation)."""
     results, clock = None, run.world.clock
     rank_seconds: list[Tensor] = []  # of the steps since the last row
-    watch = Stopwatch(run)
+    watch, tracer = Stopwatch(run), Tracer(run.config.train, lease, is_main=run.world.is_main)
     run.model.train()
     first = run.step
     while run.step < run.total_steps:
+        tracer.before(run.step)
         result = train_step(run)
         if run.step == first + 1:
             run.world.set_timeout(run.config.train.timeout)
@@ -291,6 +294,8 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
         if looks:
             check(run, metrics)
         leaving = looks and float(result.stops) > 0
+        if traced := tracer.after(run.step, leaving or run.step == run.total_steps):
+            metrics.say(traced)
         if logs:
             watch.stop()
             log_step(run, result, metrics, alarms, rank_seconds)

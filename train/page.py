@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from train.charts import PANELS, VARIABLES, colours, legend, svg
-from train.config import Config, UserError
+from train.config import Config
+from train.errors import UserError
 from train.labels import class_names
 from train.report import Record, banner, environment, facts, flat, groups, phases, read_all, subtitle, title
 

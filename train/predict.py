@@ -14,8 +14,8 @@ import torch
 
 from train import deploy, image
 from train.cli import Parser
-from train.config import UserError
 from train.deploy import Deployed
+from train.errors import UserError
 
 
 def read_bytes(name: str) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train import yamlfile
-from train.config import UserError
+from train.errors import UserError
 from train.mathematics import mathematics
 
 Row = dict[str, Any]
@@ -291,7 +291,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 def phases(records: list[Record]) -> dict[str, dict[str, str]]:
     """{column: {phase: share of the last life's time}}: a column per rank of one run on a few, else per run, over its ranks."""
-    columns = {}
+    columns: dict[str, dict[str, str]] = {}
     for record in records:
         shares = {name: values for name, values in record.summary.get("phases", {}).items() if name != "seconds"}
         num_ranks = max(map(len, shares.values()), default=0)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from train import checkpoint, data, models, optim
-from train.config import Config, UserError
+from train.config import Config
+from train.errors import UserError
 from train.mathematics import differences, mathematics
 from train.reduce import Allreduce, ExactTree
 from train.sampler import Sampler, ledger_sum

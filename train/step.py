@@ -13,7 +13,7 @@ from torch import Tensor
 
 from train import models, optim, preempt, rng
 from train.augment import augment
-from train.config import RunError
+from train.errors import RunError
 from train.run import Run
 from train.sampler import Sampler, key
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from train.clock import SIZE, Clock, Record
-from train.config import RunError, UserError
+from train.errors import RunError, UserError
 
 TICK_SECONDS = 0.25
 SILENT_SECONDS = 5.0  # a watchdog that has not run for so long belongs to a process that cannot run

@@ -18,7 +18,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from train.clock import START_TIMEOUT_SECONDS, Clock
-from train.config import RunError, TrainConfig, UserError
+from train.config import TrainConfig
+from train.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import torch

@@ -1,14 +1,22 @@
-"""Read YAML that a person or a stranger wrote: small, flat, plain values, or one line that says why not.
+"""Read YAML that a person or a stranger wrote: small, flat, plain values, or one line that says why not; and write it.
 
 Deliberately less than YAML: no aliases (nine lines of them expand to gigabytes), no deep nesting, no repeated key, no tags.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from train.config import UserError
+from train.errors import UserError
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that jsonargparse, but not YAML 1.1, would read back as floats, such as 1e3."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_.]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 MAX_BYTES = 65536
 MAX_DEPTH = 8
@@ -67,3 +75,8 @@ def read(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise UserError(f"{path} is not YAML: {error}.") from None
+
+
+def dump(content: dict[str, Any]) -> str:
+    """Write plain values as YAML that `load` and jsonargparse read back."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)

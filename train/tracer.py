@@ -1,0 +1,44 @@
+"""`train.profile_steps A:B`: torch.profiler over a stretch of steps, as a trace that ui.perfetto.dev opens.
+
+Rank 0 alone is traced: it is the one that writes. What the profiler costs falls into these steps and into nothing else.
+"""
+
+import os
+from typing import Any
+
+import torch
+
+from train.config import TrainConfig, read_steps
+from train.lease import Lease
+
+
+class Tracer:
+    """Starts the profiler before its first step and writes the trace after its last; does nothing on other ranks."""
+
+    def __init__(self, config: TrainConfig, lease: Lease, *, is_main: bool) -> None:
+        wanted = is_main and config.profile_steps
+        self.first, self.last = read_steps("train.profile_steps", wanted) if wanted else (-1, -1)
+        self.lease = lease
+        self.profiler: Any = None
+
+    def before(self, step: int) -> None:
+        """Begin to trace if the update after `step` updates is the first that is wanted."""
+        if step == self.first:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+    def after(self, step: int, is_last: bool) -> str | None:
+        """Write the trace if update `step` was the last that is wanted, or the run's last; return what to say."""
+        if self.profiler is None or not (is_last or step == self.last):
+            return None
+        self.profiler.stop()
+        path = self.lease.run_dir / "trace.json.gz"
+        try:
+            with self.lease.writing() as staging:
+                self.profiler.export_chrome_trace(str(staging / path.name))
+                os.replace(staging / path.name, path)
+        except OSError as error:
+            return f"warning: {path} cannot be written: {error.strerror}. Training goes on."
+        finally:
+            self.profiler = None
+        return f"steps {self.first + 1} to {step} of rank 0 are traced in {path}: open it in ui.perfetto.dev"
