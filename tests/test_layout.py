@@ -115,7 +115,10 @@ def test_models_know_nothing_of_ranks() -> None:
         assert loads(every_import(ROOT / "train" / f"{stem}.py"), "train.world") == set()
 
 
-LIGHT_STEMS = "errors yamlfile config labels mathematics cli world preempt report charts page fingerprint clock watchdog mirror tracking lease __main__"
+LIGHT_STEMS = (
+    "errors yamlfile config labels mathematics cli world preempt report charts page fingerprint clock watchdog mirror tracking "
+    "lease __main__"
+)
 LIGHT = [ROOT / "train" / f"{stem}.py" for stem in LIGHT_STEMS.split()]
 
 
