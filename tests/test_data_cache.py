@@ -1,6 +1,7 @@
 """train.data's cache: light second starts, rebuilt when damaged, shared by processes, and nothing written elsewhere."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,3 +127,16 @@ def test_two_processes_at_once_prepare_once_and_the_second_imports_no_parser(cac
     assert lines[0][:2] == lines[1][:2]
     assert sorted(line[2] for line in lines) == ["['sklearn']", "[]"]  # one read, the other waited for the cache
     assert sorted(file.suffix for file in cache.iterdir()) == [".lock", ".safetensors"]
+
+
+def test_images_are_shared_by_the_processes_of_a_machine(cache: Path, world: World) -> None:
+    """From the first start on: the images lie in the cache's file, mapped, and no page of it is this process's own."""
+    for _ in range(2):
+        images = data.load(DataConfig(name="digits"), world).train.images
+        images.sum()  # touch all of it
+        areas = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]
+        bounds = [tuple(int(end, 16) for end in area.split(" ", 1)[0].split("-")) for area in areas]
+        (area,) = (area for area, (low, high) in zip(areas, bounds, strict=True) if low <= images.data_ptr() < high)
+        assert str(next(cache.glob("digits-*.safetensors"))) in area
+        assert re.search(r"(?m)^Anonymous: +0 kB$", area)
+        assert int(re.search(r"(?m)^Rss: +(\d+) kB$", area)[1]) * 1024 >= images.nbytes  # type: ignore[index]

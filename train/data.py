@@ -236,7 +236,10 @@ def load_cache(path: Path) -> tuple[dict[str, Tensor], str] | None:
 
 
 def prepare(config: DataConfig) -> tuple[dict[str, Tensor], str]:
-    """Return the parsed tensors, uint8, and their SHA-256, from the cache if it is good; write it otherwise."""
+    """Return the parsed tensors, uint8, and their SHA-256, from the cache if it is good; write it before otherwise.
+
+    They are mapped from its file: the ranks of a machine share one copy of the images.
+    """
     if config.name == "random":
         tensors = read_random(config.random_examples)
         return tensors, content_sha256(tensors)
@@ -256,7 +259,7 @@ def prepare(config: DataConfig) -> tuple[dict[str, Tensor], str]:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
             temporary.write(safetensors.torch.save(tensors, {"sha256": sha256}))
         os.replace(temporary.name, path)
-        return tensors, sha256
+        return load_cache(path) or (tensors, sha256)
 
 
 def load(config: DataConfig, world: World, notify: Any = print) -> Data:
