@@ -94,6 +94,7 @@ def test_damaged_cache_is_rebuilt(damage: str, cache: Path) -> None:
     tensors, sha256 = data.prepare(config)
     (path,) = cache.glob("digits-*.safetensors")
     good = path.read_bytes()
+    path.unlink()  # `tensors` are mapped from it
     path.write_bytes(DAMAGES[damage](good))
     assert data.load_cache(path) is None
     again, found = data.prepare(config)
