@@ -64,8 +64,10 @@ def erase(images: Tensor, keys: Tensor, probability: float, size: int) -> Tensor
     return images.masked_fill(blank[:, None], 0)
 
 
-def augment(images: Tensor, keys: Tensor, config: AugmentConfig, mean: float, std: float) -> Tensor:
-    """Turn images uint8 [B,1,28,28] with row keys int64 [B] into inputs float32 [B,1,28,28]."""
+def augment(images: Tensor, keys: Tensor | None, config: AugmentConfig, mean: float, std: float) -> Tensor:
+    """Turn images uint8 [B,1,28,28] with row keys int64 [B] into inputs float32 [B,1,28,28]; without keys unchanged."""
+    if keys is None:
+        return normalize(images, mean, std)
     if config.rotate or config.scale or config.shear:
         images = affine(images, keys, config)
     elif config.shift:

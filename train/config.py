@@ -118,6 +118,11 @@ class AugmentConfig:
         _check(0 <= self.erase <= 1, f"augment.erase is {self.erase}. It is a probability: 0 (off) to 1.")
         _check(1 <= self.erase_size <= 28, f"augment.erase_size is {self.erase_size} pixels. Use 1 to 28.")
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything changes the images."""
+        return any((self.shift, self.rotate, self.scale, self.shear, self.erase))
+
 
 @dataclass(frozen=True)
 class OptimConfig:

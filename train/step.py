@@ -38,7 +38,6 @@ def train_step(run: Run) -> StepResult:
     """
     config, world, sampler, step, clock = run.config, run.world, run.sampler, run.step, run.world.clock
     clock.step = step + 1
-    clock.enter("data")
     num_examples = sampler.batch_rows(step)
     norms = models.norms(run.module)
     width = 2 + 2 * sum(norm.num_features for norm in norms)
@@ -46,16 +45,18 @@ def train_step(run: Run) -> StepResult:
     # stop flags. A rank fills its own rows; zeros elsewhere add up exactly, so the sum has the same bits on any world size.
     table = torch.zeros(sampler.micro_batches + 1, width, dtype=torch.float64, device=world.device)
     own = sampler.own_micro_batches(world.rank, world.world_size)
+    batch = _own_rows(run, own)
+    clock.enter("forward_backward")
     for index in own:
         with run.reducer.micro_batch(index, own):
-            loss_sum = _micro_batch_loss(run, index)
+            loss_sum = _micro_batch_loss(run, index, batch)
             if index == own[-1] and world.world_size > 1:
                 clock.announce("all_reduce")  # of the gradients, while the backward pass goes on
             world.accelerator.backward(loss_sum * (run.reducer.loss_scale / num_examples))
             clock.enter("forward_backward")
-        statistics = [values for norm in norms for values in (norm.batch_mean, norm.batch_var)]
-        table[index] = torch.cat([loss_sum.detach().new_zeros(2), *statistics]).double()
         table[index, 0] = loss_sum.detach()
+        if norms:
+            table[index, 2:] = torch.cat([values for norm in norms for values in (norm.batch_mean, norm.batch_var)])
     clock.enter("optimizer")
     table[-1, 0] = float(preempt.requested() is not None)
     table[world.rank, 1] = clock.lap()  # there are at least as many micro-batches as ranks
@@ -70,9 +71,11 @@ def train_step(run: Run) -> StepResult:
     lr = optim.lr(config.optim, step, run.total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    run.optimizer.optimizer.found_inf = (~is_sound).float()  # the fused kernels look at it where they run
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    inner = run.optimizer.optimizer
+    inner.found_inf = (~is_sound).float()  # the fused kernels look at it where they run
+    # accelerate's wrapper is for the scaler; it also looks for packages on the disk, in every step
+    (inner if world.accelerator.scaler is None else run.optimizer).step()
+    inner.zero_grad(set_to_none=True)
     if run.ema:
         run.ema.update(run.module)
     run.step += 1
@@ -88,26 +91,45 @@ def _canonical(value: Tensor) -> Tensor:
     return value.masked_fill(value.isnan(), torch.nan)
 
 
-def _micro_batch_loss(run: Run, index: int) -> Tensor:
-    """Return the summed loss, float32 [], over micro-batch `index` of the current step, and enter it in the ledger."""
-    config, device, source, clock = run.config, run.world.device, run.data, run.world.clock
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's rows [start, start + B) of the global batch, on the device; a dummy if it has none."""
+
+    start: int
+    inputs: Tensor  # float32 [B,1,28,28]
+    labels: Tensor  # int64 [B]
+    keys: Tensor | None  # int64 [B], of dropout
+
+
+def _own_rows(run: Run, own: range) -> _Rows:
+    """Gather and augment the examples of this rank's micro-batches, and enter them in the ledger."""
+    config, device, source, clock, step = run.config, run.world.device, run.data, run.world.clock, run.step
     clock.enter("data")
-    start, stop = run.sampler.micro_batch(run.step, index)
-    is_empty = start == stop  # a last batch of fewer examples than micro-batches: one example that weighs nothing
-    examples = run.sampler.examples(run.step, start, stop)
+    start, stop = run.sampler.micro_batch(step, own[0])[0], run.sampler.micro_batch(step, own[-1])[1]
+    examples = run.sampler.examples(step, start, stop)
     run.ledger.add(examples)
-    rows = torch.zeros(1, dtype=torch.int64) if is_empty else torch.from_numpy(examples)
+    rows = torch.from_numpy(examples) if stop > start else torch.zeros(1, dtype=torch.int64)
     rows = rows.to(device, non_blocking=True)
-    stop += is_empty
     images, labels = source.train.images[rows], source.train.labels[rows]
+
+    def keys(purpose: str) -> Tensor:
+        return rng.row_keys(key(config.seed, purpose, step), start, start + len(rows), device)
+
     clock.enter("augment")
-    keys = {purpose: rng.row_keys(key(config.seed, purpose, run.step), start, stop, device) for purpose in ("augment", "dropout")}
-    inputs = augment(images, keys["augment"], config.augment, source.mean, source.std)
-    clock.enter("forward_backward")
-    logits = run.model(inputs.to(memory_format=run.memory_format), keys["dropout"])
-    smoothing = config.optim.label_smoothing
-    loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-    return loss_sum * 0 if is_empty else loss_sum
+    inputs = augment(images, keys("augment") if config.augment.is_on else None, config.augment, source.mean, source.std)
+    inputs = inputs.to(memory_format=run.memory_format)
+    return _Rows(start, inputs, labels, keys("dropout") if config.model.dropout else None)
+
+
+def _micro_batch_loss(run: Run, index: int, batch: _Rows) -> Tensor:
+    """Return the summed loss, float32 [], over micro-batch `index` of the current step."""
+    start, stop = run.sampler.micro_batch(run.step, index)
+    first = min(start - batch.start, len(batch.labels) - 1)
+    part = slice(first, first + max(stop - start, 1))  # of no examples: one that weighs nothing
+    logits = run.model(batch.inputs[part], batch.keys[part] if batch.keys is not None else None)
+    smoothing = run.config.optim.label_smoothing
+    loss_sum = F.cross_entropy(logits.float(), batch.labels[part], reduction="sum", label_smoothing=smoothing)
+    return loss_sum if stop > start else loss_sum * 0
 
 
 def _merge_statistics(norms: list[models.BatchNorm2d], table: Tensor, sampler: Sampler, step: int, is_sound: Tensor) -> None:
@@ -124,11 +146,11 @@ def _merge_statistics(norms: list[models.BatchNorm2d], table: Tensor, sampler: S
 
 def _clip(run: Run) -> Tensor:
     """Return the gradient norm; the gradients are clipped to optim.clip_norm if that is on."""
-    parameters = list(run.module.parameters())
-    if run.config.optim.clip_norm:
-        return run.world.accelerator.clip_grad_norm_(parameters, run.config.optim.clip_norm)
-    run.world.accelerator.unscale_gradients(run.optimizer)
-    return optim.grad_norm(parameters)
+    accelerator, limit = run.world.accelerator, run.config.optim.clip_norm
+    if limit:
+        return accelerator.clip_grad_norm_(run.module.parameters(), limit)
+    accelerator.unscale_gradients(run.optimizer)
+    return optim.grad_norm(run.module.parameters())
 
 
 def check_numbers(run: Run) -> list[int]:

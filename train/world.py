@@ -7,10 +7,12 @@ before it has paid for torch.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
+# mallopt(3): M_MMAP_MAX 0, no tensor in pages of its own; M_TRIM_THRESHOLD -1, none given back; M_TOP_PAD, asked for at once
+MALLOC_OPTIONS = {-4: 0, -1: -1, -2: 64 << 20}
 STORE_FD = "LOCKSTEP_STORE_FD"  # the listening socket that `launch run` hands to rank 0
 BACKSTOP_SECONDS = 60  # that torch's own timeouts come after the watchdog's, which knows who is to blame
 
@@ -129,6 +133,17 @@ def join_on_loopback(device: torch.device, timeout: timedelta) -> None:
     )
 
 
+def keep_memory() -> None:
+    """Let glibc keep freed memory for the next step instead of giving it back to the kernel, which hands it out anew, zeroed.
+
+    A step on a CPU allocates the same large tensors again and again: page faults would cost a third of its time (docs/log.md).
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for parameter, value in MALLOC_OPTIONS.items() if hasattr(libc, "mallopt") else ():  # musl has none
+            libc.mallopt(parameter, value)
+
+
 @dataclasses.dataclass
 class World:
     """One process's place among all, and its Accelerator."""
@@ -153,6 +168,8 @@ class World:
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         device = choose_device(config, local_rank, local_world_size)
+        if device.type == "cpu":
+            keep_memory()
         if asked == 1:  # torchrun with one process would get DDP around the model, and other gradients than without
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)

@@ -19,30 +19,32 @@ from ranks import mutants
 from train import checkpoint
 
 RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
-_here: dict[str, Any] = {}  # the run and the micro-batch that are being computed
 
 
 def _in_micro_batch(change: Callable[[train.run.Run, int, torch.Tensor], torch.Tensor]) -> None:
     inner = train.step._micro_batch_loss
 
-    def loss(run: train.run.Run, index: int) -> torch.Tensor:
-        _here.update(run=run, index=index)
-        return change(run, index, inner(run, index))
+    def loss(run: train.run.Run, index: int, batch: Any) -> torch.Tensor:
+        return change(run, index, inner(run, index, batch))
 
     train.step._micro_batch_loss = loss
 
 
 def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
     """Let something happen in the augmentation of update STEP, on one rank."""
-    _in_micro_batch(lambda run, index, loss: loss)
-    inner = train.step.augment
+    own_rows, inner = train.step._own_rows, train.step.augment
+    steps = [0]
+
+    def here(run: train.run.Run, own: range) -> Any:
+        steps.append(run.step + 1)
+        return own_rows(run, own)
 
     def augment(*arguments: Any) -> torch.Tensor:
-        if _here["run"].step + 1 == STEP and rank in (None, RANK):
+        if steps[-1] == STEP and rank in (None, RANK):
             happens()
         return inner(*arguments)
 
-    train.step.augment = augment
+    train.step._own_rows, train.step.augment = here, augment
 
 
 def broken_loss() -> None:

@@ -138,10 +138,10 @@ def mean_of_means() -> None:
     """Micro-batches of unequal size weigh the same: a mean over means (gradient accumulation in transformers, 2024)."""
     micro_batch_loss = train.step._micro_batch_loss
 
-    def loss(run: train.run.Run, index: int) -> Tensor:
+    def loss(run: train.run.Run, index: int, batch: Any) -> Tensor:
         start, stop = run.sampler.micro_batch(run.step, index)
         weight = run.sampler.batch_rows(run.step) / run.sampler.micro_batches / max(stop - start, 1)
-        return micro_batch_loss(run, index) * weight
+        return micro_batch_loss(run, index, batch) * weight
 
     train.step._micro_batch_loss = loss
 
