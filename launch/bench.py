@@ -41,6 +41,7 @@ MEASURES = {  # name: (module, default repeats, what it measures)
     "peers": ("peers", 5, "the same model in the idioms of other trainers (pip install 'lockstep[bench]')"),
     "exact": ("trainings", 5, "exact against fast mode, on 1 and 2 processes"),
     "scaling": ("trainings", 3, "1 to N processes: strong (one global batch) and weak (one share per process)"),
+    "wandb": ("trainings", 5, "what W&B's mirror costs, offline, at log.every_steps 10"),
     "startup": ("trainings", 5, "from the command to the first step"),
     "time-to-accuracy": ("trainings", 10, "a recipe's accuracy and seconds, over as many seeds as repeats"),
 }

@@ -17,6 +17,7 @@ from launch.bench import Row
 from launch.run import Ranks, count_gpus
 
 STEPS, WARM_UP_STEPS, GLOBAL_BATCH_SIZE = 100, 20, 512
+LONG = 500  # steps, where what is measured comes in bursts
 RECIPE = (
     "--data.name random --model.name cnn --train.precision bf16 --train.num_threads 1 --log.every_steps 10 "
     f"--train.max_steps {STEPS} --eval.every_steps {STEPS} --checkpoint.every_steps {STEPS} --data.random_examples 10240"
@@ -24,9 +25,9 @@ RECIPE = (
 QUIET = "--log.progress false --log.report false --wandb.mode disabled"
 
 
-def run(directory: Path, name: str, world_size: int, flags: str) -> dict[str, Any]:
-    """Train to the end; return {"summary", "rows", "seconds" of the whole command}."""
-    arguments = [*flags.split(), *QUIET.split(), "--run.dir", str(directory), "--run.name", name]
+def run(directory: Path, name: str, world_size: int, *flags: str) -> dict[str, Any]:
+    """Train to the end, later flags win; return {"summary", "rows", "seconds" of the whole command}."""
+    arguments = [*QUIET.split(), *" ".join(flags).split(), "--run.dir", str(directory), "--run.name", name]
     began = time.perf_counter()
     if Ranks(world_size, arguments, 0, quiet=True).wait():
         raise RuntimeError(f"The run {name} failed. See what `python -m train {' '.join(arguments)}` says.")
@@ -35,16 +36,16 @@ def run(directory: Path, name: str, world_size: int, flags: str) -> dict[str, An
     return {"summary": json.loads((directory / name / "summary.json").read_text()), "rows": rows, "seconds": seconds}
 
 
-def images_per_second(directory: Path, name: str, world_size: int, batch: int, micro_batches: int = 0) -> float:
-    """Train on noise (micro_batches 0: fast mode) and return the speed after the warm-up."""
-    mode = f"--train.exact true --train.micro_batches {micro_batches}" if micro_batches else ""
-    found = run(directory, name, world_size, f"{RECIPE} --train.global_batch_size {batch} {mode}")
+def images_per_second(directory: Path, name: str, world_size: int, batch: int, flags: str) -> float:
+    """Train on noise and return the speed after the warm-up."""
+    found = run(directory, name, world_size, f"{RECIPE} --train.global_batch_size {batch}", flags)
     seconds = {row["step"]: row["train_seconds"] for row in found["rows"] if row["event"] == "train"}
-    return batch * (STEPS - WARM_UP_STEPS) / (seconds[STEPS] - seconds[WARM_UP_STEPS])
+    last = max(seconds)
+    return batch * (last - WARM_UP_STEPS) / (seconds[last] - seconds[WARM_UP_STEPS])
 
 
-def in_turns(cells: dict[str, tuple[int, int, int]], repeats: int) -> dict[str, list[float]]:
-    """Measure the images/s of cells {name: (world_size, batch, micro_batches)}, one of each per turn."""
+def in_turns(cells: dict[str, tuple[int, int, str]], repeats: int) -> dict[str, list[float]]:
+    """Measure the images/s of cells {name: (world_size, batch, flags)}, one of each per turn."""
     speeds: dict[str, list[float]] = {name: [] for name in cells}
     with tempfile.TemporaryDirectory() as place:
         for turn in range(repeats):
@@ -61,7 +62,8 @@ def exact(repeats: int) -> list[Row]:
         for parts in (0, 1, 2, 4, 8):
             name = fast.replace("fast", f"exact, {parts} x {GLOBAL_BATCH_SIZE // parts}") if parts else fast
             if parts >= world_size or not parts:
-                cells[name], bases[name] = (world_size, GLOBAL_BATCH_SIZE, parts), fast if parts else None
+                mode = f"--train.exact true --train.micro_batches {parts}" if parts else ""
+                cells[name], bases[name] = (world_size, GLOBAL_BATCH_SIZE, mode), fast if parts else None
     return [Row(name, "images/s", values, bases[name]) for name, values in in_turns(cells, repeats).items()]
 
 
@@ -69,11 +71,19 @@ def scaling(repeats: int) -> list[Row]:
     """1 to N processes, one per GPU or core: the same global batch (strong), and the same share of it per process (weak)."""
     largest = count_gpus() or os.cpu_count() or 1
     sizes = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
-    cells = {f"strong, {size} x {GLOBAL_BATCH_SIZE // size}": (size, GLOBAL_BATCH_SIZE, 0) for size in sizes}
-    cells |= {f"weak, {size} x {GLOBAL_BATCH_SIZE}": (size, GLOBAL_BATCH_SIZE * size, 0) for size in sizes}
+    cells = {f"strong, {size} x {GLOBAL_BATCH_SIZE // size}": (size, GLOBAL_BATCH_SIZE, "") for size in sizes}
+    cells |= {f"weak, {size} x {GLOBAL_BATCH_SIZE}": (size, GLOBAL_BATCH_SIZE * size, "") for size in sizes}
     speeds = in_turns(cells, repeats)
     first = {kind: next(name for name in cells if name.startswith(kind)) for kind in ("strong", "weak")}
     return [Row(name, "images/s", values, first[name.split(",")[0]]) for name, values in speeds.items()]
+
+
+def wandb(repeats: int) -> list[Row]:
+    """A run that W&B's mirror follows, offline, against one without, with a row of metrics every 10 steps."""
+    long = f"--train.max_steps {LONG} --eval.every_steps {LONG} --checkpoint.every_steps {LONG}"
+    cells = {f"wandb.mode {mode}": (1, GLOBAL_BATCH_SIZE, f"{long} --wandb.mode {mode}") for mode in ("disabled", "offline")}
+    first = next(iter(cells))
+    return [Row(name, "images/s", speeds, None if name == first else first) for name, speeds in in_turns(cells, repeats).items()]
 
 
 def startup(repeats: int) -> list[Row]:

@@ -56,9 +56,9 @@ def test_facts_name_hardware_versions_commit_and_command() -> None:
 def test_trainings_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[tuple[str, int]] = []
 
-    def speed(place: Path, name: str, world_size: int, batch: int, micro_batches: int) -> float:
+    def speed(place: Path, name: str, world_size: int, batch: int, flags: str) -> float:
         turns.append((name, world_size))
-        return 100.0 * world_size + micro_batches
+        return 100.0 * world_size + int(flags.split()[-1] if "micro" in flags else 0)
 
     monkeypatch.setattr(trainings, "images_per_second", speed)
     rows = {row.name: row for row in trainings.exact(2)}
@@ -66,11 +66,12 @@ def test_trainings_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [name.split("-")[0] for name, _ in turns] == ["0"] * 9 + ["1"] * 9
     assert rows["2 processes, exact, 8 x 64"].values == [208.0, 208.0]
     assert rows["2 processes, exact, 8 x 64"].base == "2 processes, fast"
-    assert {row.base for row in trainings.scaling(1)} <= {row.name for row in trainings.scaling(1)} | {None}
+    for measure in (trainings.scaling, trainings.wandb):
+        assert {row.base for row in measure(1)} <= {row.name for row in measure(1)} | {None}
 
 
 def test_a_real_training_is_measured(tmp_path: Path) -> None:
-    assert 50 < trainings.images_per_second(tmp_path, "run", 2, 64, 2) < 1e6
+    assert 50 < trainings.images_per_second(tmp_path, "run", 2, 64, "--train.exact true --train.micro_batches 2") < 1e6
 
 
 @pytest.mark.parametrize("measure", [measures.throughput, measures.data, measures.sampler, measures.checkpoint])
