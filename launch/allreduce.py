@@ -7,15 +7,17 @@ whose sums float32 holds exactly, so a right all-reduce gives the expected bits 
 import functools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from launch.run import die_with_parent, free_port
+from launch.run import die_with_parent
 from train.cli import Parser
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
@@ -59,22 +61,30 @@ def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> 
     return {"rank": rank, "world_size": world_size, "backend": backend, "wrong": wrong, "seconds": seconds}
 
 
+def free_port() -> int:
+    """A port on the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_local(program: tuple[str, ...], nproc: int, arguments: list[str], timeout: float) -> list[dict[str, Any]]:
     """Start `nproc` processes on this machine and return what each printed; raise RuntimeError if one fails or hangs."""
     env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(nproc))
     if sys.platform == "linux":
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # files, since a pipe would fill up
+    outputs, errors = ([tempfile.TemporaryFile("w+") for _ in range(nproc)] for _ in range(2))  # noqa: SIM115
     processes = [
         subprocess.Popen(
             (*program, *arguments),
             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parent.parent,
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=output,
+            stderr=error,
         )
-        for rank in range(nproc)
+        for rank, (output, error) in enumerate(zip(outputs, errors, strict=True))
     ]
     deadline, hung = time.monotonic() + timeout, False
     try:
@@ -87,19 +97,29 @@ def run_local(program: tuple[str, ...], nproc: int, arguments: list[str], timeou
     finally:
         for process in processes:
             process.kill()
-    outputs = [process.communicate() for process in processes]
-    for rank, (code, (_, error)) in enumerate(zip(codes, outputs, strict=True)):
+            process.wait()
+    printed = [(read_all(output), read_all(error)) for output, error in zip(outputs, errors, strict=True)]
+    for rank, (code, (said, error)) in enumerate(zip(codes, printed, strict=True)):
+        if os.environ.get("NCCL_DEBUG"):
+            sys.stderr.write(said)  # where NCCL writes
         if code:
             last = (error.strip().splitlines() or [""])[-1]
             raise RuntimeError(f"process {rank} of {nproc} ended with exit code {code}: {last[:150]}")
     if hung:
         missing = [rank for rank, code in enumerate(codes) if code is None]
         raise RuntimeError(f"{len(missing)} of {nproc} processes did not end within {timeout:g} s")
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    return [json.loads(said.splitlines()[-1]) for said, _ in printed]
+
+
+def read_all(file: IO[str]) -> str:
+    """Return what a process has written into a file, and close it."""
+    with file:
+        file.seek(0)
+        return file.read()
 
 
 def main(argv: list[str]) -> int:
-    """Measure as one rank; exit with 1 if a sum is wrong."""
+    """Measure as one rank; `wrong` in what it prints counts the sums that were."""
     parser = Parser(prog="python -m launch.allreduce", description=__doc__.split("\n")[0])
     parser.add_argument("--bytes", type=int, nargs="+", default=[4, 1 << 20, 25 << 20], help="sizes of the tensors")
     parser.add_argument("--repeats", type=int, default=10, help="all-reduces of each size (default 10)")

@@ -111,8 +111,9 @@ class Probe:
                 break
             if line is None:
                 break
-            answer = json.loads(line)
-            found[answer["rank"]] = time.time(), answer
+            if line.startswith('{"rank"'):  # no banner of the site
+                answer = json.loads(line)
+                found[answer["rank"]] = time.time(), answer
         return dict(sorted(found.items()))
 
     def close(self) -> str:
@@ -136,6 +137,7 @@ def probe(token: Path, nodes: int, where: list[str]) -> Iterator[Finding]:
     content = secrets.token_hex(8)
     token.write_text(content)
     tasks = Probe(token, content, nodes, where)
+    greetings: dict[int, dict[str, Any]] = {}
     try:
         greetings = {rank: answer for rank, (_, answer) in tasks.answers(QUEUE_SECONDS + ANSWER_SECONDS).items()}
         if len(greetings) == nodes:

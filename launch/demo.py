@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launch.run import Ranks
 from train.cli import Parser
+from train.errors import UserError
 
 RECIPE = (
     "--config configs/quickstart.yaml --train.exact true --train.micro_batches 8 --train.max_steps 40 "
@@ -26,14 +27,13 @@ def train(directory: Path, name: str, world_size: int, kill_at: int | None = Non
     ranks = Ranks(world_size, [*RECIPE.split(), "--run.dir", str(directory), "--run.name", name], 0, quiet=True)
     deadline = time.monotonic() + WAIT_SECONDS
     log = directory / name / "metrics.jsonl"
-    while kill_at and time.monotonic() < deadline:
+    while kill_at and time.monotonic() < deadline and ranks.processes[1].poll() is None:
         if log.exists() and f'"train", "step": {kill_at},' in log.read_text():
             ranks.processes[1].send_signal(signal.SIGKILL)
             break
         time.sleep(0.02)
-    code = ranks.wait()
-    if code and not kill_at:
-        raise RuntimeError(f"{name} ended with exit code {code}")
+    if bool(code := ranks.wait()) != bool(kill_at):
+        raise UserError(f"The training on {world_size} process(es) ended with exit code {code}. See what `launch selftest` says.")
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,6 @@ SIGNATURES = {
     "conv2d": ("input", "weight", "bias", "stride", "padding"),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias"),
     "max_pool2d": ("input", "kernel_size", "stride"),
-    "mean": ("input", "dim"),
     "linear": ("input", "weight", "bias"),
     "relu": ("input",),
 }
@@ -91,11 +90,6 @@ class Walk:
         stride = given.get("stride") or side
         volume = (out.shape[3], out.shape[2], out.shape[1])
         self.layers.append(Layer("max pooling", f"{side} x {side}, stride {stride}", volume, self.widen(side, stride)))
-
-    def mean(self, out: Any, given: dict[str, Any]) -> None:
-        """Enter the mean over width and height."""
-        side = given["input"].shape[2]
-        self.layers.append(Layer("mean of each map", f"{side} x {side}", (1, 1, out.shape[1]), self.widen(side, 1)))
 
     def linear(self, out: Any, given: dict[str, Any]) -> None:
         """Enter a fully connected layer: a convolution whose kernel is the whole volume."""

@@ -58,11 +58,8 @@ def plan_ranks(config: Config, nodes: int, per_node: int) -> int:
 
 def shares(sampler: "Sampler", step: int, world_size: int) -> list[tuple[range, range]]:
     """For each rank: its micro-batches, and its rows of the global batch of a step."""
-    found = []
-    for rank in range(world_size):
-        own = sampler.own_micro_batches(rank, world_size)
-        found.append((own, range(sampler.micro_batch(step, own.start)[0], sampler.micro_batch(step, own.stop)[0])))
-    return found
+    ranks = range(world_size)
+    return [(sampler.own_micro_batches(r, world_size), range(*sampler.rank_rows(step, r, world_size))) for r in ranks]
 
 
 def check_epoch(sampler: "Sampler", world_size: int) -> str:
@@ -129,7 +126,7 @@ def idle_ranks(sampler: "Sampler", world_size: int) -> int:
 def memory(config: Config, sizes: dryrun.Sizes, ranks: list[tuple[range, range]], num: tuple[int, int]) -> dict[str, int]:
     """What the rank with most to do keeps in its device's memory when its last backward pass begins."""
     micro_batch = max(-(-len(rows) // max(len(own), 1)) for own, rows in ranks)
-    most = max(len(own) for own, _ in ranks)
+    most, rows = max(len(own) for own, _ in ranks), max(len(rows) for _, rows in ranks)
     gradients = 4 * sizes.num_parameters
     received = [size * (len(ranks) if what == "gather" else 1) for what, size in sizes.traffic if what in ("exchange", "gather")]
     return {
@@ -142,6 +139,7 @@ def memory(config: Config, sizes: dryrun.Sizes, ranks: list[tuple[range, range]]
         "optimizer": sizes.optimizer,
         "averaged weights": sizes.ema,
         "activations": sizes.saved_fixed + sizes.saved_per_example * micro_batch,
+        "inputs of the other micro-batches": (rows - micro_batch) * 4 * IMAGE_BYTES,
         "data set": sum(num) * (IMAGE_BYTES + LABEL_BYTES),
     }
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 from train.cli import Parser, did_you_mean, parse, run_name
+from train.config import Config
 from train.errors import UserError
+from train.world import run_suffix
 
 LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
 SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved checkpoint
@@ -32,13 +34,6 @@ def count_gpus() -> int:
         return 0
     command = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def free_port() -> int:
-    """A port on the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def die_with_parent(parent: int) -> None:
@@ -108,6 +103,8 @@ class Ranks:
         if not failed:
             return 0
         first = first or failed[0]
+        if first[1] == PREEMPTED:  # all ranks have agreed on it and saved; one that was killed since hung in its last words
+            return PREEMPTED
         crashes = [pair for pair in failed if pair[1] not in (PREEMPTED, BAD_INPUT)]
         if not crashes:
             return first[1]
@@ -118,10 +115,9 @@ class Ranks:
         return 1
 
 
-def named(arguments: list[str]) -> list[str]:
-    """Check the training's arguments and return them with a run name, the same for every restart."""
-    config = parse(arguments)
-    return [*arguments, "--run.name", run_name(config, arguments, time.strftime("%Y%m%d-%H%M%S"))]
+def named(config: Config, arguments: list[str]) -> list[str]:
+    """Return the training's arguments with a run name, the same for every restart."""
+    return [*arguments, "--run.name", run_name(config, arguments, run_suffix())]
 
 
 def main(argv: list[str]) -> int:
@@ -151,8 +147,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--nproc is {options.nproc}. Use 1 or more.")
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts is {options.max_restarts}. Use 0 or more.")
-    arguments = named(argv[end + 1 :])
-    nproc = options.nproc or count_gpus() or 1
+    config = parse(argv[end + 1 :])
+    arguments = named(config, argv[end + 1 :])
+    nproc = options.nproc or (config.train.device != "cpu" and count_gpus()) or 1
     min_nproc = options.min_nproc or nproc
     if not 1 <= min_nproc <= nproc:
         raise UserError(f"--min-nproc is {min_nproc} of {nproc} processes. Use 1 to {nproc}.")

@@ -19,9 +19,10 @@ from train.config import Config
 from train.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-SITE = 'if [ -f slurm/site.env ]; then set -a; . slurm/site.env; set +a; fi; exec "$@"'  # its SBATCH_* reach sbatch
+SITE = 'if [ -f slurm/site.env ]; then set -a; . slurm/site.env >&2; set +a; fi; exec "$@"'  # its SBATCH_* reach sbatch
 SCRIPTS = ("slurm/train.sbatch", "slurm/sweep.sbatch")
-POLL_SECONDS = 1.0
+POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
+LOST = 3  # exit code: the job was submitted, and can no longer be followed
 GOING_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
@@ -54,6 +55,21 @@ def check_world(config: Config, world_size: int) -> None:
     plan_micro_batches(config, world_size, bool(models.norms(models.build(config.model, config.seed))))
 
 
+def check_lines(path: Path, arguments: list[str]) -> None:
+    """Raise UserError if a sweep's file cannot be read or one of its lines makes no config."""
+    try:
+        lines = (ROOT / path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--sweep {path} cannot be read: {error}. Use 'seeds', or a file with one line of flags per run."
+        ) from None
+    for number, line in enumerate(lines, 1):
+        try:
+            parse([*arguments, *shlex.split(line)])
+        except ValueError as error:  # shlex's, or a UserError
+            raise UserError(f"{path}, line {number}: {error}") from None
+
+
 def command(options: Namespace, extra: list[str], arguments: list[str]) -> list[str]:
     """The sbatch command line."""
     ranks = (
@@ -75,9 +91,17 @@ def run(*argv: str) -> str:
 
 def follow(job: str, log: Path) -> int:
     """Show the log and each new state until the job ends or is held; return its exit code. Ctrl-C leaves the job alone."""
-    shown, position = "", 0
+    shown, position, failures = "", 0, 0
     while True:
-        text = run("scontrol", "show", "job", "-o", job)
+        try:
+            text, failures = run("scontrol", "show", "job", "-o", job), 0
+        except UserError as error:  # a controller that is being restarted
+            failures += 1
+            if failures * POLL_SECONDS > PATIENCE_SECONDS:
+                print(f"job {job} goes on; {error}", file=sys.stderr)
+                return LOST
+            time.sleep(POLL_SECONDS)
+            continue
         fields = dict(re.findall(r"(\S+?)=(\S*)", text))
         state, reason = fields["JobState"], fields["Reason"]
         now = state if reason == "None" else f"{state} ({reason})"
@@ -96,7 +120,7 @@ def follow(job: str, log: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Submit, or show what would be submitted; return 0, 2 for what Slurm or the config refuses, or the job's exit code."""
+    """Submit, or show what would be submitted; return 0, 2 for what Slurm or the config refuses, 3, or the job's exit code."""
     end = argv.index("--") if "--" in argv else len(argv)
     options, extra = make_parser().parse_known_args(argv[:end])
     arguments = argv[end + 1 :]
@@ -113,6 +137,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Use {least} or more.")
     if options.sweep and (options.follow or not any(word.startswith("--array=") for word in extra)):
         raise UserError("--sweep needs --array=FIRST-LAST, such as --array=1-5%2, and cannot be followed: each task has its log.")
+    if options.sweep and options.sweep != "seeds":
+        check_lines(Path(options.sweep), arguments)
     check_world(config, options.nodes * (options.gpus_per_node or options.ntasks_per_node))
     for script in SCRIPTS:
         run("bash", "-n", script)

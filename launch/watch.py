@@ -53,7 +53,13 @@ def read(run_dir: Path) -> Record | None:
 
 def has_ended(record: Record) -> bool:
     """Whether the last step was evaluated and saved, after which a run has nothing left to do."""
-    return record.last("saved").get("step", -1) == record.total_steps
+    return saved_step(record) == record.total_steps
+
+
+def saved_step(record: Record) -> int:
+    """The step of the newest checkpoint; -1 if there is none. A save writes its row first, and another one if it fails."""
+    failed = record.last("save_failed").get("step")
+    return next((step for step in reversed(record.series("saved", "step")[0]) if step != failed), -1)
 
 
 def pulse(record: Record, now: float) -> tuple[str, str]:
@@ -72,14 +78,15 @@ def pulse(record: Record, now: float) -> tuple[str, str]:
 
 def lines(record: Record) -> list[tuple[str, str, str]]:
     """What there is to say, as (name, value, sparkline)."""
-    trained, evaluated, saved = record.last("train"), record.last("eval"), record.last("saved")
+    trained, evaluated, saved = record.last("train"), record.last("eval"), saved_step(record)
     lives = record.lives
     sizes = " → ".join(str(life.world_size) for life in lives[-4:])
     losses, accuracies = record.series("train", "loss")[1], record.series("eval", "accuracy", record.averages)[1]
     found = []
     if trained:
+        loss = "not finite" if trained["loss"] is None else f"{trained['loss']:.4f}"
         found += [
-            ("loss", f"{trained['loss']:.4f}", sparkline([math.log(max(loss, 1e-9)) for loss in losses])),
+            ("loss", loss, sparkline([math.log(max(value, 1e-9)) for value in losses])),
             ("learning rate", f"{trained['lr']:.4g}", ""),
         ]
         found += [("images/s", f"{trained['images_per_second']:,.0f}", "")]
@@ -88,7 +95,7 @@ def lines(record: Record) -> list[tuple[str, str, str]]:
         where = f"{evaluated['split']}, step {evaluated['step']:,}{', averaged' if record.averages else ''}"
         found.insert(1, ("accuracy", f"{evaluated['accuracy']:.2%} ({where})", sparkline(accuracies)))
     found += [("processes", sizes or "?", ""), ("restarts", str(max(len(lives) - 1, 0)), "")]
-    return [*found, ("checkpoint", f"step {saved['step']:,}" if saved else "none yet", "")]
+    return [*found, ("checkpoint", f"step {saved:,}" if saved >= 0 else "none yet", "")]
 
 
 def frame(run_dir: Path, record: Record | None, now: float) -> Group:

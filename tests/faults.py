@@ -104,6 +104,10 @@ class Training:
         elif self.ranks:
             self.ranks.wait(WAIT_SECONDS)
 
+    def output(self) -> str:
+        """What its processes printed, the end of it."""
+        return "".join(path.read_text()[-3000:] for path in sorted(self.logs.glob("*.log")))
+
     def pids(self) -> set[int]:
         """The processes that train this run: by their command line, or those of the fork server."""
         if self.ranks:
@@ -137,7 +141,7 @@ def reach(training: Training, moment: str, rng: random.Random, killed: set[int])
                 time.sleep(pause)
                 return [record for record in training.records() if record.pid not in killed]
         time.sleep(0.0005)
-    assert training.is_over(), f"{training.run} hangs\n{(training.logs / 'launcher.log').read_text()[-3000:]}"
+    assert training.is_over(), f"{training.run} hangs\n{training.output()}"
     return []
 
 
@@ -180,12 +184,14 @@ def disturb(training: Training, rng: random.Random, kills: int) -> list[dict[str
 
 def examine(training: Training, expected: dict[str, Any], steps: int) -> dict[str, int]:
     """Let a disturbed training end; count what is wrong with what it left."""
-    while True:
+    for _ in range(5):
         training.wait()
         summary = training.run / "summary.json"
         if training.launcher or (summary.exists() and json.loads(summary.read_text())["outcome"] == "finished"):
             break
         training.start()
+    else:
+        raise AssertionError(f"{training.run} does not end\n{training.output()}")
     deadline = time.monotonic() + 5
     while training.pids() and time.monotonic() < deadline:
         time.sleep(0.05)

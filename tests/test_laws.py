@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -144,6 +145,22 @@ def test_resume_never_and_from_a_path(tmp_path: Path) -> None:
     ranks = Ranks(2, arguments(tmp_path / "third", flags, "--run.resume /nowhere"), tmp_path / "logs-3")
     assert ranks.wait() == [2, 2]
     assert "/nowhere" in ranks.output()
+
+
+@pytest.mark.parametrize("resume", ["never", "path"])
+def test_restart_goes_on_from_its_own_checkpoints_whatever_run_resume_says(tmp_path: Path, resume: str) -> None:
+    """A launcher starts a rank that died with the same arguments: `never` would refuse them, a path would lead back."""
+    flags = "--train.max_steps 8 --checkpoint.every_steps 2 --checkpoint.keep 9"
+    first = train(1, tmp_path / "first", flags)
+    path = tmp_path / "first" / "checkpoints" / "step-00000002"
+    again = f"{flags} --run.resume {path if resume == 'path' else 'never'}"
+    assert train(1, tmp_path / "run", again)["weights_sha256"] == first["weights_sha256"]
+    for step in (6, 8):  # as if it had been killed after step 4
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    (tmp_path / "run" / "summary.json").unlink()
+    for name in ("LOCKSTEP_RESTART", "TORCHELASTIC_RESTART_COUNT"):
+        assert train(1, tmp_path / "run", again, **{name: "1"})["weights_sha256"] == first["weights_sha256"]
+        assert rows(tmp_path / "run", "start")[-1]["step"] == (4 if name == "LOCKSTEP_RESTART" else 8)
 
 
 def test_finished_run_says_so_and_keeps_its_summary(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT
 from ranks.processes import Ranks, arguments, rows, train
 
-from launch import dryrun, plan
+from launch import dryrun, plan, slurm
 from train.cli import parse
 from train.models import MODELS
 from train.run import set_up
@@ -200,3 +201,17 @@ def test_tables_of_the_scaling_page_are_the_generated_ones(capsys: pytest.Captur
     page = (ROOT / "docs" / "scaling.md").read_text()
     written = page.split("<!-- tables: python -m launch plan --scaling -->\n")[1].split("\n<!-- end of tables -->")[0]
     assert written == capsys.readouterr().out.rstrip("\n"), "paste the output of `python -m launch plan --scaling`"
+
+
+def test_cluster_commands_of_the_docs_name_trainings_that_so_many_ranks_can_share() -> None:
+    """Each `launch slurm`, `launch plan` and `sbatch` line of the docs and scripts, with its own ranks and config."""
+    found = 0
+    for name in ("README.md", "docs/scaling.md", "slurm/README.md", "slurm/train.sbatch", "slurm/sweep.sbatch"):
+        for line in (ROOT / name).read_text().splitlines():
+            config = re.search(r"--config (configs/[\w.]+)", line)
+            counts = dict(re.findall(r"--(nodes|gpus-per-node|ntasks-per-node)[ =](\d+)", line))
+            if config and counts:
+                nodes = int(counts.pop("nodes", 1))
+                slurm.check_world(parse(["--config", str(ROOT / config[1])]), nodes * int(*counts.values()))
+                found += 1
+    assert found >= 8

@@ -57,6 +57,8 @@ def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--signal-seconds", "-1", "--", *SMALL], "--signal-seconds is -1"),
         (["--sweep", "seeds", "--", *SMALL], "--sweep needs --array"),
         (["--sweep", "seeds", "--array=1-2", "--follow", "--", *SMALL], "cannot be followed"),
+        (["--sweep", "nothing.txt", "--array=1-2", "--", *SMALL], "--sweep nothing.txt cannot be read"),
+        (["--sweep", "tests/test_sweep.py", "--array=1-2", "--", *SMALL], "tests/test_sweep.py, line 1: "),
         (["--print-run", "--", *SMALL], "--print-run is for the job"),
     ],
 )

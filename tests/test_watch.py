@@ -57,6 +57,12 @@ def test_frame_without_a_terminal_and_once_are_the_same(tmp_path: Path, capsys: 
     assert re.sub(r" +", " ", capsys.readouterr().out).splitlines()[1:] == text.splitlines()[1:]
 
 
+def test_loss_that_is_not_finite_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = make_rows()
+    run = make_run(tmp_path / "run", [{**row, "loss": None} if row["event"] == "train" else row for row in rows], None)
+    assert "loss not finite" in once(run, capsys)
+
+
 def test_real_run_is_seen_to_be_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train(1, run, "--train.max_steps 30 --log.every_steps 10 --optim.ema 0.9")
@@ -72,6 +78,11 @@ def test_real_run_is_seen_to_be_finished(tmp_path: Path, capsys: pytest.CaptureF
         (make_rows()[:4], 3600.0, "no news: last row 0:59:30 ago. Is it still running?"),
         (make_rows(restarts=(30,))[:6], 90.0, "preempted by SIGTERM, last row 0:01:00 ago; waiting for it to go on"),
         (make_rows(), 90.0, "running, last row 0:00:30 ago"),  # the last step, but not saved yet
+        (
+            [*make_rows(), *({"event": event, "step": STEPS, "time": NOW + 60} for event in ("saved", "save_failed"))],
+            90.0,
+            "running, last row 0:00:30 ago",
+        ),
         ([*make_rows(), {"event": "saved", "step": STEPS, "time": NOW + 60}], 9000.0, "finished"),
         ([{"event": "start", "step": 0}], 9000.0, "running, last row 0:00:00 ago"),  # an old row, without its time
         (make_rows()[:4], 0.0, "running, last row 0:00:00 ago"),  # the other machine's clock is ahead

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.world import env_rank, run_suffix, slurm_variables
+from train.world import env_ranks, run_suffix, slurm_variables
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -62,7 +62,7 @@ def test_other_launchers_are_left_alone() -> None:
 def test_run_has_the_same_name_after_a_requeue(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert env_rank() == 6
+    assert env_ranks()[0] == 6
     assert run_suffix() == "1234567.0"
     monkeypatch.setenv("SLURM_PTY_PORT", "1")  # srun --pty bash: two commands at one prompt are two runs
     assert run_suffix() != "1234567.0"

@@ -13,21 +13,28 @@ if __name__ == "__main__":
 import contextlib
 import faulthandler
 import io
+import socket
 import time
 from pathlib import Path
 
 from train.cli import keep_others_from_writing, parse, run_name
 from train.config import Config
 from train.errors import RunError, UserError
-from train.world import World, env_rank, run_suffix
+from train.world import World, env_ranks, run_suffix
 
 OTHER_RANKS_WAIT_SECONDS = 2.0
 
 
-def complain(error: UserError | RunError) -> int:
-    """Print one line; return the exit code. Rank 0 speaks, and the others wait: a launcher kills all when one has left."""
-    if env_rank() == 0:
+def complain(error: UserError | RunError, world: World | None) -> int:
+    """Print one line; return the exit code. Who does not speak waits: a launcher kills all when one has left.
+
+    Rank 0 speaks; as long as there is no world, in which errors are agreed on, also one rank of each other machine.
+    """
+    rank, local_rank = env_ranks()
+    if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif world is None and local_rank == 0:
+        print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
     return 2 if isinstance(error, UserError) else 1
@@ -50,14 +57,14 @@ def main(argv: list[str]) -> int:
         preempt.leave_after(config.run.time_limit)
         world = World.open(config.train)
     except UserError as error:
-        return complain(error)
+        return complain(error, None)
     try:
         from train.loop import train
 
         run_dir = run_directory(config, argv, world)
         outcome, summary = train(config, world, run_dir, argv)
     except (UserError, RunError) as error:
-        return complain(error)
+        return complain(error, world)
     finally:
         world.close()
     if world.is_main:

@@ -21,7 +21,7 @@ class Alarms:
 
     def __init__(self, config: LogConfig, metrics: Metrics, rows: list[dict[str, Any]]) -> None:
         self.config, self.metrics = config, metrics
-        losses = (row["loss"] for row in rows if row["event"] == "train" and row["loss"] is not None)
+        losses = (row["loss"] for row in rows if row["event"] == "train" and row.get("loss") is not None)
         self.losses = deque(losses, WINDOW)
         self.seconds: list[list[float]] = []
         self.named: set[int] = set()

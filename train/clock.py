@@ -16,7 +16,7 @@ from dataclasses import dataclass
 # reduce: waiting for the other ranks, outside and at the end of the backward pass
 PHASES = ("start", "data", "augment", "forward_backward", "reduce", "optimizer", "log", "evaluate", "save", "finish", "failed")
 OWN_WORK = ("data", "augment", "forward_backward", "optimizer")
-OPERATIONS = ("nothing", "all_reduce", "broadcast", "barrier")
+OPERATIONS = ("nothing", "all_reduce", "broadcast")
 MARK = struct.Struct("=qqiid")  # step, sequence, phase, operation, since when
 LIFE = struct.Struct("=di64s")  # the watchdog's last sign of life, process id, host
 SIZE = MARK.size + LIFE.size

@@ -181,7 +181,7 @@ class TrainConfig:
     """Portions of the global batch, each one forward and backward pass; 0: as few as the ranks and the limit allow. Exact
     mode and BatchNorm need it fixed: it is part of the mathematics there, and the largest possible world size."""
     micro_batch_limit: int = 0
-    """Examples that fit in memory in one pass; 0: no limit. Decides the number of portions where micro_batches is 0."""
+    """Examples whose activations fit in memory in one pass; 0: no limit. Decides the portions where micro_batches is 0."""
     exact: bool = False
     """Sum gradients in one fixed order, so that every world size gives the same bits."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -5,6 +5,8 @@ tensors are cached in one safetensors file per source, which carries their SHA-2
 torchvision nor scikit-learn. The first process of a machine prepares under a file lock while the others wait.
 """
 
+import contextlib
+import dataclasses
 import gzip
 import hashlib
 import math
@@ -243,6 +245,9 @@ def prepare(config: DataConfig) -> tuple[dict[str, Tensor], str]:
     if config.name == "random":
         tensors = read_random(config.random_examples)
         return tensors, content_sha256(tensors)
+    with contextlib.suppress(DataMissing):  # files of the cache are only ever replaced: reading needs no lock
+        if (cached := load_cache(cache_file(dataclasses.replace(config, download=False)))) is not None:
+            return cached
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         (cache_dir() / f"{config.name}.lock").touch()
@@ -256,10 +261,20 @@ def prepare(config: DataConfig) -> tuple[dict[str, Tensor], str]:
             return cached
         tensors = read_digits() if config.name == "digits" else read_folder(config.name, find_folder(config))
         sha256 = content_sha256(tensors)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-            temporary.write(safetensors.torch.save(tensors, {"sha256": sha256}))
-        os.replace(temporary.name, path)
+        write_cache(path, tensors, sha256)
         return load_cache(path) or (tensors, sha256)
+
+
+def write_cache(path: Path, tensors: dict[str, Tensor], sha256: str) -> None:
+    """Write parsed tensors atomically; a full disk costs the cache, not the run."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
+        try:
+            temporary.write(safetensors.torch.save(tensors, {"sha256": sha256}))
+            temporary.flush()
+            os.chmod(temporary.name, 0o644)
+            os.replace(temporary.name, path)
+        except OSError:
+            os.unlink(temporary.name)
 
 
 def load(config: DataConfig, world: World, notify: Any = print) -> Data:
@@ -281,8 +296,14 @@ def load(config: DataConfig, world: World, notify: Any = print) -> Data:
             raise
         missing = found
     name = "digits" if missing else config.name
+    error = None
     if missing or not prepared:
-        prepared = prepare(DataConfig(name="digits") if missing else config)
+        try:
+            prepared = prepare(DataConfig(name="digits") if missing else config)
+        except UserError as found:
+            error = found
+    world.agree(error)
+    assert prepared is not None
     tensors, sha256 = prepared
     if missing and world.is_main:
         notify(f"!!! {config.name} IS MISSING: TRAINING ON digits (1,797 small images of scikit-learn) INSTEAD !!!\n{missing}")
@@ -301,7 +322,7 @@ def split(
         (images, test_images) = images.split([len(images) - config.validation, config.validation])
         (labels, test_labels) = labels.split([len(labels) - config.validation, config.validation])
     # Integer sums are exact, so every machine derives the same two constants.
-    histogram = np.bincount(images.numpy().reshape(-1), minlength=256)
+    histogram = torch.bincount(images.reshape(-1), minlength=256).numpy()
     values = np.arange(256)
     mean = float((histogram * values).sum() / histogram.sum())
     std = float(((histogram * values**2).sum() / histogram.sum() - mean**2) ** 0.5)

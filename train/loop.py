@@ -28,7 +28,7 @@ from train.step import StepResult, check_numbers, train_step
 from train.summary import arithmetic, headline, phases, read_finished, summarize
 from train.tracer import Tracer
 from train.watchdog import Watchdog
-from train.world import World
+from train.world import World, is_restart
 
 T = TypeVar("T")
 
@@ -104,11 +104,15 @@ def save(run: Run, lease: Lease, metrics: Metrics, *, must: bool) -> None:
 
     def write() -> None:
         metrics.record("saved", run.step, weights_sha256=checkpoint.tensors_sha256(state.model))
-        metrics.flush()
-        needed = {run.step, run.best["step"] if run.best else run.step}
-        with lease.writing() as staging:
-            checkpoint.write(lease.checkpoints, run.step, checkpoint.encode(state), staging)
-            checkpoint.prune(lease.checkpoints, run.config.checkpoint.keep, needed, staging)
+        try:
+            metrics.sync()
+            needed = {run.step, run.best["step"] if run.best else run.step}
+            with lease.writing() as staging:
+                checkpoint.write(lease.checkpoints, run.step, checkpoint.encode(state), staging)
+                checkpoint.prune(lease.checkpoints, run.config.checkpoint.keep, needed, staging)
+        except OSError as error:
+            metrics.record("save_failed", run.step, error=str(error.strerror))
+            raise
 
     if must:
         main_writes(run.world, lease.checkpoints, RunError, write)
@@ -117,22 +121,23 @@ def save(run: Run, lease: Lease, metrics: Metrics, *, must: bool) -> None:
             write()
         except OSError as error:
             metrics.say(f"warning: no checkpoint of step {run.step}: {error.strerror} ({lease.checkpoints}). Training goes on.")
-            metrics.record("save_failed", run.step, error=str(error.strerror))
 
 
 def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: World) -> tuple[str, checkpoint.State] | None:
     """Return (its path, its state) of the checkpoint to go on from, or None. Collective: every rank must call it."""
     found: tuple[Path, checkpoint.Files] | None = None
     error = None
+    # A restart has its launcher's arguments, but goes on from what its earlier lives have saved.
+    resume = "auto" if is_restart() and checkpoint.directories(checkpoints) else config.run.resume
     if world.is_main:
         try:
-            if config.run.resume == "auto":
+            if resume == "auto":
                 found = checkpoint.latest(checkpoints, metrics.say)
-            elif config.run.resume == "never":
+            elif resume == "never":
                 if checkpoint.directories(checkpoints):
                     raise UserError(f"{checkpoints.parent} holds a run, and run.resume is never. Use another run.name.")
             else:
-                path = Path(config.run.resume)
+                path = Path(resume)
                 found = path, checkpoint.read(path)
         except UserError as problem:
             error = problem
@@ -150,7 +155,7 @@ class Stopwatch:
         self.run, self.started = run, time.perf_counter()
 
     def start(self) -> None:
-        """Begin a stretch of steps."""
+        """Begin a stretch of steps; what was not stopped before does not count."""
         self.started = time.perf_counter()
 
     def stop(self) -> None:
@@ -234,7 +239,7 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         found = find_checkpoint(config, lease.checkpoints, metrics, world)
         warnings = restore(run, found[1], found[0]) if found else []
         rows = main_writes(world, run_dir, UserError, lambda: open_records(run, lease, metrics)) or []
-        kept = [row["train_seconds"] for row in rows if row["event"] == "train"]
+        kept = [row["train_seconds"] for row in rows if row["event"] == "train" and "train_seconds" in row]
         run.train_seconds = kept[-1] if kept else 0.0
         for line in (headline(run, run_dir, found[0] if found else None), arithmetic(run), *warnings):
             metrics.say(line)
@@ -280,7 +285,10 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
     run.model.train()
     first = run.step
     while run.step < run.total_steps:
-        tracer.before(run.step)
+        if tracer.wants(run.step):
+            watch.stop()
+            tracer.start(run.step)
+            watch.start()
         result = train_step(run)
         if run.step == first + 1:
             run.world.set_timeout(run.config.train.timeout)
@@ -294,8 +302,10 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
         if looks:
             check(run, metrics)
         leaving = looks and float(result.stops) > 0
-        if traced := tracer.after(run.step, leaving or run.step == run.total_steps):
-            metrics.say(traced)
+        if tracer.ends(run.step, leaving or run.step == run.total_steps):
+            watch.stop()
+            metrics.say(tracer.write(run.step))
+            watch.start()
         if logs:
             watch.stop()
             log_step(run, result, metrics, alarms, rank_seconds)
@@ -305,6 +315,6 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
             results = finish_step(run, metrics, lease, leaving=leaving)
             watch.start()
         if leaving and run.step < run.total_steps:
-            metrics.record("preempted", run.step, signal=preempt.requested())
+            metrics.record("preempted", run.step, signal=preempt.requested() or "a signal to another rank")
             return "preempted", None
     return "finished", results

@@ -36,7 +36,10 @@ def drop_after(path: Path, step: int, staging: Path | None = None) -> list[dict[
     """Rewrite a metrics.jsonl without the rows of later steps and return what stays; atomic, prepared in `staging`."""
     rows = [row for row in read_rows(path) if row["step"] <= step or row["event"] in LIFE_EVENTS]
     temporary = (staging or path.parent) / (path.name + ".writing")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(temporary, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     return rows
 
@@ -80,9 +83,15 @@ class Metrics:
         return rows
 
     def flush(self) -> None:
-        """Write the rows that are not written yet; raise OSError if the disk takes them no more."""
+        """Hand the rows that are not written yet to the system; raise OSError if the disk takes them no more."""
         while self.file and self.unwritten:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+    def sync(self) -> None:
+        """Put all rows on the disk; raise OSError if it takes them no more."""
+        self.flush()
+        if self.file:
+            os.fsync(self.file.fileno())
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -107,11 +107,14 @@ class Sampler:
         positions = first + np.arange(start, stop, dtype=np.uint64)
         return permute(positions, self.num_examples, order_key).astype(np.int64)
 
+    def rank_rows(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Return the rows [start, stop) of the global batch of `step` that a rank's micro-batches cover."""
+        own = self.own_micro_batches(rank, world_size)
+        return self.micro_batch(step, own.start)[0], self.micro_batch(step, own.stop)[0]
+
     def rank_examples(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
         """Return the examples, int64 [n], that a rank uses in a step."""
-        own = self.own_micro_batches(rank, world_size)
-        start, stop = self.micro_batch(step, own.start)[0], self.micro_batch(step, own.stop)[0]
-        return self.examples(step, start, stop)
+        return self.examples(step, *self.rank_rows(step, rank, world_size))
 
 
 def ledger_sum(examples: NDArray[np.int64]) -> int:

@@ -45,7 +45,7 @@ def train_step(run: Run) -> StepResult:
     # stop flags. A rank fills its own rows; zeros elsewhere add up exactly, so the sum has the same bits on any world size.
     table = torch.zeros(sampler.micro_batches + 1, width, dtype=torch.float64, device=world.device)
     own = sampler.own_micro_batches(world.rank, world.world_size)
-    batch = _own_rows(run, own)
+    batch = _own_rows(run)
     clock.enter("forward_backward")
     for index in own:
         with run.reducer.micro_batch(index, own):
@@ -68,22 +68,28 @@ def train_step(run: Run) -> StepResult:
     if world.accelerator.scaler is None:  # fp16 overflows while it finds its scale; the scaler leaves such updates out itself
         is_sound = is_sound & torch.isfinite(grad_norm)
     _merge_statistics(norms, table[:-1, 2:], sampler, step, is_sound)
-    lr = optim.lr(config.optim, step, run.total_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    inner = run.optimizer.optimizer
-    inner.found_inf = (~is_sound).float()  # the fused kernels look at it where they run
-    # accelerate's wrapper is for the scaler; it also looks for packages on the disk, in every step
-    (inner if world.accelerator.scaler is None else run.optimizer).step()
-    inner.zero_grad(set_to_none=True)
-    if run.ema:
-        run.ema.update(run.module)
+    lr = _update(run, is_sound)
     run.step += 1
     run.life_examples += num_examples
     run.unchecked.append((run.step, torch.cat([(~is_sound).double().view(1), losses])))
     if config.train.exact:
         run.fingerprints.append((_canonical(loss), _canonical(grad_norm)))
-    return StepResult(loss, grad_norm, table[-1, 0], table[: world.world_size, 1], lr)
+    return StepResult(loss, grad_norm, table[-1, 0], table[: world.world_size, 1].clone(), lr)
+
+
+def _update(run: Run, is_sound: Tensor) -> float:
+    """Take the optimizer's step, unless a number is broken, and move the averages; return the learning rate."""
+    lr = optim.lr(run.config.optim, run.step, run.total_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    inner = run.optimizer.optimizer
+    inner.found_inf = (~is_sound).float()  # the fused kernels look at it where they run
+    # accelerate's wrapper is for the scaler; it also looks for packages on the disk, in every step
+    (inner if run.world.accelerator.scaler is None else run.optimizer).step()
+    inner.zero_grad(set_to_none=True)
+    if run.ema:
+        run.ema.update(run.module)
+    return lr
 
 
 def _canonical(value: Tensor) -> Tensor:
@@ -101,15 +107,15 @@ class _Rows:
     keys: Tensor | None  # int64 [B], of dropout
 
 
-def _own_rows(run: Run, own: range) -> _Rows:
+def _own_rows(run: Run) -> _Rows:
     """Gather and augment the examples of this rank's micro-batches, and enter them in the ledger."""
     config, device, source, clock, step = run.config, run.world.device, run.data, run.world.clock, run.step
     clock.enter("data")
-    start, stop = run.sampler.micro_batch(step, own[0])[0], run.sampler.micro_batch(step, own[-1])[1]
+    start, stop = run.sampler.rank_rows(step, run.world.rank, run.world.world_size)
     examples = run.sampler.examples(step, start, stop)
     run.ledger.add(examples)
     rows = torch.from_numpy(examples) if stop > start else torch.zeros(1, dtype=torch.int64)
-    rows = rows.to(device, non_blocking=True)
+    rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
     images, labels = source.train.images[rows], source.train.labels[rows]
 
     def keys(purpose: str) -> Tensor:
@@ -136,8 +142,8 @@ def _merge_statistics(norms: list[models.BatchNorm2d], table: Tensor, sampler: S
     """Update running statistics from all micro-batches of the step, in their order; not if a number is broken."""
     if not norms:
         return
-    bounds = [sampler.micro_batch(step, index) for index in range(sampler.micro_batches)]
-    counts = torch.tensor([stop - start for start, stop in bounds], dtype=torch.float32, device=table.device)
+    bounds = torch.arange(sampler.micro_batches + 1, device=table.device) * sampler.batch_rows(step) // sampler.micro_batches
+    counts = bounds.diff().float()  # as Sampler.micro_batch cuts, made on the device: a copy to it would wait
     widths = [norm.num_features for norm in norms for _ in range(2)]
     columns = iter(table.float().split(widths, dim=1))
     for norm in norms:

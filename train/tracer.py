@@ -1,6 +1,6 @@
 """`train.profile_steps A:B`: torch.profiler over a stretch of steps, as a trace that ui.perfetto.dev opens.
 
-Rank 0 alone is traced: it is the one that writes. What the profiler costs falls into these steps and into nothing else.
+Rank 0 alone is traced: it is the one that writes. What the profiler costs at start and end does not count as training.
 """
 
 import os
@@ -20,17 +20,23 @@ class Tracer:
         self.first, self.last = read_steps("train.profile_steps", wanted) if wanted else (-1, -1)
         self.lease = lease
         self.profiler: Any = None
+        self.began = -1
 
-    def before(self, step: int) -> None:
-        """Begin to trace if the update after `step` updates is the first that is wanted."""
-        if step == self.first:
-            self.profiler = torch.profiler.profile()
-            self.profiler.start()
+    def wants(self, step: int) -> bool:
+        """Whether to begin before the update after `step` updates."""
+        return self.profiler is None and self.first <= step < self.last
 
-    def after(self, step: int, is_last: bool) -> str | None:
-        """Write the trace if update `step` was the last that is wanted, or the run's last; return what to say."""
-        if self.profiler is None or not (is_last or step == self.last):
-            return None
+    def start(self, step: int) -> None:
+        """Begin to trace after `step` updates."""
+        self.began, self.profiler = step, torch.profiler.profile()
+        self.profiler.start()
+
+    def ends(self, step: int, is_last: bool) -> bool:
+        """Whether update `step` was the last that is wanted, or the run's last, and there is a trace to write."""
+        return self.profiler is not None and (is_last or step == self.last)
+
+    def write(self, step: int) -> str:
+        """Write the trace; return what to say."""
         self.profiler.stop()
         path = self.lease.run_dir / "trace.json.gz"
         try:
@@ -41,4 +47,4 @@ class Tracer:
             return f"warning: {path} cannot be written: {error.strerror}. Training goes on."
         finally:
             self.profiler = None
-        return f"steps {self.first + 1} to {step} of rank 0 are traced in {path}: open it in ui.perfetto.dev"
+        return f"steps {self.began + 1} to {step} of rank 0 are traced in {path}: open it in ui.perfetto.dev"

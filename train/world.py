@@ -59,9 +59,16 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def env_rank() -> int:
-    """This process's rank as its launcher set it; 0 without a launcher."""
-    return int((os.environ | slurm_variables(os.environ)).get("RANK", "0"))
+def env_ranks() -> tuple[int, int]:
+    """This process's rank and local rank as its launcher set them; 0 without a launcher."""
+    env = os.environ | slurm_variables(os.environ)
+    return int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0"))
+
+
+def is_restart() -> bool:
+    """Whether a launcher or Slurm has started this run before, with the same arguments."""
+    counts = ("LOCKSTEP_RESTART", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name) or 0) for name in counts)
 
 
 def run_suffix() -> str:
@@ -116,6 +123,23 @@ def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -
     return torch.device("cuda", local_rank) if num_gpus else torch.device("cpu")
 
 
+def make_accelerator(config: TrainConfig, device: torch.device, timeout: timedelta) -> Accelerator:
+    """Join the process group, if nothing has yet; set precision and DDP. Collective: every rank must call it."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # accelerate explains OMP_NUM_THREADS, which we set
+        return Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
+            step_scheduler_with_optimizer=False,
+        )
+
+
 def join_on_loopback(device: torch.device, timeout: timedelta) -> None:
     """Join the process group of `launch run`, whose store listens on the loopback interface alone (on all of them by default).
 
@@ -165,7 +189,6 @@ class World:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         import torch
-        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         device = choose_device(config, local_rank, local_world_size)
         if device.type == "cpu":
@@ -182,17 +205,7 @@ class World:
         timeout = timedelta(seconds=max(START_TIMEOUT_SECONDS, config.timeout) + BACKSTOP_SECONDS)
         if STORE_FD in os.environ:
             join_on_loopback(device, timeout)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # accelerate explains OMP_NUM_THREADS, which we have set
-            accelerator = Accelerator(
-                cpu=device.type == "cpu",
-                mixed_precision="no" if config.precision == "fp32" else config.precision,
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                    InitProcessGroupKwargs(timeout=timeout),
-                ],
-                step_scheduler_with_optimizer=False,
-            )
+        accelerator = make_accelerator(config, device, timeout)
         torch.set_num_threads(num_threads)  # after Accelerator(), which sets it to its own idea on several ranks
         world = cls(
             rank=accelerator.process_index,
@@ -277,6 +290,8 @@ class World:
         with self.clock.collective("broadcast"):
             size = torch.tensor([len(content)], device=self.device)
             dist.broadcast(size, source)
+            if not size:
+                return b""
             buffer = torch.empty(int(size), dtype=torch.uint8, device=self.device)
             if self.rank == source:
                 buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
@@ -300,8 +315,3 @@ class World:
             raise {kind.__name__: kind for kind in kinds}[name](message)
         if error is not None:
             raise error
-
-    def barrier(self) -> None:
-        """Wait for every rank. Collective: every rank must call it."""
-        with self.clock.collective("barrier"):
-            self.accelerator.wait_for_everyone()
