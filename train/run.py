@@ -6,6 +6,7 @@ Invariant: what a checkpoint holds, together with the config and the data, decid
 import math
 import platform
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -22,20 +23,33 @@ from train.sampler import Sampler, ledger_sum
 from train.world import World
 
 
+MOST_PENDING = 64  # steps whose examples wait to be entered in the ledger's sum
+
+
 @dataclass
 class Ledger:
     """Proof that an epoch used each example once: an order-free sum and a count over this rank's examples so far."""
 
     total: int = 0
     count: int = 0
+    pending: list[np.ndarray] = field(default_factory=list)  # not in the sum yet: many at once cost a tenth
 
     def add(self, examples: np.ndarray) -> None:
         """Enter examples that this rank trains on."""
-        self.total = (self.total + ledger_sum(examples)) % 2**64
+        self.pending.append(examples)
         self.count += len(examples)
+        if len(self.pending) >= MOST_PENDING:
+            self.fold()
+
+    def fold(self) -> None:
+        """Put what is pending into the sum."""
+        if self.pending:
+            self.total = (self.total + ledger_sum(np.concatenate(self.pending))) % 2**64
+            self.pending.clear()
 
     def reduced(self, world: World) -> tuple[int, int]:
         """Return (sum, count) over all ranks. Collective: every rank must call it."""
+        self.fold()
         signed = self.total - 2**64 if self.total >= 2**63 else self.total
         total, count = world.sum_(torch.tensor([signed, self.count])).tolist()
         return total % 2**64, count
@@ -60,12 +74,22 @@ class Run:
     ledger: Ledger = field(default_factory=Ledger)
     closed_epoch: dict[str, Any] | None = None  # {"step", "sum", "count"} of the ledger of the last whole epoch
     fingerprints: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, gradient norm) not yet written
-    unchecked: list[tuple[int, Tensor]] = field(default_factory=list)  # (step, [is broken, *losses]) not yet looked at
+    unchecked: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # (step, is sound, losses) not yet looked at
     skips: int = 0  # updates left out because of numbers that are not finite
     best: dict[str, Any] | None = None  # {"step", "accuracy"} of the best evaluation so far
     train_seconds: float = 0.0  # in steps, over all lives that reached a checkpoint
     life_seconds: float = 0.0  # in steps, since this process started
     life_examples: int = 0
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The network's parameters, in a fixed order."""
+        return list(self.module.parameters())
+
+    @cached_property
+    def norms(self) -> list[models.BatchNorm2d]:
+        """The network's BatchNorm layers, in a fixed order."""
+        return models.norms(self.module)
 
 
 def plan_micro_batches(config: Config, world_size: int, has_norm: bool) -> int:

@@ -38,8 +38,7 @@ def train_step(run: Run) -> StepResult:
     """
     config, world, sampler, step, clock = run.config, run.world, run.sampler, run.step, run.world.clock
     clock.step = step + 1
-    num_examples = sampler.batch_rows(step)
-    norms = models.norms(run.module)
+    num_examples, norms = sampler.batch_rows(step), run.norms
     width = 2 + 2 * sum(norm.num_features for norm in norms)
     # One row per micro-batch: loss_sum, a rank's seconds, then each norm's mean and variance; the last row holds the ranks'
     # stop flags. A rank fills its own rows; zeros elsewhere add up exactly, so the sum has the same bits on any world size.
@@ -61,17 +60,16 @@ def train_step(run: Run) -> StepResult:
     table[-1, 0] = float(preempt.requested() is not None)
     table[world.rank, 1] = clock.lap()  # there are at least as many micro-batches as ranks
     world.sum_(table)
-    losses = table[:-1, 0]
+    losses = table[:-1, 0].clone()
     loss = losses.sum() / num_examples
     grad_norm = _clip(run)
-    is_sound = torch.isfinite(loss)
-    if world.accelerator.scaler is None:  # fp16 overflows while it finds its scale; the scaler leaves such updates out itself
-        is_sound = is_sound & torch.isfinite(grad_norm)
+    # fp16 overflows while it finds its scale; the scaler leaves such updates out itself
+    is_sound = torch.isfinite(loss + grad_norm if world.accelerator.scaler is None else loss)
     _merge_statistics(norms, table[:-1, 2:], sampler, step, is_sound)
     lr = _update(run, is_sound)
     run.step += 1
     run.life_examples += num_examples
-    run.unchecked.append((run.step, torch.cat([(~is_sound).double().view(1), losses])))
+    run.unchecked.append((run.step, is_sound, losses))
     if config.train.exact:
         run.fingerprints.append((_canonical(loss), _canonical(grad_norm)))
     return StepResult(loss, grad_norm, table[-1, 0], table[: world.world_size, 1].clone(), lr)
@@ -154,9 +152,9 @@ def _clip(run: Run) -> Tensor:
     """Return the gradient norm; the gradients are clipped to optim.clip_norm if that is on."""
     accelerator, limit = run.world.accelerator, run.config.optim.clip_norm
     if limit:
-        return accelerator.clip_grad_norm_(run.module.parameters(), limit)
+        return accelerator.clip_grad_norm_(run.parameters, limit)
     accelerator.unscale_gradients(run.optimizer)
-    return optim.grad_norm(run.module.parameters())
+    return optim.grad_norm(run.parameters)
 
 
 def check_numbers(run: Run) -> list[int]:
@@ -165,8 +163,8 @@ def check_numbers(run: Run) -> list[int]:
     Raises RunError under optim.nonfinite stop, or when optim.max_skips is exceeded: on every rank after the same step.
     """
     unchecked, run.unchecked = run.unchecked, []
-    looks = zip(unchecked, torch.stack([numbers for _, numbers in unchecked]).tolist() if unchecked else [], strict=True)
-    broken = [(step, losses) for (step, _), (is_broken, *losses) in looks if is_broken]
+    sound = torch.stack([is_sound for _, is_sound, _ in unchecked]).tolist() if unchecked else []
+    broken = [(step, losses.tolist()) for (step, _, losses), is_sound in zip(unchecked, sound, strict=True) if not is_sound]
     run.skips += len(broken)
     config = run.config.optim
     if broken and (config.nonfinite == "stop" or run.skips > config.max_skips):
