@@ -22,7 +22,6 @@ from train.reduce import Allreduce, ExactTree
 from train.sampler import Sampler, ledger_sum
 from train.world import World
 
-
 MOST_PENDING = 64  # steps whose examples wait to be entered in the ledger's sum
 
 
