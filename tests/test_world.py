@@ -1,7 +1,10 @@
 """What train.world makes of a launcher's variables."""
 
+import socket
+
 import pytest
 
+from train.__main__ import main
 from train.world import env_ranks, run_suffix, slurm_variables
 
 STEP = {
@@ -66,3 +69,17 @@ def test_run_has_the_same_name_after_a_requeue(monkeypatch: pytest.MonkeyPatch) 
     assert run_suffix() == "1234567.0"
     monkeypatch.setenv("SLURM_PTY_PORT", "1")  # srun --pty bash: two commands at one prompt are two runs
     assert run_suffix() != "1234567.0"
+
+
+@pytest.mark.parametrize(("local_rank", "line"), [("0", f"error: rank 8 on {socket.gethostname()}: "), ("1", "")])
+def test_what_only_another_machine_finds_wrong_is_said_there(
+    local_rank: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before there is a world nobody can agree on an error: rank 0 may have none, or wait for this rank."""
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("train.__main__.OTHER_RANKS_WAIT_SECONDS", 0.0)
+    assert main(["--config", "/only/on/other/machines.yaml"]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(line)
+    assert found.count("\n") == bool(line)
