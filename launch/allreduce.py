@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from launch.run import die_with_parent
 from train.cli import Parser
+from train.world import slurm_variables
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
 POLL_SECONDS = 0.05
@@ -30,10 +31,8 @@ def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> 
     import torch
     import torch.distributed as dist
 
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, os.environ.get(slurm, "0")))
-        for name, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID"))
-    )
+    os.environ.update(slurm_variables(os.environ))
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available() and not on_cpu
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
