@@ -83,7 +83,7 @@ def test_time_limit_is_a_signal_that_comes_by_itself(tmp_path: Path, undisturbed
     limit = "--run.time_limit 0.02"  # 60 slow steps take as long, and the start does not count less
     ranks = Ranks(undisturbed["world_size"], arguments(run, FLAGS, limit), tmp_path / "logs", MUTANT="slow_steps")
     check_told(run, ranks, undisturbed)
-    assert rows(run, "preempted")[-1]["signal"] in ("SIGALRM", None)  # None: rank 1's time was up first
+    assert rows(run, "preempted")[-1]["signal"] in ("SIGALRM", "a signal to another rank")  # whose time was up first
 
 
 STARTED: list[subprocess.Popen] = []
