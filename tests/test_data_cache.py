@@ -1,5 +1,6 @@
 """train.data's cache: light second starts, rebuilt when damaged, shared by processes, and nothing written elsewhere."""
 
+import errno
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
+from filelock import FileLock
 
 from train import data
 from train.config import DataConfig
@@ -141,3 +143,20 @@ def test_images_are_shared_by_the_processes_of_a_machine(cache: Path, world: Wor
         assert str(next(cache.glob("digits-*.safetensors"))) in area
         assert re.search(r"(?m)^Anonymous: +0 kB$", area)
         assert int(re.search(r"(?m)^Rss: +(\d+) kB$", area)[1]) * 1024 >= images.nbytes  # type: ignore[index]
+
+
+def test_good_cache_is_read_while_somebody_holds_its_lock(cache: Path) -> None:
+    config = DataConfig(name="digits")
+    _, sha256 = data.prepare(config)
+    with FileLock(cache / "digits.lock"):
+        assert data.prepare(config)[1] == sha256
+
+
+def test_full_disk_costs_the_cache_and_not_the_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    tensors, sha256 = data.prepare(DataConfig(name="digits"))
+    assert data.content_sha256(tensors) == sha256
+    assert [path.name for path in cache.iterdir()] == ["digits.lock"]

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from ranks.processes import free_port, rows, wait_for_step
 
+import launch.run
+
 BIN = Path(sys.executable).parent
 SMALL = (
     "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_threads 1 --optim.lr 0.01 "
@@ -155,6 +157,16 @@ def test_launch_run_passes_signals_and_75_on(tmp_path: Path, number: signal.Sign
     assert code == 75, output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["outcome"] == "preempted"
     assert "preempted at step" in output
+
+
+def test_rank_that_hangs_in_its_last_words_after_all_have_saved_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.run, "SAVE_SECONDS", 0.3)
+    ranks = object.__new__(launch.run.Ranks)
+    ranks.quiet = True
+    programs = ("import time; time.sleep(60)", "raise SystemExit(75)")
+    ranks.processes = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
+    assert ranks.wait() == 75
+    assert [process.returncode for process in ranks.processes] == [-signal.SIGKILL, 75]
 
 
 def test_launch_run_killed_leaves_no_orphan(tmp_path: Path) -> None:

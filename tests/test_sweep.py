@@ -1,10 +1,13 @@
 """`launch sweep`, and what `launch slurm` refuses or prints without a cluster (with one: tests/slurm)."""
 
 import json
+import os
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from launch import slurm
 from launch.sweep import table
@@ -67,3 +70,28 @@ def test_refusals_are_one_line(argv: list[str], words: str) -> None:
         slurm.main([*argv[: argv.index("--")], "--dry-run", *argv[argv.index("--") :]])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_task_beyond_the_last_line_trains_nothing(tmp_path: Path) -> None:
+    """An empty line is a run without overrides; no line is a slip in --array."""
+    (tmp_path / "overrides.txt").write_text("--seed 1\n\n--seed 3")
+    command = ["bash", "slurm/sweep.sbatch", str(tmp_path / "overrides.txt")]
+    env = os.environ | {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_JOB_ID": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1)
+    assert "has 3 lines, and no line 4" in done.stdout
+
+
+def test_follow_waits_for_a_silent_controller_and_then_leaves_the_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["", "JobState=RUNNING Reason=None ExitCode=0:0", "", "JobState=COMPLETED Reason=None ExitCode=0:0"])
+
+    def run(*command: str) -> str:
+        if answer := next(answers, ""):
+            return answer
+        raise UserError("scontrol says: Unable to contact slurm controller")
+
+    monkeypatch.setattr(slurm, "run", run)
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
+    assert slurm.follow("7", Path("/no/log")) == 0
+    monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 0.05)
+    assert slurm.follow("7", Path("/no/log")) == slurm.LOST

@@ -1,6 +1,10 @@
 """What train.world makes of a launcher's variables."""
 
+import platform
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +87,26 @@ def test_what_only_another_machine_finds_wrong_is_said_there(
     found = capsys.readouterr().err
     assert found.startswith(line)
     assert found.count("\n") == bool(line)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """Tensors of all sizes that a step frees stay with the process: what the kernel takes back it hands out anew, zeroed."""
+    program = """
+import sys, torch
+from train.world import keep_memory
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+if sys.argv[1] == "kept":
+    keep_memory()
+before = resident()
+tensors = [torch.ones(size) for size in (10**5, 10**6, 10**7)]
+del tensors
+print(resident() - before)
+"""
+    root = Path(__file__).parent.parent
+    left = [
+        int(subprocess.run([sys.executable, "-c", program, how], cwd=root, capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    ]
+    assert left[0] > 4 * 10**7 > 2 * left[1]

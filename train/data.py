@@ -267,14 +267,10 @@ def prepare(config: DataConfig) -> tuple[dict[str, Tensor], str]:
 
 def write_cache(path: Path, tensors: dict[str, Tensor], sha256: str) -> None:
     """Write parsed tensors atomically; a full disk costs the cache, not the run."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-        try:
-            temporary.write(safetensors.torch.save(tensors, {"sha256": sha256}))
-            temporary.flush()
-            os.chmod(temporary.name, 0o644)
-            os.replace(temporary.name, path)
-        except OSError:
-            os.unlink(temporary.name)
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as place:
+        temporary = Path(place) / path.name
+        temporary.write_bytes(safetensors.torch.save(tensors, {"sha256": sha256}))
+        os.replace(temporary, path)
 
 
 def load(config: DataConfig, world: World, notify: Any = print) -> Data:

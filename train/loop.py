@@ -155,7 +155,7 @@ class Stopwatch:
         self.run, self.started = run, time.perf_counter()
 
     def start(self) -> None:
-        """Begin a stretch of steps; what was not stopped before does not count."""
+        """Begin a stretch of steps."""
         self.started = time.perf_counter()
 
     def stop(self) -> None:
