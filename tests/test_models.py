@@ -1,6 +1,7 @@
 """train.models: sizes, initial weights from the seed alone, dropout by keys, BatchNorm merged over micro-batches."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from train.config import ModelConfig
 from train.models import MODELS, BatchNorm2d, Dropout, build, norms
 from train.rng import row_keys
-from train.sampler import key
+from train.sampler import Sampler, key
+from train.step import _merge_statistics
 
 CPU = torch.device("cpu")
 
@@ -177,3 +179,14 @@ def test_cnn_is_the_composition_that_its_docstring_says() -> None:
     features = F.max_pool2d(F.relu(model.conv1(batch)), 2)
     features = F.max_pool2d(F.relu(model.conv2(features)), 2)
     assert torch.equal(model(batch), model.fc2(F.relu(model.fc1(features.flatten(1)))))
+
+
+@pytest.mark.parametrize(("num_examples", "micro_batches"), [(100, 8), (37, 5), (3, 8), (64, 1), (60_000, 7)])
+def test_statistics_weigh_as_the_sampler_cuts(num_examples: int, micro_batches: int) -> None:
+    """A step computes the sizes of its micro-batches on the device; the sampler, which cuts them, on the host."""
+    sampler, found = Sampler(num_examples, 64, micro_batches, 0), []
+    norm = SimpleNamespace(num_features=1, merge=lambda means, variances, counts, is_sound: found.append(counts.tolist()))
+    for step in (0, sampler.steps_per_epoch - 1):
+        _merge_statistics([norm], torch.zeros(micro_batches, 2), sampler, step, torch.tensor(True))
+        bounds = [sampler.micro_batch(step, index) for index in range(micro_batches)]
+        assert found.pop() == [stop - start for start, stop in bounds]
