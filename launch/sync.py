@@ -23,6 +23,6 @@ def main(argv: list[str]) -> int:
         try:
             print(tracking.sync(run_dir), flush=True)
         except ConnectionError as error:
-            print(f"error: {run_dir} was not sent: {str(error).rstrip(".")}. Try again later: nothing is lost.", file=sys.stderr)
+            print(f"error: {run_dir} was not sent: {str(error).rstrip('.')}. Try again later: nothing is lost.", file=sys.stderr)
             return 1
     return 0
