@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LOOP = (
     "--data.name random --model.name cnn --train.precision bf16 --train.global_batch_size 256 --log.every_steps 20 "
-    "--train.max_steps 100000 --wandb.mode disabled"
+    "--train.max_steps 100000 --train.cuda_graphs true --wandb.mode disabled"
 )
 STEPS, WARM_UP_STEPS = 40, 8
 BATCH, TEST_EXAMPLES = 512, 10_000
@@ -71,12 +71,16 @@ def in_turns(works: Mapping[str, Callable[[], object]], repeats: int, times: int
 
 
 def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
-    """The limit: a step of PyTorch alone with the same model, optimizer, batch, precision and data in memory."""
+    """The limit: a step of PyTorch alone with the same model, optimizer, batch, precision and data in memory.
+
+    On a GPU a CUDA graph, as ours is where it can.
+    """
     import torch
     import torch.nn.functional as F
 
     from train import models, optim
     from train.augment import normalize
+    from train.graphs import Graphs
 
     device = source.train.images.device
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
@@ -90,8 +94,7 @@ def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
 
     order = batches()
 
-    def step() -> None:
-        rows = next(order)
+    def compute(_: None, rows: torch.Tensor) -> tuple[torch.Tensor]:
         inputs = normalize(source.train.images[rows], source.mean, source.std).to(memory_format=layout)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(inputs)
@@ -99,14 +102,26 @@ def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return (loss.detach(),)
+
+    graphs = Graphs.open(device) if device.type == "cuda" and config.train.cuda_graphs else None
+
+    def step() -> None:
+        rows = next(order)
+        if graphs is not None and len(rows) == batch:
+            graphs(compute, None, rows)
+        else:
+            compute(None, rows)
 
     return step
 
 
-def bare_epoch_seconds(recipe: str) -> float:
-    """Seconds of an epoch of a recipe's bare loop on noise, after a warm-up."""
-    with opened(f"--config {recipe} --data.name random --wandb.mode disabled") as run:
-        step = bare_step(run.config, run.data)
+def epoch_seconds(flags: str, *, bare: bool) -> float:
+    """Seconds of an epoch of our loop, or of the bare one, after a warm-up."""
+    from train.step import train_step
+
+    with opened(flags) as run:
+        step = bare_step(run.config, run.data) if bare else lambda: train_step(run)
         seconds_of(step, WARM_UP_STEPS)
         return seconds_of(step, run.sampler.steps_per_epoch)
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # A module may import from the rows above its own only.
 LAYERS = [
-    {"errors", "sampler", "preempt", "clock", "labels"},
+    {"errors", "sampler", "preempt", "clock", "labels", "graphs"},
     {"yamlfile"},
     {"config"},
     {"mathematics"},

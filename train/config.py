@@ -188,6 +188,8 @@ class TrainConfig:
     """Arithmetic of forward and backward (autocast); weights and the update stay fp32. fp16 needs a GPU."""
     compile: bool = False
     """Compile the model by torch.compile."""
+    cuda_graphs: bool = False
+    """Record the step as CUDA graphs and replay them; the bits are the same. On one GPU without fp16, elsewhere no change."""
     channels_last: bool = True
     """Lay images out with the channel innermost, which convolutions prefer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -32,6 +32,15 @@ def lr(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * falling)
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups: a number, or on a GPU the value of a tensor, which a CUDA graph can read."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer with two groups: tensors of two and more dimensions decay, biases and norms do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -39,13 +48,17 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    on_gpu = parameters[0].is_cuda
+    if on_gpu:
+        for group in groups:
+            group["lr"] = torch.tensor(config.lr, device=parameters[0].device)
     if config.name == "sgd":
         nesterov = config.momentum > 0
         sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
         if nesterov:  # SGD would begin with uninitialized buffers, and keep them if the first update is left out
             sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)} for p in parameters})
         return sgd
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True, capturable=on_gpu)
 
 
 class Ema:

@@ -27,10 +27,13 @@ def mix64(values: Tensor) -> Tensor:
     return values ^ shift(values, 31)
 
 
-def row_keys(key: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """Return one key, int64 [stop - start], per row [start, stop) of the global batch; `key` holds seed, purpose, step."""
+def row_keys(key: int | Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+    """Return one key, int64 [stop - start], per row [start, stop) of the global batch.
+
+    `key` holds seed, purpose and step (`sampler.key`); as a tensor it is int64 [] with the same bits.
+    """
     rows = torch.arange(start + 1, stop + 1, dtype=torch.int64, device=device)
-    return mix64(rows * _signed(GOLDEN) + _signed(key))
+    return mix64(rows * _signed(GOLDEN) + (key if isinstance(key, Tensor) else _signed(key)))
 
 
 def uniform(keys: Tensor, num: int, salt: int = 0) -> Tensor:

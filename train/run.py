@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from train import checkpoint, data, models, optim
 from train.config import Config
 from train.errors import UserError
+from train.graphs import Graphs
 from train.mathematics import differences, mathematics
 from train.reduce import Allreduce, ExactTree
 from train.sampler import Sampler, ledger_sum
@@ -69,6 +70,7 @@ class Run:
     ema: optim.Ema | None
     reducer: Allreduce | ExactTree
     memory_format: torch.memory_format
+    graphs: Graphs | None  # None: steps start their kernels one by one
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     closed_epoch: dict[str, Any] | None = None  # {"step", "sum", "count"} of the ledger of the last whole epoch
@@ -128,7 +130,10 @@ def set_up(config: Config, world: World, source: data.Data) -> Run:
     own = [sampler.own_micro_batches(rank, world.world_size) for rank in range(world.world_size)]
     reducer = ExactTree(model, world, micro_batches, own) if config.train.exact else Allreduce(model, world)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch
-    return Run(config, world, source, sampler, total_steps, model, module, optimizer, ema, reducer, memory_format)
+    # the exchange of several ranks and fp16's scaler wait for the host, in the middle of a step
+    has_graphs = world.device.type == "cuda" and world.world_size == 1 and world.accelerator.scaler is None
+    graphs = Graphs.open(world.device) if config.train.cuda_graphs and has_graphs else None
+    return Run(config, world, source, sampler, total_steps, model, module, optimizer, ema, reducer, memory_format, graphs)
 
 
 def is_due(run: Run, every_steps: int, step: int) -> bool:

@@ -5,8 +5,10 @@ the world size never enter it. A loss or a gradient norm that is not finite reac
 every rank sees the same reduced numbers, so all decide alike, and they decide on the device, without waiting for it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,58 +38,78 @@ def train_step(run: Run) -> StepResult:
 
     If loss or gradient norm are not finite the update is left out; `check_numbers` says so.
     """
-    config, world, sampler, step, clock = run.config, run.world, run.sampler, run.step, run.world.clock
-    clock.step = step + 1
-    num_examples, norms = sampler.batch_rows(step), run.norms
+    world, sampler, clock = run.world, run.sampler, run.world.clock
+    clock.step = run.step + 1
+    num_examples = sampler.batch_rows(run.step)
+    is_whole = num_examples == sampler.global_batch_size  # a graph knows one size
+    call = run.graphs if run.graphs is not None and is_whole else _call
+    (table,) = call(_gradients, run, _feed(run))
+    clock.enter("optimizer")
+    table[-1, 0] = float(preempt.requested() is not None)
+    table[world.rank, 1] = clock.lap()  # there are at least as many micro-batches as ranks
+    world.sum_(table)
+    lr = optim.lr(run.config.optim, run.step, run.total_steps)
+    optim.set_lr(run.optimizer, lr)
+    losses, loss, grad_norm, is_sound = call(_update, run, table)
+    run.step += 1
+    run.life_examples += num_examples
+    run.unchecked.append((run.step, is_sound, losses))
+    if run.config.train.exact:
+        run.fingerprints.append((_canonical(loss), _canonical(grad_norm)))
+    return StepResult(loss, grad_norm, table[-1, 0], table[: world.world_size, 1].clone(), lr)
+
+
+def _call(work: Callable[..., tuple[Tensor, ...]], run: Run, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """What `run.graphs` does with graphs."""
+    return work(run, *inputs)
+
+
+def _gradients(run: Run, feed: Tensor) -> tuple[Tensor]:
+    """Fill the parameters' gradients, and return the step's table, float64 [M + 1, 2 + 2 * channels].
+
+    One row per micro-batch: loss_sum, a rank's seconds, then each norm's mean and variance; the last row holds the ranks'
+    stop flags. A rank fills its own rows; zeros elsewhere add up exactly, so the sum has the same bits on any world size.
+    On the device alone: what changes from step to step comes in `feed`. Collective: every rank must call it.
+    """
+    world, sampler, clock, norms = run.world, run.sampler, run.world.clock, run.norms
     width = 2 + 2 * sum(norm.num_features for norm in norms)
-    # One row per micro-batch: loss_sum, a rank's seconds, then each norm's mean and variance; the last row holds the ranks'
-    # stop flags. A rank fills its own rows; zeros elsewhere add up exactly, so the sum has the same bits on any world size.
     table = torch.zeros(sampler.micro_batches + 1, width, dtype=torch.float64, device=world.device)
     own = sampler.own_micro_batches(world.rank, world.world_size)
-    batch = _own_rows(run)
+    batch = _own_rows(run, feed)
     clock.enter("forward_backward")
     for index in own:
         with run.reducer.micro_batch(index, own):
             loss_sum = _micro_batch_loss(run, index, batch)
             if index == own[-1] and world.world_size > 1:
                 clock.announce("all_reduce")  # of the gradients, while the backward pass goes on
-            world.accelerator.backward(loss_sum * (run.reducer.loss_scale / num_examples))
+            world.accelerator.backward(loss_sum * (run.reducer.loss_scale / sampler.batch_rows(run.step)))
             clock.enter("forward_backward")
         table[index, 0] = loss_sum.detach()
         if norms:
             table[index, 2:] = torch.cat([values for norm in norms for values in (norm.batch_mean, norm.batch_var)])
-    clock.enter("optimizer")
-    table[-1, 0] = float(preempt.requested() is not None)
-    table[world.rank, 1] = clock.lap()  # there are at least as many micro-batches as ranks
-    world.sum_(table)
+    return (table,)
+
+
+def _update(run: Run, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take the optimizer's step, unless a number is broken, and move the averages. On the device alone, like `_gradients`.
+
+    Returns the losses of the micro-batches, float64 [M], their mean per example, the gradient norm, and whether all is sound.
+    """
     losses = table[:-1, 0].clone()
-    loss = losses.sum() / num_examples
+    loss = losses.sum() / run.sampler.batch_rows(run.step)
     grad_norm = _clip(run)
     # fp16 overflows while it finds its scale; the scaler leaves such updates out itself
-    is_sound = torch.isfinite(loss + grad_norm if world.accelerator.scaler is None else loss)
-    _merge_statistics(norms, table[:-1, 2:], sampler, step, is_sound)
-    lr = _update(run, is_sound)
-    run.step += 1
-    run.life_examples += num_examples
-    run.unchecked.append((run.step, is_sound, losses))
-    if config.train.exact:
-        run.fingerprints.append((_canonical(loss), _canonical(grad_norm)))
-    return StepResult(loss, grad_norm, table[-1, 0], table[: world.world_size, 1].clone(), lr)
-
-
-def _update(run: Run, is_sound: Tensor) -> float:
-    """Take the optimizer's step, unless a number is broken, and move the averages; return the learning rate."""
-    lr = optim.lr(run.config.optim, run.step, run.total_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    has_scaler = run.world.accelerator.scaler is not None
+    is_sound = torch.isfinite(loss if has_scaler else loss + grad_norm)
+    _merge_statistics(run.norms, table[:-1, 2:], run.sampler, run.step, is_sound)
     inner = run.optimizer.optimizer
     inner.found_inf = (~is_sound).float()  # the fused kernels look at it where they run
     # accelerate's wrapper is for the scaler; it also looks for packages on the disk, in every step
-    (inner if run.world.accelerator.scaler is None else run.optimizer).step()
+    (run.optimizer if has_scaler else inner).step()
     inner.zero_grad(set_to_none=True)
     if run.ema:
         run.ema.update(run.module)
-    return lr
+    return losses, loss, grad_norm, is_sound
 
 
 def _canonical(value: Tensor) -> Tensor:
@@ -105,24 +127,33 @@ class _Rows:
     keys: Tensor | None  # int64 [B], of dropout
 
 
-def _own_rows(run: Run) -> _Rows:
-    """Gather and augment the examples of this rank's micro-batches, and enter them in the ledger."""
-    config, device, source, clock, step = run.config, run.world.device, run.data, run.world.clock, run.step
-    clock.enter("data")
-    start, stop = run.sampler.rank_rows(step, run.world.rank, run.world.world_size)
-    examples = run.sampler.examples(step, start, stop)
+def _feed(run: Run) -> Tensor:
+    """What a step's device work needs of the host, on the device: int64 [B + 2].
+
+    The examples of this rank's micro-batches (which are entered in the ledger), then the keys of augmentation and dropout.
+    """
+    sampler, step, seed, device = run.sampler, run.step, run.config.seed, run.world.device
+    run.world.clock.enter("data")
+    examples = sampler.examples(step, *sampler.rank_rows(step, run.world.rank, run.world.world_size))
     run.ledger.add(examples)
-    rows = torch.from_numpy(examples) if stop > start else torch.zeros(1, dtype=torch.int64)
-    rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+    rows = examples if len(examples) else np.zeros(1, np.int64)
+    keys = np.array([key(seed, "augment", step), key(seed, "dropout", step)], np.uint64).view(np.int64)
+    feed = torch.from_numpy(np.concatenate((rows, keys)))
+    return (feed.pin_memory() if device.type == "cuda" else feed).to(device, non_blocking=True)
+
+
+def _own_rows(run: Run, feed: Tensor) -> _Rows:
+    """Gather and augment the examples of this rank's micro-batches."""
+    config, source, clock = run.config, run.data, run.world.clock
+    rows, (augment_key, dropout_key) = feed[:-2], feed[-2:]
+    start, _ = run.sampler.rank_rows(run.step, run.world.rank, run.world.world_size)
     images, labels = source.train.images[rows], source.train.labels[rows]
-
-    def keys(purpose: str) -> Tensor:
-        return rng.row_keys(key(config.seed, purpose, step), start, start + len(rows), device)
-
     clock.enter("augment")
-    inputs = augment(images, keys("augment") if config.augment.is_on else None, config.augment, source.mean, source.std)
-    inputs = inputs.to(memory_format=run.memory_format)
-    return _Rows(start, inputs, labels, keys("dropout") if config.model.dropout else None)
+    stop = start + len(rows)
+    keys = rng.row_keys(augment_key, start, stop, feed.device) if config.augment.is_on else None
+    inputs = augment(images, keys, config.augment, source.mean, source.std).to(memory_format=run.memory_format)
+    dropout_keys = rng.row_keys(dropout_key, start, stop, feed.device) if config.model.dropout else None
+    return _Rows(start, inputs, labels, dropout_keys)
 
 
 def _micro_batch_loss(run: Run, index: int, batch: _Rows) -> Tensor:

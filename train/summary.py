@@ -37,7 +37,7 @@ def arithmetic(run: Run) -> str:
 def headline(run: Run, run_dir: Path, resumed_from: str | None) -> str:
     """Which run this is and where it goes on, in one line."""
     origin = f"resumed from {resumed_from}" if resumed_from else "a new run"
-    mode = f"{run.config.train.precision}{', exact' if run.config.train.exact else ''}"
+    mode = f"{run.config.train.precision}{', exact' if run.config.train.exact else ''}{', CUDA graphs' if run.graphs else ''}"
     ranks = f"{run.world.world_size} process(es) on {run.world.device.type}"
     return f"{run_dir}: {origin}, step {run.step} of {run.total_steps}, {ranks}, {mode}"
 
