@@ -1,20 +1,23 @@
 """`launch bench peers`: the same CNN, optimizer, batch and precision on MNIST-like images, in each peer's own idiom.
 
-Every peer gets what its documentation recommends for speed: worker processes that stay, channels_last, bf16, no logging and no
-checkpoints, and the number of workers that is fastest here. Images are decoded and normalized by torchvision as its MNIST class
-does it. The fastest setting of a peer counts.
+Every peer gets what its documentation recommends for speed: worker processes that stay, pinned memory, channels_last, bf16, no
+logging and no checkpoints, and the number of workers that is fastest here. Images are decoded and normalized by torchvision as
+its MNIST class does it. The fastest setting of a peer counts. Each measurement has a process of its own: what one sets for
+itself, such as our allocator's options, is not the next one's.
 """
 
 import itertools
 import logging
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from launch.bench import Row
-from launch.measures import LOOP, bare_step, opened, seconds_of
+from launch.measures import LOOP, epoch_seconds, opened, seconds_of
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ WORKERS = (0, 1, 2)
 
 def loader(images: Any, labels: Any, batch: int, workers: int) -> Any:
     """A DataLoader over PIL images and torchvision transforms, as the official examples build it."""
+    import torch
     from PIL import Image
     from torch.utils import data  # the project's own loop has no DataLoader; this is what it is compared with
     from torchvision import transforms
@@ -42,7 +46,15 @@ def loader(images: Any, labels: Any, batch: int, workers: int) -> Any:
             return self.transform(Image.fromarray(images[index])), int(labels[index])
 
     make = getattr(data, "DataLoader")  # noqa: B009
-    return make(Pictures(), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    on_gpu = torch.cuda.is_available()
+    return make(Pictures(), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
+
+
+def device_type() -> str:
+    """Where everything is measured, as ours with train.device auto."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ingredients(config: "Config") -> tuple[Any, Any]:
@@ -52,7 +64,7 @@ def ingredients(config: "Config") -> tuple[Any, Any]:
     from train import models, optim
 
     model: Any = models.build(config.model, config.seed)
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(device=device_type(), memory_format=torch.channels_last)
     return model, optim.build(config.optim, model)
 
 
@@ -62,11 +74,13 @@ def dataloader_epoch(config: "Config", batches: Any) -> float:
     import torch.nn.functional as F
 
     model, optimizer = ingredients(config)
+    device = device_type()
 
     def step(inputs: Any, labels: Any) -> None:
+        inputs = inputs.to(device, non_blocking=True, memory_format=torch.channels_last)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy(model(inputs.to(memory_format=torch.channels_last)), labels)
+        with torch.autocast(device, torch.bfloat16):
+            loss = F.cross_entropy(model(inputs), labels.to(device, non_blocking=True))
         loss.backward()
         optimizer.step()
 
@@ -77,33 +91,30 @@ def accelerate_epoch(config: "Config", batches: Any) -> float:
     """The way of Accelerate's examples: prepare, then accelerator.backward."""
     import torch
     import torch.nn.functional as F
+    from accelerate import Accelerator
 
-    from train.world import World
+    accelerator = Accelerator(cpu=device_type() == "cpu", mixed_precision="bf16")
+    model, optimizer, prepared = accelerator.prepare(*ingredients(config), batches)
 
-    world = World.open(config.train)
-    try:
-        accelerator = world.accelerator
-        model, optimizer, prepared = accelerator.prepare(*ingredients(config), batches)
+    def step(inputs: Any, labels: Any) -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs.to(memory_format=torch.channels_last)), labels)
+        accelerator.backward(loss)
+        optimizer.step()
 
-        def step(inputs: Any, labels: Any) -> None:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs.to(memory_format=torch.channels_last)), labels)
-            accelerator.backward(loss)
-            optimizer.step()
-
-        return timed_epoch(prepared, step)
-    finally:
-        world.close()
+    return timed_epoch(prepared, step)
 
 
 def timed_epoch(batches: Any, step: Callable[[Any, Any], None]) -> float:
     """Warm up, then return the seconds of one epoch."""
     for inputs, labels in itertools.islice(batches, WARM_UP_STEPS):
         step(inputs, labels)
-    began = time.perf_counter()
-    for inputs, labels in batches:
-        step(inputs, labels)
-    return time.perf_counter() - began
+
+    def epoch() -> None:
+        for inputs, labels in batches:
+            step(inputs, labels)
+
+    return seconds_of(epoch)
 
 
 def lightning_epoch(config: "Config", batches: Any) -> float:
@@ -112,8 +123,15 @@ def lightning_epoch(config: "Config", batches: Any) -> float:
     import torch
     import torch.nn.functional as F
 
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     model, optimizer = ingredients(config)
     marks: list[float] = []
+
+    def mark() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
 
     class Module(lightning.LightningModule):
         """The model as Lightning wants it."""
@@ -130,14 +148,15 @@ def lightning_epoch(config: "Config", batches: Any) -> float:
             return optimizer
 
         def on_train_epoch_start(self) -> None:
-            marks.append(time.perf_counter())
+            mark()
 
         def on_train_epoch_end(self) -> None:
-            marks.append(time.perf_counter())
+            mark()
 
     trainer = lightning.Trainer(
         max_epochs=2,
-        accelerator="cpu",
+        accelerator=device_type(),
+        devices=1,
         precision="bf16-mixed",
         logger=False,
         enable_checkpointing=False,
@@ -160,36 +179,29 @@ def with_workers(epoch: Callable[["Config", Any], float], config: "Config", imag
     return epoch(config, loader(images, labels, config.train.global_batch_size, workers))
 
 
-def own_epoch(flags: str, *, bare: bool) -> float:
-    """Seconds of an epoch of our loop, or of the bare one, after the warm-up."""
-    from train.step import train_step
-
-    with opened(flags) as run:
-        step = bare_step(run.config, run.data) if bare else lambda: train_step(run)
-        seconds_of(step, WARM_UP_STEPS)
-        return seconds_of(step, run.sampler.steps_per_epoch)
-
-
 def peers(repeats: int) -> list[Row]:
     """Images per second of the bare loop, of ours and of every peer, in turns."""
     try:
         import lightning  # noqa: F401
     except ImportError as error:
         raise UserError("bench peers needs Lightning: pip install 'lockstep[bench]'.") from error
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     flags = f"{LOOP} --data.random_examples {NUM_EXAMPLES}"
     with opened(flags) as run:
         config = run.config
-        images, labels = run.data.train.images[:, 0].numpy(), run.data.train.labels.numpy()
-    works = {"lockstep": partial(own_epoch, flags, bare=False), "bare loop": partial(own_epoch, flags, bare=True)}
+        images, labels = run.data.train.images[:, 0].cpu().numpy(), run.data.train.labels.cpu().numpy()
+
+    def measured(work: Callable[[], float]) -> float:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            return fresh.submit(work).result()
+
+    works = {"lockstep": partial(epoch_seconds, flags, bare=False), "bare loop": partial(epoch_seconds, flags, bare=True)}
     for name, epoch in PEERS.items():
         candidates = [partial(with_workers, epoch, config, images, labels, workers) for workers in WORKERS]
-        seconds = [work() for work in candidates]
+        seconds = [measured(work) for work in candidates]
         fastest = seconds.index(min(seconds))
         works[f"{name}, {WORKERS[fastest]} worker(s)"] = candidates[fastest]
     speeds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
-        for name, measure in works.items():
-            speeds[name].append(NUM_EXAMPLES / measure())
+        for name, work in works.items():
+            speeds[name].append(NUM_EXAMPLES / measured(work))
     return [Row(name, "images/s", values, None if name == "lockstep" else "lockstep") for name, values in speeds.items()]
