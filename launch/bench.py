@@ -34,7 +34,7 @@ class Row:
 
 
 MEASURES = {  # name: (module, default repeats, what it measures)
-    "throughput": ("measures", 15, "our loop against a bare PyTorch loop of the same model, data in memory, in one process"),
+    "throughput": ("measures", 100, "our loop against a bare PyTorch loop of the same model, data in memory, in one process"),
     "data": ("measures", 15, "augmentations of a batch, and the evaluation of the test split"),
     "sampler": ("measures", 15, "cost of a step's indices against the size of the data set"),
     "checkpoint": ("measures", 15, "encode, write, read and verify a checkpoint"),

@@ -100,7 +100,10 @@ def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_s
 
 def looked_at(table: list[list[float]], **config: Any) -> tuple[SimpleNamespace, list[int]]:
     """Let check_numbers look at steps 11, 12, ... whose rows are [is broken, *losses]."""
-    unchecked = [(11 + n, torch.tensor(not is_broken), torch.tensor(losses)) for n, (is_broken, *losses) in enumerate(table)]
+    unchecked = [
+        (11 + n, torch.tensor(not is_broken), torch.tensor([[loss, 0.0] for loss in (*losses, 0.0)]))
+        for n, (is_broken, *losses) in enumerate(table)
+    ]
     sampler = Sampler(100, 8, len(table[0]) - 1, seed=0)
     run = SimpleNamespace(config=SimpleNamespace(optim=OptimConfig(**config)), unchecked=unchecked, skips=0, sampler=sampler)
     return run, check_numbers(run)  # type: ignore[arg-type]

@@ -180,11 +180,12 @@ def check(run: Run, metrics: Metrics) -> None:
         metrics.record("skipped", step, skips=run.skips)
 
 
-def log_step(run: Run, result: StepResult, metrics: Metrics, alarms: Alarms, rank_seconds: list[Tensor]) -> None:
+def log_step(run: Run, result: StepResult, metrics: Metrics, alarms: Alarms, notes: list[Tensor]) -> None:
     """Write the row of the step that just ended."""
     per_second = run.life_examples / max(run.life_seconds, 1e-9)
     steps_left = run.total_steps - run.step
     record_fingerprints(run, metrics)
+    rank_seconds = torch.stack(notes)[:, : run.world.world_size, 1]
     loss, norm = float(result.loss), float(result.grad_norm)
     is_finite = math.isfinite(loss)
     if is_finite:
@@ -196,7 +197,7 @@ def log_step(run: Run, result: StepResult, metrics: Metrics, alarms: Alarms, ran
         loss=loss if is_finite else None,  # a step that was left out
         lr=result.lr,
         grad_norm=norm if math.isfinite(norm) else None,  # fp16 overflows while it finds its scale
-        rank_seconds=alarms.ranks(run.step, torch.stack(rank_seconds).tolist()),
+        rank_seconds=alarms.ranks(run.step, rank_seconds.tolist()),
         images_per_second=round(per_second, 1),
         train_seconds=round(run.train_seconds, 4),
         seconds_left=round(steps_left * run.sampler.global_batch_size / per_second, 1),
@@ -280,7 +281,7 @@ def write_results(run: Run, lease: Lease, results: dict[str, Result] | None, sum
 def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple[str, dict[str, Result] | None]:
     """Step until the end, or until a signal has reached any rank -> (outcome, results of the last step's evaluation)."""
     results, clock = None, run.world.clock
-    rank_seconds: list[Tensor] = []  # of the steps since the last row
+    notes: list[Tensor] = []  # of the steps since the last row
     watch, tracer = Stopwatch(run), Tracer(run.config.train, lease, is_main=run.world.is_main)
     run.model.train()
     first = run.step
@@ -293,7 +294,7 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
         if run.step == first + 1:
             run.world.set_timeout(run.config.train.timeout)
         clock.enter("log")
-        rank_seconds.append(result.rank_seconds)
+        notes.append(result.notes)
         logs = is_due(run, run.config.log.every_steps, run.step)
         due = is_due(run, run.config.eval.every_steps, run.step) or is_due(run, run.config.checkpoint.every_steps, run.step)
         due |= run.step % run.sampler.steps_per_epoch == 0
@@ -308,8 +309,8 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
             watch.start()
         if logs:
             watch.stop()
-            log_step(run, result, metrics, alarms, rank_seconds)
-            rank_seconds.clear()
+            log_step(run, result, metrics, alarms, notes)
+            notes.clear()
         if due or leaving:
             watch.stop()
             results = finish_step(run, metrics, lease, leaving=leaving)

@@ -75,7 +75,7 @@ class Run:
     ledger: Ledger = field(default_factory=Ledger)
     closed_epoch: dict[str, Any] | None = None  # {"step", "sum", "count"} of the ledger of the last whole epoch
     fingerprints: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, gradient norm) not yet written
-    unchecked: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # (step, is sound, losses) not yet looked at
+    unchecked: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # (step, is sound, notes) not yet looked at
     skips: int = 0  # updates left out because of numbers that are not finite
     best: dict[str, Any] | None = None  # {"step", "accuracy"} of the best evaluation so far
     train_seconds: float = 0.0  # in steps, over all lives that reached a checkpoint

@@ -28,9 +28,13 @@ class StepResult:
 
     loss: Tensor
     grad_norm: Tensor
-    stops: Tensor  # how many ranks were told to leave
-    rank_seconds: Tensor  # float64 [world_size]: each rank's own work since its step before, on the host's clock
+    notes: Tensor  # float64 [M + 1, 2], see _gradients
     lr: float
+
+    @property
+    def stops(self) -> Tensor:
+        """How many ranks were told to leave."""
+        return self.notes[-1, 0]
 
 
 def train_step(run: Run) -> StepResult:
@@ -43,20 +47,22 @@ def train_step(run: Run) -> StepResult:
     num_examples = sampler.batch_rows(run.step)
     is_whole = num_examples == sampler.global_batch_size  # a graph knows one size
     call = run.graphs if run.graphs is not None and is_whole else _call
-    (table,) = call(_gradients, run, _feed(run))
+    (table,) = call(_gradients, run, *_feed(run))
     clock.enter("optimizer")
-    table[-1, 0] = float(preempt.requested() is not None)
+    if preempt.requested() is not None:
+        table[-1, 0] = 1
     table[world.rank, 1] = clock.lap()  # there are at least as many micro-batches as ranks
     world.sum_(table)
     lr = optim.lr(run.config.optim, run.step, run.total_steps)
     optim.set_lr(run.optimizer, lr)
-    losses, loss, grad_norm, is_sound = call(_update, run, table)
+    loss, grad_norm, is_sound = call(_update, run, table)
+    notes = table[:, :2].clone() if run.norms else table
     run.step += 1
     run.life_examples += num_examples
-    run.unchecked.append((run.step, is_sound, losses))
+    run.unchecked.append((run.step, is_sound, notes))
     if run.config.train.exact:
         run.fingerprints.append((_canonical(loss), _canonical(grad_norm)))
-    return StepResult(loss, grad_norm, table[-1, 0], table[: world.world_size, 1].clone(), lr)
+    return StepResult(loss, grad_norm, notes, lr)
 
 
 def _call(work: Callable[..., tuple[Tensor, ...]], run: Run, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -64,25 +70,26 @@ def _call(work: Callable[..., tuple[Tensor, ...]], run: Run, *inputs: Tensor) ->
     return work(run, *inputs)
 
 
-def _gradients(run: Run, feed: Tensor) -> tuple[Tensor]:
+def _gradients(run: Run, rows: Tensor, keys: Tensor | None = None) -> tuple[Tensor]:
     """Fill the parameters' gradients, and return the step's table, float64 [M + 1, 2 + 2 * channels].
 
     One row per micro-batch: loss_sum, a rank's seconds, then each norm's mean and variance; the last row holds the ranks'
     stop flags. A rank fills its own rows; zeros elsewhere add up exactly, so the sum has the same bits on any world size.
-    On the device alone: what changes from step to step comes in `feed`. Collective: every rank must call it.
+    On the device alone: what changes from step to step comes in `rows` and `keys`. Collective: every rank must call it.
     """
     world, sampler, clock, norms = run.world, run.sampler, run.world.clock, run.norms
     width = 2 + 2 * sum(norm.num_features for norm in norms)
     table = torch.zeros(sampler.micro_batches + 1, width, dtype=torch.float64, device=world.device)
     own = sampler.own_micro_batches(world.rank, world.world_size)
-    batch = _own_rows(run, feed)
+    batch = _own_rows(run, rows, keys)
+    weight = torch.full((), run.reducer.loss_scale / sampler.batch_rows(run.step), device=world.device)
     clock.enter("forward_backward")
     for index in own:
         with run.reducer.micro_batch(index, own):
             loss_sum = _micro_batch_loss(run, index, batch)
             if index == own[-1] and world.world_size > 1:
                 clock.announce("all_reduce")  # of the gradients, while the backward pass goes on
-            world.accelerator.backward(loss_sum * (run.reducer.loss_scale / sampler.batch_rows(run.step)))
+            world.accelerator.backward(loss_sum, gradient=weight)  # of weight * loss_sum
             clock.enter("forward_backward")
         table[index, 0] = loss_sum.detach()
         if norms:
@@ -90,17 +97,16 @@ def _gradients(run: Run, feed: Tensor) -> tuple[Tensor]:
     return (table,)
 
 
-def _update(run: Run, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _update(run: Run, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take the optimizer's step, unless a number is broken, and move the averages. On the device alone, like `_gradients`.
 
-    Returns the losses of the micro-batches, float64 [M], their mean per example, the gradient norm, and whether all is sound.
+    Returns the loss per example, float64 [], the gradient norm, float32 [], and whether both are numbers, bool [].
     """
-    losses = table[:-1, 0].clone()
-    loss = losses.sum() / run.sampler.batch_rows(run.step)
+    loss = table[:-1, 0].sum() / run.sampler.batch_rows(run.step)
     grad_norm = _clip(run)
     # fp16 overflows while it finds its scale; the scaler leaves such updates out itself
     has_scaler = run.world.accelerator.scaler is not None
-    is_sound = torch.isfinite(loss if has_scaler else loss + grad_norm)
+    is_sound = (loss if has_scaler else loss + grad_norm).abs() < torch.inf
     _merge_statistics(run.norms, table[:-1, 2:], run.sampler, run.step, is_sound)
     inner = run.optimizer.optimizer
     inner.found_inf = (~is_sound).float()  # the fused kernels look at it where they run
@@ -109,7 +115,7 @@ def _update(run: Run, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inner.zero_grad(set_to_none=True)
     if run.ema:
         run.ema.update(run.module)
-    return losses, loss, grad_norm, is_sound
+    return loss, grad_norm, is_sound
 
 
 def _canonical(value: Tensor) -> Tensor:
@@ -127,43 +133,49 @@ class _Rows:
     keys: Tensor | None  # int64 [B], of dropout
 
 
-def _feed(run: Run) -> Tensor:
-    """What a step's device work needs of the host, on the device: int64 [B + 2].
+def _feed(run: Run) -> list[Tensor]:
+    """What a step's device work needs of the host, on the device; the examples are entered in the ledger.
 
-    The examples of this rank's micro-batches (which are entered in the ledger), then the keys of augmentation and dropout.
+    The examples of this rank's micro-batches, int64 [B], and the keys of augmentation and dropout, int64 [2], if one is on.
     """
-    sampler, step, seed, device = run.sampler, run.step, run.config.seed, run.world.device
+    config, sampler, step, device = run.config, run.sampler, run.step, run.world.device
     run.world.clock.enter("data")
     examples = sampler.examples(step, *sampler.rank_rows(step, run.world.rank, run.world.world_size))
     run.ledger.add(examples)
-    rows = examples if len(examples) else np.zeros(1, np.int64)
-    keys = np.array([key(seed, "augment", step), key(seed, "dropout", step)], np.uint64).view(np.int64)
-    feed = torch.from_numpy(np.concatenate((rows, keys)))
-    return (feed.pin_memory() if device.type == "cuda" else feed).to(device, non_blocking=True)
+    feed = [examples if len(examples) else np.zeros(1, np.int64)]
+    if config.augment.is_on or config.model.dropout:
+        keys = [key(config.seed, purpose, step) for purpose in ("augment", "dropout")]
+        feed.append(np.array(keys, np.uint64).view(np.int64))
+    tensors = [torch.from_numpy(array) for array in feed]
+    return [(each.pin_memory() if device.type == "cuda" else each).to(device, non_blocking=True) for each in tensors]
 
 
-def _own_rows(run: Run, feed: Tensor) -> _Rows:
+def _own_rows(run: Run, rows: Tensor, keys: Tensor | None) -> _Rows:
     """Gather and augment the examples of this rank's micro-batches."""
     config, source, clock = run.config, run.data, run.world.clock
-    rows, (augment_key, dropout_key) = feed[:-2], feed[-2:]
     start, _ = run.sampler.rank_rows(run.step, run.world.rank, run.world.world_size)
     images, labels = source.train.images[rows], source.train.labels[rows]
+
+    def row_keys(place: int, is_on: object) -> Tensor | None:
+        return rng.row_keys(keys[place], start, start + len(rows), rows.device) if keys is not None and is_on else None
+
     clock.enter("augment")
-    stop = start + len(rows)
-    keys = rng.row_keys(augment_key, start, stop, feed.device) if config.augment.is_on else None
-    inputs = augment(images, keys, config.augment, source.mean, source.std).to(memory_format=run.memory_format)
-    dropout_keys = rng.row_keys(dropout_key, start, stop, feed.device) if config.model.dropout else None
-    return _Rows(start, inputs, labels, dropout_keys)
+    inputs = augment(images, row_keys(0, config.augment.is_on), config.augment, source.mean, source.std)
+    inputs = inputs.to(memory_format=run.memory_format)
+    return _Rows(start, inputs, labels, row_keys(1, config.model.dropout))
 
 
 def _micro_batch_loss(run: Run, index: int, batch: _Rows) -> Tensor:
     """Return the summed loss, float32 [], over micro-batch `index` of the current step."""
     start, stop = run.sampler.micro_batch(run.step, index)
-    first = min(start - batch.start, len(batch.labels) - 1)
-    part = slice(first, first + max(stop - start, 1))  # of no examples: one that weighs nothing
-    logits = run.model(batch.inputs[part], batch.keys[part] if batch.keys is not None else None)
+    inputs, labels, keys = batch.inputs, batch.labels, batch.keys
+    if stop - start < len(labels):
+        first = min(start - batch.start, len(labels) - 1)
+        part = slice(first, first + max(stop - start, 1))  # of no examples: one that weighs nothing
+        inputs, labels, keys = inputs[part], labels[part], keys[part] if keys is not None else None
+    logits = run.model(inputs, keys)
     smoothing = run.config.optim.label_smoothing
-    loss_sum = F.cross_entropy(logits.float(), batch.labels[part], reduction="sum", label_smoothing=smoothing)
+    loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
     return loss_sum if stop > start else loss_sum * 0
 
 
@@ -195,7 +207,7 @@ def check_numbers(run: Run) -> list[int]:
     """
     unchecked, run.unchecked = run.unchecked, []
     sound = torch.stack([is_sound for _, is_sound, _ in unchecked]).tolist() if unchecked else []
-    broken = [(step, losses.tolist()) for (step, _, losses), is_sound in zip(unchecked, sound, strict=True) if not is_sound]
+    broken = [(step, notes[:-1, 0].tolist()) for (step, _, notes), ok in zip(unchecked, sound, strict=True) if not ok]
     run.skips += len(broken)
     config = run.config.optim
     if broken and (config.nonfinite == "stop" or run.skips > config.max_skips):

@@ -35,9 +35,9 @@ def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
     own_rows, inner = train.step._own_rows, train.step.augment
     steps = [0]
 
-    def here(run: train.run.Run, feed: torch.Tensor) -> Any:
+    def here(run: train.run.Run, rows: torch.Tensor, keys: torch.Tensor | None) -> Any:
         steps.append(run.step + 1)
-        return own_rows(run, feed)
+        return own_rows(run, rows, keys)
 
     def augment(*arguments: Any) -> torch.Tensor:
         if steps[-1] == STEP and rank in (None, RANK):
