@@ -27,27 +27,32 @@ NUM_EXAMPLES, WARM_UP_STEPS = 10_240, 4
 WORKERS = (0, 1, 2)
 
 
+class Pictures:
+    """What torchvision.datasets.MNIST does per item, over images uint8 [N,28,28] and labels int64 [N]."""
+
+    def __init__(self, images: Any, labels: Any) -> None:
+        from PIL import Image
+        from torchvision import transforms
+
+        self.images, self.labels, self.picture = images, labels, Image.fromarray
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.picture(self.images[index])), int(self.labels[index])
+
+
 def loader(images: Any, labels: Any, batch: int, workers: int) -> Any:
     """A DataLoader over PIL images and torchvision transforms, as the official examples build it."""
     import torch
-    from PIL import Image
     from torch.utils import data  # the project's own loop has no DataLoader; this is what it is compared with
-    from torchvision import transforms
 
-    class Pictures(data.Dataset):
-        """What torchvision.datasets.MNIST does per item, over arrays."""
-
-        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-
-        def __len__(self) -> int:
-            return len(labels)
-
-        def __getitem__(self, index: int) -> tuple[Any, int]:
-            return self.transform(Image.fromarray(images[index])), int(labels[index])
-
-    make = getattr(data, "DataLoader")  # noqa: B009
+    make: Any = getattr(data, "DataLoader")  # noqa: B009
     on_gpu = torch.cuda.is_available()
-    return make(Pictures(), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
+    pictures = Pictures(images, labels)
+    return make(pictures, batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
 
 
 def device_type() -> str:

@@ -48,8 +48,7 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    on_gpu = parameters[0].is_cuda
-    if on_gpu:
+    if parameters[0].is_cuda:
         for group in groups:
             group["lr"] = torch.tensor(config.lr, device=parameters[0].device)
     if config.name == "sgd":
@@ -58,7 +57,7 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
         if nesterov:  # SGD would begin with uninitialized buffers, and keep them if the first update is left out
             sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p, requires_grad=False)} for p in parameters})
         return sgd
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True, capturable=on_gpu)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
 
 
 class Ema:

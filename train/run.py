@@ -5,6 +5,7 @@ Invariant: what a checkpoint holds, together with the config and the data, decid
 
 import math
 import platform
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -133,6 +134,10 @@ def set_up(config: Config, world: World, source: data.Data) -> Run:
     # the exchange of several ranks and fp16's scaler wait for the host, in the middle of a step
     has_graphs = world.device.type == "cuda" and world.world_size == 1 and world.accelerator.scaler is None
     graphs = Graphs.open(world.device) if config.train.cuda_graphs and has_graphs else None
+    if graphs is not None:
+        for group in optimizer.param_groups:
+            group["capturable"] = True  # else AdamW refuses; it warns in the first steps, which are not recorded yet
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return Run(config, world, source, sampler, total_steps, model, module, optimizer, ema, reducer, memory_format, graphs)
 
 
