@@ -53,6 +53,18 @@ def test_world_sizes_agree_to_round_off(tmp_path: Path, model: str, micro_batche
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU, two of them")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2), ("fp16", 2e-2)])
+def test_two_gpus_agree_with_one(tmp_path: Path, precision: str, tolerance: float) -> None:
+    flags = (EVERYTHING, f"--train.device cuda --train.precision {precision} --train.micro_batches 2 --optim.lr 0.01")
+    losses = []
+    for world_size in (1, 2):
+        train(world_size, tmp_path / f"{world_size}", *flags, "--train.max_steps 15")
+        losses.append([row["loss"] for row in rows(tmp_path / f"{world_size}", "train")])
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+
+
 @pytest.mark.parametrize(("world_size", "step"), [(1, 12), (1, 47), (2, 12), (2, 47), (2, 90)])
 @pytest.mark.parametrize(("model", "precision"), [("tiny", "fp32"), ("tiny_bn", "bf16")])
 def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, world_size: int, step: int, model: str, precision: str) -> None:
