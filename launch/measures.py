@@ -170,17 +170,18 @@ def data(repeats: int) -> list[Row]:
 
 
 def sampler(repeats: int) -> list[Row]:
-    """Milliseconds for the indices of one global batch of 512, at a step in the middle of an epoch."""
-    from train.sampler import Sampler
+    """Milliseconds for the indices of one global batch of 512, in the middle of an epoch, and of an order that is kept."""
+    from train.sampler import Sampler, epoch_order
 
-    works = {}
+    rows = []
     for power in (3, 5, 7, 9, 12):
-        order = Sampler(10**power, BATCH, 1, 0)
+        order, name = Sampler(10**power, BATCH, 1, 0), f"10^{power} examples"
         step = order.steps_per_epoch // 2
-        works[f"10^{power} examples"] = partial(order.examples, step, 0, order.batch_rows(step))
-    found = in_turns(works, repeats, 50, 5)
-    first = next(iter(works))
-    return [Row(name, "ms", [1000 * s for s in values], None if name == first else first) for name, values in found.items()]
+        work = partial(order.examples, step, 0, order.batch_rows(step))
+        seconds = in_turns({name: work}, repeats, 50, 5)[name]  # one by one: only the last epoch's order is kept
+        rows.append(Row(name, "ms", [1000 * s for s in seconds]))
+    whole = in_turns({"": partial(epoch_order.__wrapped__, Sampler.kept_examples, 1)}, repeats, 1, 1)[""]
+    return [*rows, Row(f"once an epoch: the order of {Sampler.kept_examples:,}", "ms", [1000 * s for s in whole])]
 
 
 def checkpoint(repeats: int) -> list[Row]:
