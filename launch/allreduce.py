@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.run import die_with_parent
-from train.cli import Parser
+from train.cli import Parser, leave
 from train.world import slurm_variables
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
@@ -130,4 +130,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

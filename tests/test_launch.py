@@ -121,6 +121,16 @@ def test_two_precisions_that_disagree_are_an_error(tmp_path: Path) -> None:
     assert "error: accelerate launch asks for mixed precision bf16, train.precision is fp32" in output
 
 
+def test_an_abort_in_the_interpreters_clean_up_does_not_reach_a_rank(tmp_path: Path) -> None:
+    """Now and then a thread of gloo aborts there, after correct work."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\natexit.register(lambda: os.abort() if sys.argv[0].endswith('train/__main__.py') else None)\n"
+    )
+    code, output = finish(start(tmp_path / "run", *launch_run(2), PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"))
+    assert code == 0, output
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_launch_run_restarts_after_a_killed_rank_with_the_same_bits(tmp_path: Path, victim: int) -> None:
     flags = "--train.epochs 30 --checkpoint.every_steps 20 --model.dropout 0.3 --eval.every_steps 500"

@@ -17,7 +17,7 @@ import socket
 import time
 from pathlib import Path
 
-from train.cli import keep_others_from_writing, parse, run_name
+from train.cli import keep_others_from_writing, leave, parse, run_name
 from train.config import Config
 from train.errors import RunError, UserError
 from train.world import World, env_ranks, run_suffix
@@ -108,4 +108,4 @@ def report(run_dir: Path, outcome: str, summary: dict, *, write_page: bool) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
