@@ -142,7 +142,6 @@ def measure(config: Config, rank: int, world_size: int, local_world_size: int, m
     config = dataclasses.replace(config, train=train)
     with fake_world(config, rank, world_size, local_world_size) as world:
         run = set_up(config, world, blank_data(config, *num))
-        run.model.train()
         with counted(run) as traffic:
             train_step(run)
             traffic = list(traffic)

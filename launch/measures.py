@@ -20,25 +20,27 @@ if TYPE_CHECKING:
 
 LOOP = (
     "--data.name random --model.name cnn --train.precision bf16 --train.global_batch_size 256 --log.every_steps 20 "
-    "--train.max_steps 100000 --train.cuda_graphs true --wandb.mode disabled"
+    "--train.max_steps 100000 --train.cuda_graphs on --wandb.mode disabled"
 )
 STEPS, WARM_UP_STEPS = 10, 8  # short turns: a busy machine changes its speed within a second
+GPU_STEPS = 400  # where ten take as long as it takes to wait for them
 BATCH, TEST_EXAMPLES = 512, 10_000
 
 
 @contextmanager
 def opened(flags: str) -> Iterator["Run"]:
-    """A run, set up on one process and closed in the end."""
+    """A run, set up and warmed up on one process, and closed in the end."""
     from train import data
     from train.cli import parse
     from train.run import set_up
+    from train.warmup import warm_up
     from train.world import World
 
     config = parse(flags.split())
     world = World.open(config.train)
     try:
         run = set_up(config, world, data.load(config.data, world))
-        run.model.train()
+        warm_up(run, print)
         yield run
     finally:
         world.close()
@@ -78,9 +80,8 @@ def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
     import torch
     import torch.nn.functional as F
 
-    from train import models, optim
-    from train.augment import normalize
-    from train.graphs import Graphs
+    from train import graphs, models, optim
+    from train.augment import lay_out, normalize
 
     device = source.train.images.device
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
@@ -94,24 +95,30 @@ def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
 
     order = batches()
 
-    def compute(_: None, rows: torch.Tensor) -> tuple[torch.Tensor]:
-        inputs = normalize(source.train.images[rows], source.mean, source.std).to(memory_format=layout)
+    def compute(rows: torch.Tensor) -> None:
+        inputs = lay_out(normalize(source.train.images[rows], source.mean, source.std), layout)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(inputs)
         loss = F.cross_entropy(logits.float(), source.train.labels[rows], label_smoothing=config.optim.label_smoothing)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return (loss.detach(),)
 
-    graphs = Graphs.open(device) if device.type == "cuda" and config.train.cuda_graphs else None
+    if device.type != "cuda" or config.train.cuda_graphs == "off":
+        return lambda: compute(next(order))
+    graphs.leave_default_stream(device)
+    kept = torch.arange(batch, device=device)
+    for _ in range(graphs.CALLS_BEFORE):
+        compute(kept)
+    replay = graphs.record(lambda: compute(kept))
 
     def step() -> None:
         rows = next(order)
-        if graphs is not None and len(rows) == batch:
-            graphs(compute, None, rows)
+        if len(rows) < batch:
+            compute(rows)
         else:
-            compute(None, rows)
+            kept.copy_(rows)
+            replay()
 
     return step
 
@@ -132,7 +139,8 @@ def throughput(repeats: int) -> list[Row]:
 
     with opened(LOOP) as run:
         works = {"bare loop": bare_step(run.config, run.data), "lockstep": lambda: train_step(run)}
-        found = in_turns(works, repeats, STEPS, WARM_UP_STEPS)
+        steps = GPU_STEPS if run.world.device.type == "cuda" else STEPS
+        found = in_turns(works, repeats, steps, WARM_UP_STEPS)
         batch = run.config.train.global_batch_size
     speeds = {name: [batch / seconds for seconds in values] for name, values in found.items()}
     return [Row(name, "images/s", values, None if name == "bare loop" else "bare loop") for name, values in speeds.items()]

@@ -106,7 +106,7 @@ class Comparison:
 
 def replay(run_dir: Path, record: Record, config: Config, first: int, last: int) -> bool:
     """Compute the steps first+1 to last again; return whether everything agrees."""
-    from train import data, loop
+    from train import data, journal, loop
     from train.run import contract, restore, set_up
     from train.step import train_step
     from train.world import World
@@ -133,11 +133,10 @@ def replay(run_dir: Path, record: Record, config: Config, first: int, last: int)
                 problems.append(f"Checkpoint {start[0]} holds other weights than the run saved at step {run.step}.")
         print("".join(f"damaged: {problem}\n" for problem in problems), end="")
         print(f"{run_dir}: steps {first + 1} to {last} on 1 process, from {start[0] if start else 'scratch'}")
-        run.model.train()
         while run.step < last:
             train_step(run)
             loop.close_epoch(run)
-            comparison.step(run, loop.take_fingerprints(run), is_asked=run.step > first)
+            comparison.step(run, journal.encode(run.tables.read(run.step - 1, run.step)), is_asked=run.step > first)
     finally:
         world.close()
     damage = f"; {len(problems)} damaged, see above" if problems else ""

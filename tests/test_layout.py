@@ -16,10 +16,11 @@ LAYERS = [
     {"cli", "rng", "report", "fingerprint", "watchdog"},
     {"augment", "models", "optim", "charts", "mirror"},
     {"world", "checkpoint", "page", "lease", "tracking"},
-    {"data", "reduce", "metrics", "tracer"},
+    {"data", "reduce", "metrics", "tracer", "tables"},
     {"evaluate", "deploy", "image"},
     {"run"},
     {"summary", "step", "alarms", "exhibits"},
+    {"journal", "warmup"},
     {"loop"},
     {"__main__", "export", "predict"},
 ]

@@ -1,7 +1,6 @@
 """train.models: sizes, initial weights from the seed alone, dropout by keys, BatchNorm merged over micro-batches."""
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config import ModelConfig
-from train.models import MODELS, BatchNorm2d, Dropout, build, norms
+from train.models import MODELS, BatchNorm2d, Dropout, build, merge_statistics, norms
 from train.rng import row_keys
 from train.sampler import Sampler, key
-from train.step import _merge_statistics
+from train.step import _shares
 
 CPU = torch.device("cpu")
 
@@ -115,6 +114,11 @@ def test_dropout_is_off_without_keys(name: str) -> None:
     assert not torch.equal(dropping(batch, keys(6)), plain(batch))
 
 
+def merge(norm: BatchNorm2d, means: torch.Tensor, variances: torch.Tensor, counts: list[int], is_sound: bool = True) -> None:
+    shares = torch.tensor(counts, dtype=torch.float32) / sum(counts)
+    merge_statistics([norm], torch.cat((means, variances), dim=1), shares, torch.tensor(is_sound))
+
+
 def test_batch_norm_computes_what_torchs_does() -> None:
     ours, theirs = norm_pair()
     for _ in range(3):
@@ -125,7 +129,7 @@ def test_batch_norm_computes_what_torchs_does() -> None:
         (mine**3).sum().backward()
         (reference**3).sum().backward()
         assert torch.equal(batch.grad, copy.grad)  # type: ignore[arg-type]
-        ours.merge(ours.batch_mean[None], ours.batch_var[None], torch.tensor([8.0]), torch.tensor(True))
+        merge(ours, ours.batch_mean[None], ours.batch_var[None], [8])
     for name in ("running_mean", "running_var"):
         assert torch.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-7)
         getattr(ours, name).copy_(getattr(theirs, name))
@@ -151,7 +155,7 @@ def test_merge_of_micro_batches_equals_the_pooled_statistics(cuts: list[int]) ->
     parts = [part if len(part) else batch[:1] for part in batch.split(cuts)]  # nothing: one example that weighs nothing
     means = torch.stack([part.mean((0, 2, 3)) for part in parts])
     variances = torch.stack([part.var((0, 2, 3), unbiased=False) for part in parts])
-    ours.merge(means, variances, torch.tensor(cuts, dtype=torch.float32), torch.tensor(True))
+    merge(ours, means, variances, cuts)
     mean, variance = batch.mean((0, 2, 3)), batch.var((0, 2, 3), unbiased=False)
     assert torch.allclose(ours.running_mean, start_mean.lerp(mean, 0.1), rtol=1e-5)  # type: ignore[arg-type]
     assert torch.allclose(ours.running_var, start_var.lerp(variance, 0.1), rtol=1e-5)  # type: ignore[arg-type]
@@ -165,9 +169,7 @@ def test_merge_of_what_forward_left_is_close_to_one_big_batch(parts: int) -> Non
     for part in batch.chunk(parts):
         ours(part)
         left.append((ours.batch_mean, ours.batch_var))
-    ours.merge(
-        *(torch.stack(column) for column in zip(*left, strict=True)), torch.full((parts,), 16.0 / parts), torch.tensor(True)
-    )
+    merge(ours, *(torch.stack(column) for column in zip(*left, strict=True)), [16 // parts] * parts)
     theirs(batch)
     bias = parts / (16 * 144)  # the parts' variances are unbiased: each a little larger than its share of the whole
     assert torch.allclose(ours.running_mean, theirs.running_mean, atol=1e-6)  # type: ignore[arg-type]
@@ -183,10 +185,27 @@ def test_cnn_is_the_composition_that_its_docstring_says() -> None:
 
 @pytest.mark.parametrize(("num_examples", "micro_batches"), [(100, 8), (37, 5), (3, 8), (64, 1), (60_000, 7)])
 def test_statistics_weigh_as_the_sampler_cuts(num_examples: int, micro_batches: int) -> None:
-    """A step computes the sizes of its micro-batches on the device; the sampler, which cuts them, on the host."""
-    sampler, found = Sampler(num_examples, 64, micro_batches, 0), []
-    norm = SimpleNamespace(num_features=1, merge=lambda means, variances, counts, is_sound: found.append(counts.tolist()))
+    """A step computes the shares of its micro-batches on the device; the sampler, which cuts them, on the host."""
+    sampler = Sampler(num_examples, 64, micro_batches, 0)
     for step in (0, sampler.steps_per_epoch - 1):
-        _merge_statistics([norm], torch.zeros(micro_batches, 2), sampler, step, torch.tensor(True))
         bounds = [sampler.micro_batch(step, index) for index in range(micro_batches)]
-        assert found.pop() == [stop - start for start, stop in bounds]
+        counts = torch.tensor([float(stop - start) for start, stop in bounds])
+        found = _shares(sampler.batch_rows(step), micro_batches, torch.device("cpu"))
+        assert torch.equal(found, counts / sampler.batch_rows(step))
+
+
+@pytest.mark.parametrize("is_sound", [True, False])
+def test_layers_that_are_merged_together_get_the_bits_of_each_alone(is_sound: bool) -> None:
+    """Also where the statistics are broken: then nothing changes."""
+    together, alone = [[BatchNorm2d(width) for width in (4, 32, 17)] for _ in range(2)]
+    rows, counts = 8, [5, 3, 8, 8, 1, 8, 8, 8]
+    means, variances = ([inputs(rows, width, 1)[:, :, 0, 0].square() for width in (4, 32, 17)] for _ in range(2))
+    if not is_sound:
+        means[1][3, 5] = torch.nan
+    shares = torch.tensor(counts, dtype=torch.float32) / sum(counts)
+    merge_statistics(together, torch.cat([*means, *variances], dim=1), shares, torch.tensor(is_sound))
+    for one, other, mean, variance in zip(together, alone, means, variances, strict=True):
+        merge(other, mean, variance, counts, is_sound)
+        assert torch.equal(one.running_mean, other.running_mean)  # type: ignore[arg-type]
+        assert torch.equal(one.running_var, other.running_var)  # type: ignore[arg-type]
+        assert is_sound != torch.equal(one.running_mean, torch.zeros(len(mean[0])))  # type: ignore[arg-type]

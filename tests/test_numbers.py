@@ -18,6 +18,7 @@ from train.errors import RunError
 from train.run import set_up
 from train.sampler import Sampler
 from train.step import check_numbers, train_step
+from train.tables import StepResult
 from train.world import World
 
 EXACT = (
@@ -100,25 +101,23 @@ def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_s
 
 def looked_at(table: list[list[float]], **config: Any) -> tuple[SimpleNamespace, list[int]]:
     """Let check_numbers look at steps 11, 12, ... whose rows are [is broken, *losses]."""
-    unchecked = [
-        (11 + n, torch.tensor(not is_broken), torch.tensor([[loss, 0.0] for loss in (*losses, 0.0)]))
-        for n, (is_broken, *losses) in enumerate(table)
+    results = [
+        StepResult(11 + n, sum(losses), 1.0, not is_broken, losses, [0.0], 0) for n, (is_broken, *losses) in enumerate(table)
     ]
     sampler = Sampler(100, 8, len(table[0]) - 1, seed=0)
-    run = SimpleNamespace(config=SimpleNamespace(optim=OptimConfig(**config)), unchecked=unchecked, skips=0, sampler=sampler)
-    return run, check_numbers(run)  # type: ignore[arg-type]
+    run = SimpleNamespace(config=SimpleNamespace(optim=OptimConfig(**config)), skips=0, sampler=sampler)
+    return run, check_numbers(run, results)  # type: ignore[arg-type]
 
 
 def test_a_late_look_finds_every_broken_step() -> None:
     """On a GPU the numbers are looked at where the run waits anyway: several steps at once."""
     table = [[0.0, 1.0, 2.0], [1.0, math.nan, 2.0], [0.0, 1.0, 1.0], [1.0, 1.0, math.inf]]
     run, skipped = looked_at(table, nonfinite="skip")
-    assert (skipped, run.skips, run.unchecked) == ([12, 14], 2, [])
+    assert (skipped, run.skips) == ([12, 14], 2)
     with pytest.raises(RunError, match="step 12 is not finite: loss nan in micro-batch 0 of 2"):
         looked_at(table)
     with pytest.raises(RunError, match=r"step 14 is not finite: loss inf in micro-batch 1 of 2.*optim.max_skips 1 were left out"):
         looked_at(table, nonfinite="skip", max_skips=1)
-    assert check_numbers(run) == []  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -142,14 +141,15 @@ def test_steps_that_the_fp16_scaler_leaves_out_are_not_mistaken_for_it(world: Wo
     run = set_up(config, world, data.load(config.data, world))
     overflow = next(run.module.parameters()).register_hook(lambda gradient: gradient * torch.inf)
     before = checkpoint.tensors_sha256(run.module.state_dict())
-    result = train_step(run)
-    assert not torch.isfinite(result.grad_norm)
+    train_step(run)
+    (result,) = run.tables.read(0, 1)
+    assert not math.isfinite(result.grad_norm)
     assert checkpoint.tensors_sha256(run.module.state_dict()) == before
     assert scaler.get_scale() == 2.0**15  # from 2**16
     overflow.remove()
     train_step(run)
     assert checkpoint.tensors_sha256(run.module.state_dict()) != before
-    assert (check_numbers(run), run.skips) == ([], 0)
+    assert (check_numbers(run, run.tables.read(0, 2)), run.skips) == ([], 0)
 
 
 class Said:

@@ -17,7 +17,14 @@ ERASE_SALT, AFFINE_SALT, SHIFT_SALT = 0, 8, 16  # columns of a row's random numb
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
     """Turn images, uint8 or float [B,1,28,28] in 0..255, into inputs, float32 of mean 0 and standard deviation 1."""
-    return (images.to(torch.float32) - mean) * (1.0 / std)
+    return (images - mean) * (1.0 / std)  # uint8 minus a number is float32
+
+
+def lay_out(images: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return images [B,C,H,W] in a memory format. One channel lies the same in both, so that only the strides change."""
+    if images.shape[1] == 1 and memory_format == torch.channels_last:
+        return images.contiguous().view(-1, *images.shape[2:], 1).permute(0, 3, 1, 2)
+    return images.to(memory_format=memory_format)
 
 
 def shift(images: Tensor, keys: Tensor, pixels: int) -> Tensor:

@@ -188,8 +188,8 @@ class TrainConfig:
     """Arithmetic of forward and backward (autocast); weights and the update stay fp32. fp16 needs a GPU."""
     compile: bool = False
     """Compile the model by torch.compile."""
-    cuda_graphs: bool = False
-    """Record the step as CUDA graphs and replay them; the bits are the same. On one GPU without fp16, elsewhere no change."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record the step as a CUDA graph and replay it, on one GPU without fp16; the same bits. auto: off for now."""
     channels_last: bool = True
     """Lay images out with the channel innermost, which convolutions prefer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -197,8 +197,7 @@ class TrainConfig:
     num_threads: int = 0
     """CPU threads of each process; 0: an equal share of the cores (in exact mode 1, since the bits depend on it)."""
     timeout: int = 120
-    """Seconds without any progress after which a rank ends with an error that says who is to blame (600 until the first
-    step is done)."""
+    """Seconds without any progress after which a rank ends with an error that says who is to blame (600 in the warm-up)."""
     profile_steps: str | None = None
     """A:B: write what rank 0 does in the steps after A until B to RUN/trace.json.gz, which ui.perfetto.dev opens."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.augment import normalize
+from train.augment import lay_out, normalize
 from train.data import Data
 from train.models import NUM_CLASSES
 from train.sampler import share
@@ -55,6 +55,14 @@ def predictions_sha256(predictions: Tensor) -> str:
 
 
 @torch.no_grad()
+def predict(model: nn.Module, images: Tensor, data: Data, world: World, memory_format: torch.memory_format) -> Tensor:
+    """Return the logits, float32 [B,K], that an unwrapped model in evaluation mode gives for images uint8 [B,C,H,W]."""
+    with world.accelerator.autocast():
+        logits = model(lay_out(normalize(images, data.mean, data.std), memory_format))
+    return logits.float()
+
+
+@torch.no_grad()
 def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory_format: torch.memory_format) -> Result:
     """Evaluate an unwrapped model on `data.test` in portions of `batch_size` examples.
 
@@ -68,10 +76,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory
     model.eval()
     for portion in range(*share(num_portions, world.world_size, world.rank)):
         rows = slice(portion * batch_size, min((portion + 1) * batch_size, num_examples))
-        inputs = normalize(split.images[rows], data.mean, data.std).to(memory_format=memory_format)
-        with world.accelerator.autocast():
-            logits = model(inputs)
-        logits = logits.float()
+        logits = predict(model, split.images[rows], data, world, memory_format)
         table[0, rows] = logits.argmax(1).double()
         table[1, rows] = F.cross_entropy(logits, split.labels[rows], reduction="none").double()
         table[2, rows] += 1

@@ -6,6 +6,7 @@ Invariant: nothing is rounded, so two computations of a step agree if and only i
 
 import hashlib
 import itertools
+import math
 import struct
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +18,8 @@ Bits = dict[int, str]  # step -> hex
 
 
 def encode(name: str, value: float) -> str:
-    """The bits of a value in hex: 16 digits of a loss, 8 of a gradient norm."""
+    """The bits of a value in hex: 16 digits of a loss, 8 of a gradient norm. A NaN has one kind of bits, whoever made it."""
+    value = math.nan if math.isnan(value) else value
     return struct.pack(FORMATS[name], value).hex()
 
 

@@ -5,28 +5,27 @@ the world size never enter it. `step` counts finished updates and is the only cl
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import safetensors.torch
-import torch
-from torch import Tensor
 
 from train import checkpoint, data, exhibits, fingerprint, preempt
 from train.alarms import Alarms
 from train.config import Config
 from train.errors import RunError, UserError
 from train.evaluate import Result, evaluate
+from train.journal import Journal
 from train.lease import Lease
 from train.metrics import Metrics, read_rows
 from train.run import Ledger, Run, is_due, make_state, restore, set_up
 from train.sampler import expected_ledger
-from train.step import StepResult, check_numbers, train_step
+from train.step import train_step
 from train.summary import arithmetic, headline, phases, read_finished, summarize
 from train.tracer import Tracer
+from train.warmup import warm_up
 from train.watchdog import Watchdog
 from train.world import World, is_restart
 
@@ -54,20 +53,6 @@ def close_epoch(run: Run) -> None:
     run.ledger, run.closed_epoch = Ledger(), {"step": run.step, "sum": f"{found[0]:016x}", "count": found[1]}
 
 
-def take_fingerprints(run: Run) -> dict[str, list[str]]:
-    """Return and forget the bits of the steps since the last call, at least one. A host-device sync: call it where one is due."""
-    columns = {"loss": [loss for loss, _ in run.fingerprints], "grad_norm": [norm for _, norm in run.fingerprints]}
-    run.fingerprints.clear()
-    return {name: [fingerprint.encode(name, value) for value in torch.stack(columns[name]).tolist()] for name in columns}
-
-
-def record_fingerprints(run: Run, metrics: Metrics) -> None:
-    """Write the row of the steps since the last such row; in exact mode only."""
-    if run.fingerprints:
-        first = run.step - len(run.fingerprints) + 1
-        metrics.record("fingerprint", run.step, first=first, **take_fingerprints(run))
-
-
 def main_writes(world: World, place: Path, kind: type[UserError | RunError], action: Callable[[], T]) -> T | None:
     """Let rank 0 write in `place`; raise `kind` on every rank if the disk refuses. Collective: every rank must call it."""
     result, error = None, None
@@ -92,14 +77,14 @@ def take_lease(run_dir: Path, world: World) -> Lease:
     return lease
 
 
-def save(run: Run, lease: Lease, metrics: Metrics, *, must: bool) -> None:
+def save(run: Run, lease: Lease, metrics: Metrics, journal: Journal, *, required: bool) -> None:
     """Write a checkpoint of the current step and prune old ones. Collective: every rank must call it.
 
     The rows come first: a resume keeps the rows up to its checkpoint's step, so whole stretches must end there. A disk that
-    fails costs this checkpoint, not the run; but a run that leaves `must` save, or it raises RunError.
+    fails costs this checkpoint, not the run; with `required` (the last step, or a signal) it raises RunError.
     """
     run.world.clock.enter("save")
-    record_fingerprints(run, metrics)
+    journal.record_fingerprints()
     state = make_state(run)
 
     def write() -> None:
@@ -114,7 +99,7 @@ def save(run: Run, lease: Lease, metrics: Metrics, *, must: bool) -> None:
             metrics.record("save_failed", run.step, error=str(error.strerror))
             raise
 
-    if must:
+    if required:
         main_writes(run.world, lease.checkpoints, RunError, write)
     elif run.world.is_main:
         try:
@@ -148,63 +133,7 @@ def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: 
     return (source, checkpoint.decode(received)) if source else None
 
 
-class Stopwatch:
-    """Adds up the seconds spent in steps; synchronizes the device at both ends."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.started = run, time.perf_counter()
-
-    def start(self) -> None:
-        """Begin a stretch of steps."""
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        """End a stretch of steps and enter it in the run."""
-        if self.run.world.device.type == "cuda":
-            torch.cuda.synchronize(self.run.world.device)  # a host-device sync, once per row of the log
-        now = time.perf_counter()
-        self.run.train_seconds += now - self.started
-        self.run.life_seconds += now - self.started
-        self.started = now
-
-
-def check(run: Run, metrics: Metrics) -> None:
-    """Look whether the steps since the last look were computed with finite numbers; stop, or write down what was left out."""
-    try:
-        skipped = check_numbers(run)
-    except RunError:
-        record_fingerprints(run, metrics)  # they say at which step it went wrong
-        raise
-    for step in skipped:
-        metrics.say(f"warning: step {step} gave numbers that are not finite: no update ({run.skips} left out so far).")
-        metrics.record("skipped", step, skips=run.skips)
-
-
-def log_step(run: Run, result: StepResult, metrics: Metrics, alarms: Alarms, notes: list[Tensor]) -> None:
-    """Write the row of the step that just ended."""
-    per_second = run.life_examples / max(run.life_seconds, 1e-9)
-    steps_left = run.total_steps - run.step
-    record_fingerprints(run, metrics)
-    rank_seconds = torch.stack(notes)[:, : run.world.world_size, 1]
-    loss, norm = float(result.loss), float(result.grad_norm)
-    is_finite = math.isfinite(loss)
-    if is_finite:
-        alarms.loss(run.step, loss)
-    metrics.record(
-        "train",
-        run.step,
-        epoch=run.step / run.sampler.steps_per_epoch,
-        loss=loss if is_finite else None,  # a step that was left out
-        lr=result.lr,
-        grad_norm=norm if math.isfinite(norm) else None,  # fp16 overflows while it finds its scale
-        rank_seconds=alarms.ranks(run.step, rank_seconds.tolist()),
-        images_per_second=round(per_second, 1),
-        train_seconds=round(run.train_seconds, 4),
-        seconds_left=round(steps_left * run.sampler.global_batch_size / per_second, 1),
-    )
-
-
-def finish_step(run: Run, metrics: Metrics, lease: Lease, *, leaving: bool) -> dict[str, Result] | None:
+def finish_step(run: Run, metrics: Metrics, lease: Lease, journal: Journal, *, must_stop: bool) -> dict[str, Result] | None:
     """Evaluate and save if that is due after the step that just ended. Collective: every rank must call it."""
     close_epoch(run)
     results, improved = None, False
@@ -218,8 +147,8 @@ def finish_step(run: Run, metrics: Metrics, lease: Lease, *, leaving: bool) -> d
         improved = run.best is None or accuracy > run.best["accuracy"]
         if improved:
             run.best = {"step": run.step, "accuracy": accuracy}
-    if improved or leaving or is_due(run, run.config.checkpoint.every_steps, run.step):
-        save(run, lease, metrics, must=leaving or run.step == run.total_steps)
+    if improved or must_stop or is_due(run, run.config.checkpoint.every_steps, run.step):
+        save(run, lease, metrics, journal, required=must_stop or run.step == run.total_steps)
     return results
 
 
@@ -251,6 +180,8 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         if finished:
             metrics.say("This run is finished; nothing to do.")
             return "finished", finished
+        warm_up(run, metrics.say)
+        world.set_timeout(config.train.timeout)
         outcome, results = run_steps(run, metrics, lease, Alarms(config.log, metrics, rows))
         world.clock.enter("finish")
         if outcome == "finished" and results is None:  # killed between the last save and the summary
@@ -280,42 +211,31 @@ def write_results(run: Run, lease: Lease, results: dict[str, Result] | None, sum
 
 def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple[str, dict[str, Result] | None]:
     """Step until the end, or until a signal has reached any rank -> (outcome, results of the last step's evaluation)."""
-    results, clock = None, run.world.clock
-    notes: list[Tensor] = []  # of the steps since the last row
-    watch, tracer = Stopwatch(run), Tracer(run.config.train, lease, is_main=run.world.is_main)
-    run.model.train()
-    first = run.step
+    results, config, clock = None, run.config, run.world.clock
+    journal, tracer = Journal(run, metrics, alarms), Tracer(config.train, lease, is_main=run.world.is_main)
+    on_gpu = run.world.device.type == "cuda"
     while run.step < run.total_steps:
         if tracer.wants(run.step):
-            watch.stop()
+            journal.pause()
             tracer.start(run.step)
-            watch.start()
-        result = train_step(run)
-        if run.step == first + 1:
-            run.world.set_timeout(run.config.train.timeout)
+            journal.resume()
+        train_step(run)
         clock.enter("log")
-        notes.append(result.notes)
-        logs = is_due(run, run.config.log.every_steps, run.step)
-        due = is_due(run, run.config.eval.every_steps, run.step) or is_due(run, run.config.checkpoint.every_steps, run.step)
-        due |= run.step % run.sampler.steps_per_epoch == 0
-        # Reading numbers waits for the device: on a GPU only in steps that wait anyway, the same on all ranks.
-        looks = logs or due or run.world.device.type == "cpu"
-        if looks:
-            check(run, metrics)
-        leaving = looks and float(result.stops) > 0
-        if tracer.ends(run.step, leaving or run.step == run.total_steps):
-            watch.stop()
+        should_log = is_due(run, config.log.every_steps, run.step)
+        should_wait = is_due(run, config.eval.every_steps, run.step) or is_due(run, config.checkpoint.every_steps, run.step)
+        should_wait |= run.step == run.tables.stop  # of the stretch, and of an epoch: the next step overwrites its numbers
+        must_stop = False
+        if should_log or should_wait or not on_gpu:  # reading numbers waits for a GPU: only where a step waits anyway
+            must_stop = journal.look(is_logged=should_log, wait=should_wait or not on_gpu)
+        if tracer.ends(run.step, must_stop or run.step == run.total_steps):
+            journal.pause()
             metrics.say(tracer.write(run.step))
-            watch.start()
-        if logs:
-            watch.stop()
-            log_step(run, result, metrics, alarms, notes)
-            notes.clear()
-        if due or leaving:
-            watch.stop()
-            results = finish_step(run, metrics, lease, leaving=leaving)
-            watch.start()
-        if leaving and run.step < run.total_steps:
+            journal.resume()
+        if should_wait or must_stop:
+            journal.pause()
+            results = finish_step(run, metrics, lease, journal, must_stop=must_stop)
+            journal.resume()
+        if must_stop and run.step < run.total_steps:
             metrics.record("preempted", run.step, signal=preempt.requested() or "a signal to another rank")
             return "preempted", None
     return "finished", results

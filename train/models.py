@@ -5,6 +5,7 @@ Everything random in a forward pass comes in through `keys`, one per example, an
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm (Ioffe and Szegedy, 2015) that leaves a training pass's statistics aside instead of averaging them in.
 
     A training forward normalizes by its own micro-batch and stores mean and unbiased variance, float32 [C] each, in
-    `batch_mean` and `batch_var`. `merge` updates the running ones once per step: on any world size the same.
+    `batch_mean` and `batch_var`. `merge_statistics` updates the running ones once per step: on any world size the same.
     """
 
     batch_mean: Tensor
@@ -52,25 +53,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Normalize float [B,C,H,W] by the micro-batch's statistics in training, by the running ones otherwise."""
         if not self.training:
             return super().forward(input)
-        self.batch_mean, self.batch_var = torch.zeros_like(self.batch_mean), torch.ones_like(self.batch_var)
+        self.batch_mean, self.batch_var = torch.zeros(2, self.num_features, device=self.batch_mean.device)
         return F.batch_norm(input, self.batch_mean, self.batch_var, self.weight, self.bias, True, 1.0, self.eps)
-
-    def merge(self, means: Tensor, variances: Tensor, counts: Tensor, is_sound: Tensor) -> None:
-        """Update the running statistics from M micro-batches: means, variances float32 [M,C], counts float32 [M].
-
-        They stay as they are where `is_sound`, bool [], is false.
-
-        The variance of the union is the mean of the variances plus the variance of the means (exactly so for biased
-        variances; for the unbiased ones up to a share of M / (B * H * W)).
-        """
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.momentum is not None
-        weights = (counts / counts.sum())[:, None]
-        mean = (weights * means).sum(0)
-        variance = (weights * (variances + (means - mean) ** 2)).sum(0)
-        self.running_mean.lerp_(torch.where(is_sound, mean, self.running_mean), self.momentum)
-        self.running_var.lerp_(torch.where(is_sound, variance, self.running_var), self.momentum)
 
 
 class Cnn(nn.Module):
@@ -145,3 +129,24 @@ def build(config: ModelConfig, seed: int) -> nn.Module:
 def norms(model: nn.Module) -> list[BatchNorm2d]:
     """The model's BatchNorm layers, in a fixed order."""
     return [module for module in model.modules() if isinstance(module, BatchNorm2d)]
+
+
+def merge_statistics(norms: list[BatchNorm2d], found: Tensor, shares: Tensor, is_sound: Tensor) -> None:
+    """Update the running statistics of all layers from M micro-batches.
+
+    `found` is float32 [M, 2 * channels]: the means of all layers, then their variances; `shares` float32 [M]: of the examples.
+    They stay as they are where `is_sound`, bool [], is false. The variance of the union is the mean of the variances plus the
+    variance of the means (exactly so for biased variances; for the unbiased ones up to a share of M / (B * H * W)).
+    """
+    widths = [norm.num_features for norm in norms]
+    running: list[Any] = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+
+    def sum_rows(values: Tensor) -> Tensor:  # layer by layer: the order of addition may depend on how wide a tensor is
+        return torch.cat([layer.sum(0) for layer in values.split(widths, dim=1)])
+
+    means, variances = found.chunk(2, dim=1)
+    mean = sum_rows(shares[:, None] * means)
+    variance = sum_rows(shares[:, None] * (variances + (means - mean) ** 2))
+    merged = torch.where(is_sound, torch.cat((mean, variance)), torch.cat(running))
+    momentum: Any = norms[0].momentum
+    torch._foreach_lerp_(running, merged.split(widths * 2), momentum)

@@ -5,12 +5,15 @@ Deliberately not here: a scheduler object. `lr(step)` has no state, so a resume 
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from train.config import OptimConfig
+
+ALIGNMENT = 16  # bytes that a vector load of CUDA's kernels takes
 
 
 def lr(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -32,15 +35,6 @@ def lr(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * falling)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups: a number, or on a GPU the value of a tensor, which a CUDA graph can read."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
 def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer with two groups: tensors of two and more dimensions decay, biases and norms do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -48,9 +42,10 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if parameters[0].is_cuda:
+    if parameters[0].device.type != "cpu":
         for group in groups:
-            group["lr"] = torch.tensor(config.lr, device=parameters[0].device)
+            group["capturable"] = True  # AdamW can be recorded as a CUDA graph; its bits are the same, and so are SGD's
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     if config.name == "sgd":
         nesterov = config.momentum > 0
         sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
@@ -72,6 +67,18 @@ class Ema:
         """Move the average by 1 - decay towards `model`'s weights."""
         average, current = (list(m.state_dict().values()) for m in (self.model, model))
         torch._foreach_lerp_(average, current, 1 - self.decay)
+
+
+def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Move the gradients to tensors of their own if one lies at an odd address, as most do in DDP's buckets.
+
+    CUDA kernels take another path where an address is no multiple of 16 bytes, and those that reduce then add up in
+    another order. One process has no buckets, so the norm and the clipped weights would differ between 1 and 2 GPUs.
+    """
+    gradients = {p: p.grad for p in parameters if p.grad is not None}
+    if any(gradient.data_ptr() % ALIGNMENT for gradient in gradients.values()):
+        for parameter, copy in zip(gradients, torch._foreach_mul(list(gradients.values()), 1.0), strict=True):
+            parameter.grad = copy
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

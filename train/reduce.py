@@ -88,6 +88,8 @@ class ExactTree:
     @contextmanager
     def micro_batch(self, index: int, own: range) -> Iterator[None]:
         """Run one forward and backward inside. Collective in a rank's last micro-batch: every rank must call it."""
+        if index == own[0]:
+            self.stack.clear()  # of a step that was given up halfway
         if index == own[-1] and self.world.world_size > 1:
             yield
             self.stack.clear()

@@ -5,7 +5,7 @@ Invariant: what a checkpoint holds, together with the config and the data, decid
 
 import math
 import platform
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -13,17 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from train import checkpoint, data, models, optim
 from train.config import Config
 from train.errors import UserError
-from train.graphs import Graphs
+from train.graphs import leave_default_stream
 from train.mathematics import differences, mathematics
 from train.reduce import Allreduce, ExactTree
 from train.sampler import Sampler, ledger_sum
+from train.tables import StepTables
 from train.world import World
 
+RECORDED_BY_DEFAULT = False  # train.cuda_graphs auto; until a real card has shown the same bits and more speed (docs/gpu.md)
 MOST_PENDING = 64  # steps whose examples wait to be entered in the ledger's sum
 
 
@@ -71,17 +73,18 @@ class Run:
     ema: optim.Ema | None
     reducer: Allreduce | ExactTree
     memory_format: torch.memory_format
-    graphs: Graphs | None  # None: steps start their kernels one by one
+    tables: StepTables  # what steps read and write on the device
+    is_recorded: bool  # whether `warm_up` records the step as a CUDA graph
+    replay: Callable[[], object] | None = None  # the recorded step; None: a step starts its kernels one by one
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     closed_epoch: dict[str, Any] | None = None  # {"step", "sum", "count"} of the ledger of the last whole epoch
-    fingerprints: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, gradient norm) not yet written
-    unchecked: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # (step, is sound, notes) not yet looked at
     skips: int = 0  # updates left out because of numbers that are not finite
     best: dict[str, Any] | None = None  # {"step", "accuracy"} of the best evaluation so far
     train_seconds: float = 0.0  # in steps, over all lives that reached a checkpoint
     life_seconds: float = 0.0  # in steps, since this process started
     life_examples: int = 0
+    warm_up_seconds: float = 0.0  # of this process, before its first step
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -131,14 +134,28 @@ def set_up(config: Config, world: World, source: data.Data) -> Run:
     own = [sampler.own_micro_batches(rank, world.world_size) for rank in range(world.world_size)]
     reducer = ExactTree(model, world, micro_batches, own) if config.train.exact else Allreduce(model, world)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch
-    # the exchange of several ranks and fp16's scaler wait for the host, in the middle of a step
-    has_graphs = world.device.type == "cuda" and world.world_size == 1 and world.accelerator.scaler is None
-    graphs = Graphs.open(world.device) if config.train.cuda_graphs and has_graphs else None
-    if graphs is not None:
-        for group in optimizer.param_groups:
-            group["capturable"] = True  # else AdamW refuses; it warns in the first steps, which are not recorded yet
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-    return Run(config, world, source, sampler, total_steps, model, module, optimizer, ema, reducer, memory_format, graphs)
+    num_channels = sum(norm.num_features for norm in models.norms(module))
+    tables = StepTables(config, sampler, total_steps, num_channels, world.rank, world.world_size, world.device)
+    tables.has_scaler = world.accelerator.scaler is not None
+    if world.device.type != "cpu":
+        tables.hold_lr(optimizer)
+    is_wanted = config.train.cuda_graphs == "on" or (config.train.cuda_graphs == "auto" and RECORDED_BY_DEFAULT)
+    is_recorded = is_wanted and not unrecordable(world)
+    if is_recorded:
+        leave_default_stream(world.device)
+    model.train()
+    return Run(
+        config, world, source, sampler, total_steps, model, module, optimizer, ema, reducer, memory_format, tables, is_recorded
+    )
+
+
+def unrecordable(world: World) -> str:
+    """Say why a step cannot be recorded as a CUDA graph here; "" where it can."""
+    if world.device.type != "cuda":
+        return "no GPU"
+    if world.world_size > 1:
+        return f"{world.world_size} processes, which exchange gradients in the middle of a step"
+    return "fp16, whose scaler waits for the GPU" if world.accelerator.scaler is not None else ""
 
 
 def is_due(run: Run, every_steps: int, step: int) -> bool:

@@ -90,6 +90,10 @@ class Sampler:
         start = step % self.steps_per_epoch * self.global_batch_size
         return min(self.global_batch_size, self.num_examples - start)
 
+    def is_whole(self, step: int) -> bool:
+        """Whether the global batch of `step` has its full size, as all but an epoch's last one do."""
+        return self.batch_rows(step) == self.global_batch_size
+
     def micro_batch(self, step: int, index: int) -> tuple[int, int]:
         """Return the rows [start, stop) of the global batch that are micro-batch `index`; none in a tiny last batch."""
         return share(self.batch_rows(step), self.micro_batches, index)

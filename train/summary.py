@@ -13,7 +13,7 @@ from train import checkpoint
 from train.clock import PHASES
 from train.evaluate import Result
 from train.mathematics import mathematics
-from train.run import Run, contract
+from train.run import Run, contract, unrecordable
 from train.world import World
 
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "safetensors")
@@ -37,7 +37,10 @@ def arithmetic(run: Run) -> str:
 def headline(run: Run, run_dir: Path, resumed_from: str | None) -> str:
     """Which run this is and where it goes on, in one line."""
     origin = f"resumed from {resumed_from}" if resumed_from else "a new run"
-    mode = f"{run.config.train.precision}{', exact' if run.config.train.exact else ''}{', CUDA graphs' if run.graphs else ''}"
+    recording = ", CUDA graph" if run.is_recorded else ""
+    if run.config.train.cuda_graphs == "on" and not run.is_recorded:
+        recording = f", no CUDA graph ({unrecordable(run.world)})"
+    mode = f"{run.config.train.precision}{', exact' if run.config.train.exact else ''}{recording}"
     ranks = f"{run.world.world_size} process(es) on {run.world.device.type}"
     return f"{run_dir}: {origin}, step {run.step} of {run.total_steps}, {ranks}, {mode}"
 
@@ -66,6 +69,7 @@ def summarize(run: Run, outcome: str, results: dict[str, Result], wall_seconds: 
         "world_size": run.world.world_size,
         "weights_sha256": checkpoint.tensors_sha256(run.module.state_dict()),
         "train_seconds": round(run.train_seconds, 3),
+        "warm_up_seconds": round(run.warm_up_seconds, 3),
         "wall_seconds": round(wall_seconds, 3),
         "images_per_second": round(run.life_examples / run.life_seconds, 1) if run.life_seconds else None,
         "best": run.best,

@@ -260,6 +260,13 @@ class World:
             set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
             set_timeout(timedelta(seconds=seconds + BACKSTOP_SECONDS))
 
+    def wait(self, event: torch.cuda.Event | None = None) -> None:
+        """PLACEHOLDER"""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
     def sum_(self, values: Tensor) -> Tensor:
         """Add `values` over all ranks, in place; int64 sums wrap. Collective: every rank must call it."""
         if self.world_size > 1:

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 
+import train.journal
 import train.loop
 import train.run
 import train.step
 from ranks import mutants
 from train import checkpoint
+from train.sampler import Sampler
 
 RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
 
@@ -35,9 +36,9 @@ def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
     own_rows, inner = train.step._own_rows, train.step.augment
     steps = [0]
 
-    def here(run: train.run.Run, rows: torch.Tensor, keys: torch.Tensor | None) -> Any:
-        steps.append(run.step + 1)
-        return own_rows(run, rows, keys)
+    def here(run: train.run.Run, step: int) -> Any:
+        steps.append(step + 1)
+        return own_rows(run, step)
 
     def augment(*arguments: Any) -> torch.Tensor:
         if steps[-1] == STEP and rank in (None, RANK):
@@ -155,11 +156,11 @@ def nobody_and_slow() -> None:
 
 # One sleep for each phase, in a function that belongs to it; what was really slept is written down.
 PLACES: dict[str, tuple[Any, str]] = {
-    "data": (train.step.Sampler, "examples"),
+    "data": (Sampler, "rank_examples"),
     "augment": (train.step, "augment"),
-    "forward_backward": (accelerate.Accelerator, "backward"),
-    "optimizer": (train.step.optim, "lr"),
-    "log": (train.loop, "log_step"),
+    "forward_backward": (train.step, "_micro_batch_loss"),
+    "optimizer": (train.step.optim, "grad_norm"),
+    "log": (train.journal.Journal, "_log"),
     "evaluate": (train.loop, "evaluate"),
     "save": (checkpoint, "write"),
 }
@@ -181,3 +182,14 @@ def sleeps() -> None:
         return inner(*arguments, **options)
 
     setattr(home, name, slow)
+
+
+def slow_first_call() -> None:
+    """The first batch that is augmented costs half a second: a library that is loaded and plans."""
+    inner, calls = train.step.augment, []
+
+    def augment(*arguments: Any) -> torch.Tensor:
+        calls.append(time.sleep(0.0 if calls else 0.5))  # type: ignore[func-returns-value]
+        return inner(*arguments)
+
+    train.step.augment = augment

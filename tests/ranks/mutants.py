@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ import train.run
 import train.step
 from launch.laws import BATCH
 from train import checkpoint, optim, rng
-from train.models import BatchNorm2d, Dropout
+from train.models import Dropout
 from train.reduce import Allreduce, ExactTree
 from train.sampler import Sampler, share
 
@@ -148,25 +147,23 @@ def mean_of_means() -> None:
 
 def rank_local_statistics() -> None:
     """BatchNorm averages in only what this rank has seen: DDP without SyncBatchNorm, of which rank 0's are saved."""
-    merge = BatchNorm2d.merge
+    merge = train.models.merge_statistics
 
-    def local(self: BatchNorm2d, means: Tensor, variances: Tensor, counts: Tensor, is_sound: Tensor) -> None:
-        own = slice(*share(len(means), WORLD_SIZE, RANK))
-        merge(self, means[own], variances[own], counts[own], is_sound)
+    def local(norms: Any, found: Tensor, shares: Tensor, is_sound: Tensor) -> None:
+        own = slice(*share(len(found), WORLD_SIZE, RANK))
+        merge(norms, found[own], shares[own] / shares[own].sum(), is_sound)
 
-    BatchNorm2d.merge = local  # type: ignore[method-assign]
+    train.models.merge_statistics = local
 
 
 def clip_by_shard() -> None:
     """Each rank clips by the norm of its own part: torch's clip_grad_norm_ on sharded parameters (FSDP)."""
 
-    def clip(self: accelerate.Accelerator, parameters: list[Tensor], max_norm: float) -> Tensor:
+    def norm_of_own(parameters: list[Tensor]) -> Tensor:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients[RANK::WORLD_SIZE])
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
+        return torch.nn.utils.get_total_norm(gradients[RANK::WORLD_SIZE])
 
-    accelerate.Accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
+    optim.grad_norm = norm_of_own  # type: ignore[assignment]
 
 
 def lr_times_world() -> None:
@@ -293,11 +290,8 @@ def slow_steps() -> None:
     """Each step takes 20 ms more."""
     import time
 
-    def examples(self: Sampler, step: int, start: int, stop: int) -> np.ndarray:
-        time.sleep(0.02)
-        return _examples(self, step, start, stop)
-
-    Sampler.examples = examples  # type: ignore[method-assign]
+    train_step = train.loop.train_step
+    train.loop.train_step = lambda run: (time.sleep(0.02), train_step(run))[1]  # type: ignore[func-returns-value]
 
 
 def other_pixel() -> None:

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     step_as_it_is = train.loop.train_step
     seen = False
 
-    def train_step(run: Run) -> train.loop.StepResult:
+    def train_step(run: Run) -> None:
         nonlocal seen
         if not seen:
             seen = True
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
             time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
         if run.step == int(os.environ.get("POISON_STEP", "-1")):
             os._exit(9)
-        return step_as_it_is(run)
+        step_as_it_is(run)
 
     train.loop.train_step = train_step
     return train.__main__.main(argv)
