@@ -1,0 +1,52 @@
+"""A rank that makes three steps under DDP and prints which operations of the update got a gradient at an odd address."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train.step
+from train import data, optim
+from train.cli import parse
+from train.run import set_up
+from train.world import World
+
+ELEMENTWISE = ("_foreach_mul.Scalar",)  # may look at an address: no element depends on another one
+
+
+class Addresses(TorchDispatchMode):
+    """Writes down the operations on gradients, and those of them that got one at an address that is no multiple of 16."""
+
+    def __init__(self, sizes: set[torch.Size]) -> None:
+        super().__init__()
+        self.sizes, self.operations, self.odd = sizes, 0, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [each for each in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor.size() in self.sizes]
+        self.operations += bool(addresses)
+        if any(address % optim.ALIGNMENT for address in addresses) and str(func).removeprefix("aten.") not in ELEMENTWISE:
+            self.odd.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def main(argv: list[str]) -> int:
+    config = parse(argv)
+    world = World.open(config.train)
+    try:
+        run = set_up(config, world, data.load(config.data, world))
+        update, found = train.step._update, []
+
+        def watched(*arguments: Any) -> None:
+            misplaced = sum(p.grad.data_ptr() % optim.ALIGNMENT > 0 for p in run.parameters)
+            with Addresses({p.size() for p in run.parameters}) as seen:
+                update(*arguments)
+            found.append({"odd in buckets": misplaced, "operations": seen.operations, "odd operations": seen.odd})
+
+        train.step._update = watched
+        for _ in range(3):
+            train.step.train_step(run)
+        print(found)
+    finally:
+        world.close()
+    return 0
