@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +64,13 @@ def gpu_names() -> list[str]:
 def facts(argv: list[str], repeats: int) -> dict[str, Any]:
     """What the figures depend on."""
     from train.summary import git_commit
+    from train.versions import versions
 
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "accelerate", "lightning", "lockstep"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), **versions("torch", "accelerate", "lightning", "lockstep")}
     command = shlex.join(["python", "-m", "launch", "bench", *argv])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": cpu_name(), "cores": cores, "gpus": gpu_names(), "n": repeats, "versions": versions, "commit": git_commit(),
+        "cpu": cpu_name(), "cores": cores, "gpus": gpu_names(), "n": repeats, "versions": found, "commit": git_commit(),
         "command": command,
     }  # fmt: skip
 

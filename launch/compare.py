@@ -7,12 +7,11 @@ evaluation and weights. A run in exact mode recorded every step, one in fast mod
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train import fingerprint, report
 from train.cli import Parser
 from train.errors import UserError
-from train.mathematics import differences, mathematics
+from train.mathematics import contract_differences, differences, mathematics
 from train.report import Record
 
 STEP_EVENTS = ("train", "eval", "fingerprint", "saved")
@@ -97,12 +96,6 @@ def line_of_end(first: Computed, second: Computed) -> tuple[str, bool]:
     return f"they differ after step {first.last_step}: {apart(mine, theirs)}", False
 
 
-def flat_contract(record: Record) -> dict[str, Any]:
-    """What the run says of its machine: device, threads, versions."""
-    contract = dict(record.summary.get("contract", {}))
-    return contract | contract.pop("versions", {})
-
-
 def heading(record: Record, end: Computed) -> str:
     """Which run it is, in one line."""
     sizes = [str(row["world_size"]) for row in record.rows if row["event"] == "start" and "world_size" in row]
@@ -124,11 +117,11 @@ def compare(records: list[Record]) -> bool:
     print(f"A  {heading(records[0], first)}\nB  {heading(records[1], second)}")
     sources = [record.data.get("sha256") for record in records]
     data = "the same" if sources[0] == sources[1] else f"A and B differ: {sources[0]} and {sources[1]}"
-    contracts = [flat_contract(record) for record in records]
+    contracts = [record.summary.get("contract", {}) for record in records]
     series, agreed = lines_of_series(first, second)
     end, same_end = line_of_end(first, second)
     lines = [("config", line_of_config(records)), ("data", data if all(sources) else "not recorded by both")]
-    lines += [("contract", ", ".join(differences(*contracts)) or "the same")] if all(contracts) else []
+    lines += [("contract", ", ".join(contract_differences(*contracts)) or "the same")] if all(contracts) else []
     lines += [*series, ("last common step", str(min(first.last_step, second.last_step))), ("final weights", end)]
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:{width}}  {text}" for name, text in lines))

@@ -11,7 +11,7 @@ from train import fingerprint, report
 from train.cli import Parser, parse
 from train.config import Config, read_steps
 from train.errors import UserError
-from train.mathematics import differences, mathematics
+from train.mathematics import contract_differences, differences, mathematics
 from train.report import Record
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def replay(run_dir: Path, record: Record, config: Config, first: int, last: int)
         check_claims(config, source.sha256, claims, run_dir)
         if (started := record.data.get("sha256", source.sha256)) != source.sha256:
             raise UserError(f"The data are not the run's: SHA-256 {started[:12]} -> {source.sha256[:12]} ({source.name}).")
-        if claims and (changed := differences(claims[-1][1]["contract"], contract(world))):
+        if claims and (changed := contract_differences(claims[-1][1]["contract"], contract(world))):
             print(f"The bits may differ: {', '.join(changed)}.")
         run = set_up(config, world, source)
         if start:

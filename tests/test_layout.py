@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # A module may import from the rows above its own only.
 LAYERS = [
-    {"errors", "sampler", "preempt", "clock", "labels", "graphs"},
+    {"errors", "sampler", "preempt", "clock", "labels", "graphs", "meter", "versions"},
     {"yamlfile"},
     {"config"},
     {"mathematics"},
@@ -85,7 +85,13 @@ def test_train_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("package", "homes"),
-    [("torch.distributed", {"world", "reduce"}), ("accelerate", {"world"}), ("wandb", {"mirror"}), ("jsonargparse", {"cli"})],
+    [
+        ("torch.distributed", {"world", "reduce"}),
+        ("accelerate", {"world"}),
+        ("wandb", {"mirror"}),
+        ("jsonargparse", {"cli"}),
+        ("importlib.metadata", {"versions"}),  # elsewhere a package without metadata would end a run
+    ],
 )
 def test_package_is_imported_at_its_home_only(package: str, homes: set[str]) -> None:
     assert {path.stem for path in TRAIN if loads(every_import(path), package)} == homes
@@ -118,7 +124,7 @@ def test_models_know_nothing_of_ranks() -> None:
 
 LIGHT_STEMS = (
     "errors yamlfile config labels mathematics cli world preempt report charts page fingerprint clock watchdog mirror tracking "
-    "lease __main__"
+    "lease versions __main__"
 )
 LIGHT = [ROOT / "train" / f"{stem}.py" for stem in LIGHT_STEMS.split()]
 

@@ -23,7 +23,7 @@ from train.config import Config
 from train.deploy import SUFFIXES, Deployed
 from train.errors import UserError
 from train.evaluate import Result, evaluate, predictions_sha256
-from train.mathematics import differences
+from train.mathematics import contract_differences
 from train.run import contract
 from train.summary import git_commit
 from train.world import World
@@ -107,7 +107,7 @@ def check_checkpoint(found: Result, deployed: Deployed, record: report.Record, s
     for claim, here, source in claims:
         if claim != here:
             message = f"Step {facts.step} predicts other than its run did: {here[:12]}, {source} says {claim[:12]}"
-            if changed := differences(summary.get("contract", {}), contract(world)):
+            if changed := contract_differences(summary.get("contract", {}), contract(world)):
                 return f"{message}. Close calls may flip on another machine: {', '.join(changed)}."
             raise Mismatch(f"{message}. Nothing was exported.")
     return None

@@ -33,3 +33,13 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What differs between two flat mappings, as `name before -> after`."""
     names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     return [f"{name} {before.get(name)!r} -> {after.get(name)!r}" for name in names]
+
+
+def contract_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs between two runs' contracts, as `name before -> after`.
+
+    A name that only one of them has does not count: older versions of this program recorded fewer.
+    """
+    first, second = ({**contract, **contract.get("versions", {})} for contract in (before, after))
+    common = (first.keys() & second.keys()) - {"versions"}
+    return differences({name: first[name] for name in common}, {name: second[name] for name in common})

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,11 @@ from train import checkpoint, data, models, optim
 from train.config import Config
 from train.errors import UserError
 from train.graphs import leave_default_stream
-from train.mathematics import differences, mathematics
+from train.mathematics import contract_differences, differences, mathematics
 from train.reduce import Allreduce, ExactTree
 from train.sampler import Sampler, ledger_sum
 from train.tables import StepTables
+from train.versions import versions
 from train.world import World
 
 RECORDED_BY_DEFAULT = False  # train.cuda_graphs auto; until a real card has shown the same bits and more speed (docs/gpu.md)
@@ -165,10 +165,12 @@ def is_due(run: Run, every_steps: int, step: int) -> bool:
 
 def contract(world: World) -> dict[str, Any]:
     """What must stay the same, beside config and data, for the bits to stay the same (docs/exactness.md)."""
+    on_gpu = world.device.type == "cuda"
+    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_gpu else {}
     return {
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
-        "num_threads": world.num_threads if world.device.type == "cpu" else None,
-        "versions": {name: version(name) for name in ("torch", "accelerate")},
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+        "num_threads": None if on_gpu else world.num_threads,
+        "versions": versions("torch", "accelerate") | libraries,
     }
 
 
@@ -229,5 +231,5 @@ def _restore(run: Run, state: checkpoint.State, source: str) -> list[str]:
     ledger = Ledger(int(meta["ledger"]["sum"]), int(meta["ledger"]["count"]))
     if run.world.is_main:  # the ledger's sum so far counts once over all ranks
         run.ledger = ledger
-    differs = differences(meta["contract"], contract(run.world))
+    differs = contract_differences(meta["contract"], contract(run.world))
     return [f"The bits may differ from an undisturbed run's: {', '.join(differs)}."] if differs else []

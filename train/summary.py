@@ -3,7 +3,6 @@
 import json
 import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from train.clock import PHASES
 from train.evaluate import Result
 from train.mathematics import mathematics
 from train.run import Run, contract, unrecordable
+from train.versions import versions
 from train.world import World
 
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "safetensors")
@@ -82,7 +82,7 @@ def summarize(run: Run, outcome: str, results: dict[str, Result], wall_seconds: 
         "precision": run.config.train.precision,
         "device": run.world.device.type,
         "contract": contract(run.world),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, "lockstep")}},
+        "versions": {"python": platform.python_version(), **versions(*PACKAGES, "lockstep")},
         "git_commit": git_commit(),
     }
     for name, result in results.items():
@@ -98,7 +98,7 @@ def summarize(run: Run, outcome: str, results: dict[str, Result], wall_seconds: 
 def phases(world: World) -> dict[str, list[float]]:
     """Where the time of this life went: seconds, and each phase's share of them, by rank. Collective: every rank must call it.
 
-    On the host's clock: what a GPU does counts in the phase in which the host waits for it, mostly `log`.
+    On the host's clock: what a GPU does counts in the phase in which the host waits for it, `log` on one and `reduce` on several.
     """
     table = torch.zeros(world.world_size, len(PHASES), dtype=torch.float64)
     world.clock.enter(world.clock.phase)
