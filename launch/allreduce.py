@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -55,8 +56,10 @@ def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> 
                 times.append(time.perf_counter() - began)
             seconds[str(size)] = statistics.median(times[1:])
             wrong += int((values != numbers * world_size + world_size * (world_size - 1) // 2).sum())
-    finally:
-        dist.destroy_process_group()
+    except Exception:  # destroy_process_group would wait for collectives that the other ranks may never join
+        traceback.print_exc()
+        leave(1)
+    dist.destroy_process_group()
     return {"rank": rank, "world_size": world_size, "backend": backend, "wrong": wrong, "seconds": seconds}
 
 

@@ -124,8 +124,13 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("if rank: sys.exit('the cable is out')", 120, "process 1 of 2 ended with exit code 1: the cable is out"),
         ("if rank: time.sleep(1000)", 8, "did not end within 8 s"),
+        (  # NCCL leaves no group while a collective waits for a rank that has failed
+            "import torch.distributed as d; d.destroy_process_group = lambda: time.sleep(1000); d.all_reduce = None",
+            120,
+            "ended with exit code 1: TypeError",
+        ),
     ],
-    ids=["wrong", "crash", "hang"],
+    ids=["wrong", "crash", "hang", "failure"],
 )
 def test_all_reduce_that_fails(sabotage: str, seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "ALLREDUCE_BYTES", 4096)

@@ -89,6 +89,15 @@ def test_a_rank_with_an_error_of_its_own_is_named(tmp_path: Path) -> None:
     assert "ValueError: only here" in ranks.logs[1].read_text()
 
 
+def test_a_failing_rank_says_why_and_ends_though_the_group_cannot_be_left(tmp_path: Path) -> None:
+    began = time.monotonic()
+    ranks, codes = hang(tmp_path, "fails_and_cannot_close", 2, "--train.timeout 100")
+    assert time.monotonic() - began < 30
+    assert codes == [1, 1]
+    assert "ValueError: only here" in ranks.logs[1].read_text()
+    assert "Traceback" in ranks.logs[0].read_text()  # what gloo says of the lost connection
+
+
 def test_nothing_is_left_of_the_watchdog_after_a_run(tmp_path: Path) -> None:
     train(2, tmp_path / "run", "--train.max_steps 3")
     assert not (tmp_path / "run" / ".ranks").exists()

@@ -15,6 +15,7 @@ import faulthandler
 import io
 import socket
 import time
+import traceback
 from pathlib import Path
 
 from train.cli import keep_others_from_writing, leave, parse, run_name
@@ -65,6 +66,11 @@ def main(argv: list[str]) -> int:
         outcome, summary = train(config, world, run_dir, argv)
     except (UserError, RunError) as error:
         return complain(error, world)
+    except Exception:
+        if world.world_size > 1:  # NCCL would wait in close() for collectives that the other ranks may never join
+            traceback.print_exc()
+            leave(1)
+        raise
     finally:
         world.close()
     if world.is_main:

@@ -103,6 +103,12 @@ def fails() -> None:
     _in_augment(fail)
 
 
+def fails_and_cannot_close() -> None:
+    """The same, and leaving the process group waits for ever, as NCCL does for collectives that others never join."""
+    fails()
+    torch.distributed.destroy_process_group = lambda *_: time.sleep(1000)
+
+
 def slow_rank() -> None:
     """Rank 1 needs 60 ms more for each step."""
     inner = train.step.augment
