@@ -205,6 +205,17 @@ def test_slow_rank_is_named_once() -> None:
     assert watch.ranks(60, [[0.01]] * 10) is None
 
 
+def test_seconds_that_are_not_known_yet_slow_no_rank_and_hide_none() -> None:
+    """GPUs tell a step's seconds later, one rank sooner than another; 0 until then."""
+    said = Said()
+    watch = Alarms(LogConfig(), said, [])  # type: ignore[arg-type]
+    assert watch.ranks(10, [[0.0, 0.0, 0.0]] * 2 + [[0.01, 0.0, 0.0]] * 8) == [0.01, 0.0, 0.0]
+    assert watch.ranks(20, [[0.01, 0.0, 0.0]] * 6 + [[0.01, 0.01, 0.01]] * 4) == [0.01, 0.01, 0.01]
+    assert said.lines == []
+    assert watch.ranks(30, [[0.01, 0.0, 0.01]] * 6 + [[0.01, 0.03, 0.01]] * 4) == [0.01, 0.03, 0.01]
+    assert said.rows == [("slow_rank", 30)]
+
+
 def test_slow_rank_is_named_in_the_log_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(2, run, "--train.max_steps 25 --log.every_steps 5", MUTANT="accidents.slow_rank")

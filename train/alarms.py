@@ -16,6 +16,11 @@ LEAST_LOSS = 0.1  # below it a batch with one hard example would be a spike
 LEAST_STEPS = 10  # that a rank's time is averaged over
 
 
+def known_mean(seconds: list[float]) -> float:
+    """Return the mean of the values that are known: on GPUs the first steps' are not yet, and come as 0."""
+    return statistics.fmean([value for value in seconds if value] or [0.0])
+
+
 class Alarms:
     """What the alarms remember; on ranks other than 0 they look at the same numbers and say nothing."""
 
@@ -41,13 +46,13 @@ class Alarms:
             return None
         self.seconds += seconds
         if len(self.seconds) >= LEAST_STEPS:
-            means = [statistics.fmean(column) for column in zip(*self.seconds, strict=True)]
+            means = [known_mean(list(column)) for column in zip(*self.seconds, strict=True)]
             self.seconds.clear()
             median = statistics.median_low(means)
             for rank, mean in enumerate(means):
-                if self.config.slow_rank and mean > self.config.slow_rank * median and rank not in self.named:
+                if mean > self.config.slow_rank * median > 0 and rank not in self.named:
                     self.named.add(rank)
                     own, usual = f"{1e3 * mean:.1f} ms", f"{1e3 * median:.1f} ms"
                     self.metrics.say(f"warning: rank {rank} works {own} on a step, the median rank {usual}: all wait for it.")
                     self.metrics.record("slow_rank", step, rank=rank, seconds=mean, median_seconds=median)
-        return [round(statistics.fmean(column), 6) for column in zip(*seconds, strict=True)]
+        return [round(known_mean(list(column)), 6) for column in zip(*seconds, strict=True)]

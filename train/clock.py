@@ -3,6 +3,7 @@
 Invariant: a process is in exactly one phase, so the phases' seconds add up to its life. A mark is two clock reads and one
 write of 32 bytes, under 2 us; the watchdog maps those bytes to a file, where the other ranks read them even after this
 process can no longer speak. Phases measure host time: on a GPU, work that was only launched counts where the host waits.
+A meter (train/meter.py) measures a rank's own work on the device itself.
 """
 
 import os
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 # reduce: waiting for the other ranks, outside and at the end of the backward pass
 PHASES = ("start", "data", "augment", "forward_backward", "reduce", "optimizer", "log", "evaluate", "save", "finish", "failed")
@@ -46,6 +48,19 @@ class Record:
         return cls(rank, step, sequence, PHASES[phase], OPERATIONS[operation], since, beat, pid, name)
 
 
+class Meter(Protocol):
+    """Measures own work on the device: the Clock tells it when a stretch begins and ends, and asks for the seconds."""
+
+    def begin(self) -> None:
+        """Mark the begin of a stretch of own work."""
+
+    def end(self) -> None:
+        """Mark its end."""
+
+    def lap(self) -> float:
+        """Return the seconds of own work in a step, without waiting for the device."""
+
+
 class Clock:
     """The phase of this process, the seconds spent in each, and the collectives begun so far."""
 
@@ -57,6 +72,7 @@ class Clock:
         self.record = memoryview(bytearray(SIZE))
         self._epoch = time.time() - time.perf_counter()
         self._lap = 0.0
+        self.meter: Meter | None = None  # of a GPU among several
 
     def attach(self, record: memoryview) -> None:
         """Write the marks into `record` from now on."""
@@ -71,6 +87,8 @@ class Clock:
         self.phase, self.since = phase, now
         place, operation = PHASES.index(phase), OPERATIONS.index(self.operation)
         MARK.pack_into(self.record, 0, self.step, self.sequence, place, operation, self._epoch + now)
+        if self.meter is not None and (before in OWN_WORK) != (phase in OWN_WORK):
+            (self.meter.begin if phase in OWN_WORK else self.meter.end)()
         return before
 
     def announce(self, operation: str) -> None:
@@ -93,7 +111,13 @@ class Clock:
         LIFE.pack_into(self.record, MARK.size, time.time(), os.getpid(), socket.gethostname().encode()[:64])
 
     def lap(self) -> float:
-        """Return the seconds of this rank's own work, without waiting, logging and saving, since the last call."""
+        """Return the seconds of this rank's own work, without waiting, logging and saving, since the last call.
+
+        On several GPUs these are seconds of the device, a few steps late, since asking must not wait: the mean of the steps
+        that the device has finished since the last call, or the previous mean if it has finished none.
+        """
+        if self.meter is not None:
+            return self.meter.lap()
         self.enter(self.phase)
         total = sum(self.seconds[phase] for phase in OWN_WORK)
         lap, self._lap = total - self._lap, total
