@@ -79,10 +79,15 @@ class ExactTree:
         self.subtrees = [self.tree.subtrees(own.start, own.stop) for own in owners]
         # powers of two on both sides: every rank owns one subtree, and all of these are alike
         self.is_perfect = num_leaves.bit_count() == 1 and world.world_size.bit_count() == 1
+        on_gpu = world.device.type == "cuda"
+        if world.world_size > 1 and on_gpu and dist.get_backend() == "gloo":
+            self.is_perfect = False  # gloo gathers tensors of a GPU, but cannot send them
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stack: list[tuple[Node, dict[Tensor, Tensor]]] = []
         if world.world_size > 1:
-            self.thread = ThreadPoolExecutor(1, "exact-tree")
+            # a new thread's device is GPU 0: an exchange from there would open a context on it in every rank
+            initializer = (torch.cuda.set_device, (world.device,)) if on_gpu else ()
+            self.thread = ThreadPoolExecutor(1, "exact-tree", *initializer)
             model.register_comm_hook(None, self._hook)  # type: ignore[operator]
 
     @contextmanager

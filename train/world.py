@@ -200,7 +200,8 @@ class World:
         num_threads = config.num_threads or (1 if config.exact else max(1, cores // local_world_size))
         if config.exact:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            torch.use_deterministic_algorithms(True)  # Inductor's too: it then tunes nothing by timing
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # by NaN: to find bugs
             torch.backends.cudnn.benchmark = False
         timeout = timedelta(seconds=max(START_TIMEOUT_SECONDS, config.timeout) + BACKSTOP_SECONDS)
         if STORE_FD in os.environ:
@@ -221,6 +222,10 @@ class World:
             raise UserError(
                 f"The launcher asked for {asked} processes and {world.world_size} came up. Start with `python -m launch run`."
             )
+        if world.world_size > 1 and world.device.type == "cuda":
+            from train.meter import DeviceMeter
+
+            world.clock.meter = DeviceMeter()
         return world
 
     def close(self) -> None:
@@ -232,7 +237,9 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(True)
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():  # the call imports Inductor's config, which takes time
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
     @property
     def is_main(self) -> bool:
@@ -261,11 +268,17 @@ class World:
             set_timeout(timedelta(seconds=seconds + BACKSTOP_SECONDS))
 
     def wait(self, event: torch.cuda.Event | None = None) -> None:
-        """PLACEHOLDER"""
+        """Wait until a GPU has done all work so far, or until `event`. On several, in phase `reduce`: that includes collectives.
+
+        The host of a rank runs ahead of its GPU and waits for the other ranks only where it reads numbers of the device. Call
+        this before such a read, or the watchdog takes the wait for this rank's own work. Not needed on a CPU.
+        """
         if self.device.type == "cuda":
             import torch
 
-            torch.cuda.synchronize(self.device)
+            before = self.clock.enter("reduce" if self.world_size > 1 else self.clock.phase)
+            event.synchronize() if event is not None else torch.cuda.synchronize(self.device)
+            self.clock.enter(before)
 
     def sum_(self, values: Tensor) -> Tensor:
         """Add `values` over all ranks, in place; int64 sums wrap. Collective: every rank must call it."""
@@ -303,7 +316,7 @@ class World:
             if self.rank == source:
                 buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             dist.broadcast(buffer, source)
-        return buffer.cpu().numpy().tobytes()
+            return buffer.cpu().numpy().tobytes()
 
     def agree(self, error: UserError | RunError | None) -> None:
         """Raise the first rank's error on every rank, if any has one. Collective: every rank must call it."""
@@ -314,7 +327,8 @@ class World:
             first = torch.tensor([self.world_size if error is None else self.rank], device=self.device)
             with self.clock.collective("all_reduce"):
                 dist.all_reduce(first, dist.ReduceOp.MIN)
-            if (source := int(first)) == self.world_size:
+                source = int(first)  # on a GPU, the wait for the others
+            if source == self.world_size:
                 return
             named = json.dumps([type(error).__name__, str(error)]).encode()
             name, message = json.loads(self.broadcast_bytes(named, source))
