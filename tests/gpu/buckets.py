@@ -1,0 +1,130 @@
+"""What DDP's buckets change: where gradients lie, and the exact tree behind DDP as a communication hook."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gpu.inside import Check, Lab
+from train import optim
+from train.config import OptimConfig
+from train.reduce import ExactTree
+from train.run import Run
+
+LEAVES = 4
+
+
+def apart(gradient: Tensor) -> Tensor:
+    """Return a gradient in an allocation of its own, as one process has it."""
+    return gradient.clone()
+
+
+def in_bucket(gradient: Tensor) -> Tensor:
+    """Return a gradient 40 bytes into an allocation, as in a bucket behind the 10 biases of the last layer."""
+    room = torch.empty(gradient.numel() + 10, dtype=gradient.dtype, device=gradient.device)
+    return room.as_strided(gradient.size(), gradient.stride(), 10).copy_(gradient)
+
+
+def place_all(parameters: list[nn.Parameter], gradients: list[Tensor], place: Callable[[Tensor], Tensor]) -> None:
+    """Give each parameter its gradient, at a place."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = place(gradient)
+
+
+def outcome(lab: Lab, run: Run, gradients: list[Tensor], name: str, place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return norms, clipped gradients and weights after three updates from gradients at a place."""
+    parameters = [nn.Parameter(p.detach().clone()) for p in run.parameters]
+    optimizer = optim.build(OptimConfig(name=name, lr=0.1), nn.ParameterList(parameters))
+    found = []
+    for _ in range(3):
+        place_all(parameters, gradients, place)
+        optim.align_gradients(parameters)
+        found += [optim.grad_norm(parameters).clone(), nn.utils.clip_grad_norm_(parameters, 1.0).clone()]
+        found += [p.grad.clone() for p in parameters if p.grad is not None]
+        optimizer.step()
+    return [*found, *parameters]
+
+
+def alignment(lab: Lab, name: str) -> dict[str, Any]:
+    """Norm, clipping and update have the same bits wherever a gradient lies."""
+    with lab.open("--model.name cnn") as run:
+        gradients = [torch.randn_like(p) for p in run.parameters]
+        alone, moved = (outcome(lab, run, gradients, name, place) for place in (apart, in_bucket))
+        return {"ok": all(torch.equal(a, b) for a, b in zip(alone, moved, strict=True))}
+
+
+def unmended(lab: Lab) -> dict[str, Any]:
+    """Whether torch's norm has other bits where gradients are misaligned: why align_gradients is needed, for information."""
+    with lab.open("--model.name cnn") as run:
+        gradients = [torch.randn_like(p) for p in run.parameters]
+        alone, moved = (torch._foreach_norm([place(g) for g in gradients]) for place in (apart, in_bucket))
+        differing = sum(not torch.equal(a, b) for a, b in zip(alone, moved, strict=True))
+        return {"ok": None, "norms_that_differ": differing, "of": len(gradients)}
+
+
+def alignment_checks(lab: Lab) -> list[Check]:
+    """Return the checks of alignment."""
+    mended: list[Check] = [(f"alignment, {name}", partial(alignment, lab, name)) for name in ("sgd", "adamw")]
+    return [*mended, ("norms of misaligned gradients without the mend", partial(unmended, lab))]
+
+
+class TwoRanks:
+    """What ExactTree asks of a world: this rank has all leaves, the other one has none."""
+
+    rank, world_size = 0, 2
+
+    def __init__(self, run: Run) -> None:
+        self.device, self.accelerator = run.world.device, self
+
+    def no_sync(self, model: Any) -> Any:
+        """Accumulate without communication, as Accelerator does."""
+        return model.no_sync()
+
+
+class SelfExchange(ExactTree):
+    """The exact tree whose exchange is a message to itself: the mean of what was sent and what came back is what was sent."""
+
+    def _double(self, buffer: Tensor) -> None:
+        if buffer.is_cuda:  # gloo does not send to itself
+            other = torch.empty_like(buffer)
+            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, buffer, 0), dist.P2POp(dist.irecv, other, 0)]):
+                work.wait()
+            buffer.add_(other).mul_(0.5)  # exact
+
+    def _gather(self, pieces: list[Tensor], buffer: Tensor) -> None:
+        assert len(pieces) == 1, len(pieces)
+        self._double(buffer)
+
+
+def all_leaves(run: Run, model: nn.Module, reducer: ExactTree) -> list[Tensor]:
+    """Return the gradients of a step."""
+    size = len(run.data.train) // 4 // LEAVES
+    images = run.data.train.images.float().to(memory_format=run.memory_format) / 255
+    for leaf in range(LEAVES):
+        with reducer.micro_batch(leaf, range(LEAVES)):
+            rows = slice(size * leaf, size * (leaf + 1))
+            nn.functional.cross_entropy(model(images[rows]), run.data.train.labels[rows]).backward()
+    found = [p.grad.clone() for p in run.parameters if p.grad is not None]
+    for parameter in run.parameters:
+        parameter.grad = None
+    return found
+
+
+def hook(lab: Lab) -> dict[str, Any]:
+    """The tree behind DDP, with its thread, its future and the backend's stream, has the bits of one process."""
+    store = dist.HashStore()
+    dist.init_process_group("nccl" if lab.on_gpu else "gloo", store=store, rank=0, world_size=1)
+    try:
+        with lab.open(f"--model.name cnn --train.exact true --train.micro_batches {LEAVES} --train.cuda_graphs off") as run:
+            alone = all_leaves(run, run.module, run.reducer)
+            ddp = nn.parallel.DistributedDataParallel(run.module, gradient_as_bucket_view=True, broadcast_buffers=False)
+            tree = SelfExchange(ddp, TwoRanks(run), LEAVES, [range(LEAVES), range(0)])
+            behind = [all_leaves(run, ddp, tree) for _ in range(3)]  # from the second on in DDP's rebuilt buckets
+            same = [len(alone) == len(each) and all(map(torch.equal, alone, each)) for each in behind]
+            return {"ok": all(same), "same_bits": same}
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

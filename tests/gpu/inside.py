@@ -1,0 +1,79 @@
+"""What the checks inside one process share: flags, short trainings, and a line of JSON per check."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from launch.measures import opened
+from train import checkpoint
+from train.run import Run
+from train.step import train_step
+
+BASE = "--data.name random --wandb.mode disabled --train.global_batch_size"
+EVERYTHING = (
+    "--model.name tiny_bn --model.dropout 0.3 --train.micro_batches 2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.5 "
+    "--optim.ema 0.9 --optim.clip_norm 1 --optim.label_smoothing 0.1"
+)
+FAST = "--model.name cnn --optim.name adamw --optim.label_smoothing 0.05 --train.precision bf16"  # a step of configs/fast.yaml
+FAST_995 = (
+    "--model.name vgg --augment.shift 1 --augment.rotate 8 --augment.scale 0.07 --augment.shear 6 --optim.name adamw "
+    "--optim.weight_decay 0.01 --optim.label_smoothing 0.05 --train.micro_batches 2 --train.precision bf16"
+)
+
+Check = tuple[str, Callable[[], dict[str, Any]]]
+
+
+class Lab:
+    """Trainings on one device: on a CPU, in the dry run, of fewer and smaller steps."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.on_gpu = device, device == "cuda"
+        self.batch = 128 if self.on_gpu else 32
+        self.flags = f"{BASE} {self.batch} --train.device {device} {'' if self.on_gpu else '--train.num_threads 1'}"
+
+    def open(self, flags: str) -> AbstractContextManager[Run]:
+        """Set up a run; later flags win."""
+        examples = 15 * self.batch + self.batch // 2  # the last batch of an epoch is a short one
+        return opened(f"{self.flags} --data.random_examples {examples} {flags}")
+
+    def train(self, flags: str, steps: int) -> tuple[list[float], list[float], str]:
+        """Return the losses, the gradient norms and the weights' SHA-256 of a short training."""
+        with self.open(flags) as run:
+            for _ in range(steps):
+                train_step(run)
+            found = run.tables.read(0, steps)
+            weights = checkpoint.tensors_sha256(run.module.state_dict())
+            return [float(each.loss) for each in found], [float(each.grad_norm) for each in found], weights
+
+    def wait(self) -> None:
+        """Wait until the device has done all that was started."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    """Parse --device and the names of groups."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("groups", nargs="*")
+    return parser.parse_args(argv)
+
+
+def report(checks: list[Check]) -> int:
+    """Run each check and print what it found; one that raises does not stop the others. Return the exit code."""
+    failed = 0
+    for name, work in checks:
+        began = time.perf_counter()
+        try:
+            found = work()
+        except Exception as error:  # whatever is wrong, the rest is wanted
+            found = {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        failed += found["ok"] is False
+        print(json.dumps({"check": name, **found, "s": round(time.perf_counter() - began, 2)}), flush=True)
+    print(f"{failed} of {len(checks)} checks failed" if failed else f"{len(checks)} check(s), none failed", flush=True)
+    return 1 if failed else 0

@@ -1,0 +1,137 @@
+"""`python -m gpu.unit [--device cpu] GROUP ...`: what the program does on one GPU, looked at in one process.
+
+Nothing here needs a second GPU or a data set.
+"""
+
+import importlib.metadata
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from gpu import buckets
+from gpu.inside import EVERYTHING, FAST, FAST_995, Check, Lab, options, report
+from train.step import train_step
+
+MAX_DIFFERENCE = 2e-4  # of a loss or gradient norm in fp32, relative, between a GPU and a CPU
+
+
+def nccl_version() -> str:
+    """Return the version of the NCCL that is loaded."""
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def facts(lab: Lab, packages: list[str]) -> dict[str, Any]:
+    """Versions, GPUs, and which packages are missing."""
+    versions = {"torch": torch.__version__, "accelerate": importlib.metadata.version("accelerate")}
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if not lab.on_gpu:
+        return {"ok": True, "versions": versions, "num_gpus": 0, "missing": missing}
+    versions |= {"cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version()), "nccl": nccl_version()}
+    num_gpus = torch.cuda.device_count()
+    names = [torch.cuda.get_device_name(number) for number in range(num_gpus)]
+    return {"ok": num_gpus > 0, "versions": versions, "num_gpus": num_gpus, "names": names, "missing": missing}
+
+
+def sharing_nccl() -> dict[str, Any]:
+    """The NCCL that is loaded lets several ranks share a GPU, or each rank has its own."""
+    return {"ok": torch.cuda.device_count() > 1 or torch.cuda.nccl.version() >= (2, 30), "nccl": nccl_version()}
+
+
+def mode(lab: Lab, flags: str, *, exact: bool) -> dict[str, Any]:
+    """It runs and the numbers are finite; in exact mode a second run has the same bits."""
+    steps = 6 if lab.on_gpu else 2
+    flags = f"{flags} --train.micro_batches {4 if exact else 2} --train.exact {str(exact).lower()}"
+    first = lab.train(flags, steps)
+    is_finite = all(map(math.isfinite, first[0] + first[1]))
+    if not exact:
+        return {"ok": is_finite, "loss": round(first[0][-1], 4)}
+    is_same = lab.train(flags, steps) == first
+    return {"ok": is_finite and is_same, "same_bits": is_same, "loss": round(first[0][-1], 4)}
+
+
+def modes(lab: Lab, name: str) -> list[Check]:
+    """Return the checks of one model: every precision, exact and fast; of tiny_bn also everything at once."""
+    checks: list[Check] = []
+    for precision in ("bf16", "fp32", "fp16", "tf32") if lab.on_gpu else ("bf16", "fp32"):
+        for exact in (True, False):
+            flags = f"--model.name {name} --train.precision {precision}"
+            title = f"{name} {precision} {'exact' if exact else 'fast'}"
+            checks.append((title, partial(mode, lab, flags, exact=exact)))
+    if name == "cnn":
+        nchw = "--model.name cnn --train.precision bf16 --train.channels_last false"
+        checks.append(("cnn bf16 exact nchw", partial(mode, lab, nchw, exact=True)))
+    if name == "tiny_bn":
+        checks.append(("everything bf16 exact", partial(mode, lab, f"{EVERYTHING} --train.precision bf16", exact=True)))
+    return checks
+
+
+def parity(lab: Lab, flags: str) -> dict[str, Any]:
+    """The GPU computes in fp32 what the CPU computes, to round-off."""
+    steps = 8 if lab.on_gpu else 2
+    here, there = lab.train(flags, steps), lab.train(f"{flags} --train.device cpu", steps)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(here[0] + here[1], there[0] + there[1], strict=True))
+    return {"ok": worst < MAX_DIFFERENCE, "worst_relative_difference": worst}
+
+
+def graphs(lab: Lab, flags: str) -> dict[str, Any]:
+    """Graphs have the bits of ordinary steps, across an epoch's short batch and into the next epoch."""
+    flags += " --train.exact true --train.micro_batches 2 --train.cuda_graphs"
+    with lab.open(f"{flags} on") as run:
+        is_recorded = run.graph is not None
+    ordinary, graphed = (lab.train(f"{flags} {each}", 22) for each in ("off", "on"))
+    differ = [number + 1 for number, (a, b) in enumerate(zip(ordinary[0], graphed[0], strict=True)) if a != b]
+    return {"ok": is_recorded and ordinary == graphed, "recorded": is_recorded, "first_other_loss": differ[0] if differ else None}
+
+
+def waits(lab: Lab, flags: str) -> dict[str, Any]:
+    """A step never waits for the GPU: torch raises where one would."""
+    with lab.open(flags) as run:
+        for _ in range(8):
+            train_step(run)
+        lab.wait()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                train_step(run)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return {"ok": True}
+
+
+def groups(lab: Lab, packages: list[str]) -> dict[str, Callable[[], list[Check]]]:
+    """Return the checks of each group."""
+    adamw = "--optim.name adamw --optim.lr 0.003"
+    recipes = {"everything": EVERYTHING, "everything adamw": f"{EVERYTHING} {adamw}", "fast": FAST, "fast-99.5": FAST_995}
+    steps = {
+        "fast ordinary": f"{FAST} --train.cuda_graphs off", "fast graph": f"{FAST} --train.cuda_graphs on",
+        "everything ordinary": f"{EVERYTHING} --train.cuda_graphs off", "fast fp16": f"{FAST} --train.precision fp16",
+    }  # fmt: skip
+    in_fp32 = {"cnn": "--model.name cnn", "everything": EVERYTHING, "cnn adamw": f"--model.name cnn {adamw}"}
+    return {
+        "facts": lambda: [("facts", lambda: facts(lab, packages))],
+        "nccl": lambda: [("nccl", sharing_nccl)],
+        **{f"modes-{name}": partial(modes, lab, name) for name in ("cnn", "vgg", "tiny_bn")},
+        "alignment": lambda: buckets.alignment_checks(lab),
+        "hook": lambda: [("exact tree behind DDP", partial(buckets.hook, lab))],
+        "parity": lambda: [(f"GPU against CPU, {name}", partial(parity, lab, flags)) for name, flags in in_fp32.items()],
+        "graphs": lambda: [(f"graphs, {name}", partial(graphs, lab, flags)) for name, flags in recipes.items()],
+        "waits": lambda: [(f"no waiting, {name}", partial(waits, lab, flags)) for name, flags in steps.items()],
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Run the groups; what follows the group `facts` are packages to look for."""
+    asked = options(argv)
+    lab, names = Lab(asked.device), asked.groups
+    packages = names[1:] if names[0] == "facts" else []
+    made = groups(lab, packages)
+    return report([check for name in (names[:1] if packages else names) for check in made[name]()])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
