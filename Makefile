@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test exact-demo faults lint audit help
+.PHONY: train test exact-demo faults gpu-check lint audit help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -20,6 +20,9 @@ exact-demo: $(VENV)/.ready  ## the same bits on 1, 2 and 4 processes, one of the
 
 faults: $(VENV)/.ready-dev  ## the long fault campaigns: kills, restarts, crash points of a save, a long run (an hour or two)
 	$(BIN)/python tests/faults.py elastic kills crash-points long
+
+gpu-check: $(VENV)/.ready-dev  ## check this machine's GPUs in nine minutes, with a receipt to send in (docs/gpu.md)
+	PYTHON=$(BIN)/python bash tests/gpu/check.sh
 
 lint: $(VENV)/.ready-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -91,6 +91,13 @@ def test_jobs_run_side_by_side(tmp_path: Path) -> None:
     assert [row.outcome for row in rows] == ["ok", "ok"]
 
 
+def test_job_that_makes_no_sense_without_another_does_not_run_after_its_failure(tmp_path: Path) -> None:
+    jobs = [Job("first", 30, ["false"]), Job("second", 30, ["true"], after="first"), Job("third", 30, ["true"])]
+    _, rows = ended(tmp_path, *jobs)
+    assert [row.outcome for row in rows] == ["FAIL", "-", "ok"]
+    assert rows[1].note == "needs first, which is not ok"
+
+
 def test_function_is_a_row_too(tmp_path: Path) -> None:
     def raises(error: Exception) -> Any:
         def work() -> str:
@@ -150,9 +157,9 @@ def test_compare_finds_other_bits(tmp_path: Path) -> None:
 
 
 MACHINES = {
-    "one GPU, old NCCL": Machine("cuda", Path("work"), 1, (2, 28, 9)),
-    "one GPU, NCCL unpacked": Machine("cuda", Path("work"), 1, (2, 28, 9), "/tmp/libnccl.so.2", has_mnist=True),
-    "two GPUs": Machine("cuda", Path("work"), 2, (2, 28, 9), has_mnist=True),
+    "one GPU, old NCCL": Machine("cuda", Path("work"), 1, 80.0, (2, 28, 9)),
+    "one GPU, NCCL unpacked": Machine("cuda", Path("work"), 1, 80.0, (2, 28, 9), "/tmp/libnccl.so.2", has_mnist=True),
+    "two GPUs": Machine("cuda", Path("work"), 2, 80.0, (2, 28, 9), has_mnist=True),
 }
 
 

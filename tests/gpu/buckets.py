@@ -1,5 +1,6 @@
 """What DDP's buckets change: where gradients lie, and the exact tree behind DDP as a communication hook."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -120,6 +121,7 @@ def hook(lab: Lab) -> dict[str, Any]:
     try:
         with lab.open(f"--model.name cnn --train.exact true --train.micro_batches {LEAVES} --train.cuda_graphs off") as run:
             alone = all_leaves(run, run.module, run.reducer)
+            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name since torch 2.13
             ddp = nn.parallel.DistributedDataParallel(run.module, gradient_as_bucket_view=True, broadcast_buffers=False)
             tree = SelfExchange(ddp, TwoRanks(run), LEAVES, [range(LEAVES), range(0)])
             behind = [all_leaves(run, ddp, tree) for _ in range(3)]  # from the second on in DDP's rebuilt buckets

@@ -1,6 +1,6 @@
 """`bash tests/gpu/check.sh [--device cpu] [--output DIR] [STAGE ...]`: what a GPU shows in nine minutes, in one receipt.
 
-Stages: correct (does every mode run, with the right bits), ranks (several ranks over NCCL), speed (alone on the card).
+Stages: correct (does every mode run, with the right bits), speed (alone on the card), ranks (several ranks over NCCL).
 --device cpu is the dry run, so that these checks do not rot where there is no GPU. Exit codes: 0 no row failed, 1 one did.
 """
 
@@ -24,6 +24,7 @@ from launch.bench import cpu_name
 ROOT = Path(__file__).parents[2]
 PACKED = ROOT / ".gpu"  # what pack.sh made
 PACKAGES = ("pytest", "hypothesis", "onnx", "onnxscript", "onnxruntime", "wandb", "lightning")
+GB_PER_JOB = 2.0  # of GPU memory: up to four ranks, mostly CUDA's own
 QUERY = "name,driver_version,power.limit,memory.total,clocks.max.sm"
 
 
@@ -71,7 +72,8 @@ def examine(visit: Visit, options: argparse.Namespace) -> Machine:
     visit.run(planned, at_once=2)
     found = next((check for check in facts[1].checks if check["check"] == "facts"), {})
     visit.receipt["versions"] |= found.get("versions", {})
-    machine.num_gpus = found.get("num_gpus", 0)
+    machine.num_gpus, machine.memory_gb = found.get("num_gpus", 0), found.get("memory_gb", 0.0)
+    visit.receipt["gpus"] = found.get("gpus", [])
     machine.missing = found.get("missing", [])
     machine.nccl = tuple(map(int, found.get("versions", {}).get("nccl", "0").split(".")))
     machine.has_mnist = data[1].outcome == "ok"
@@ -90,7 +92,8 @@ def visit_all(visit: Visit, options: argparse.Namespace) -> None:
     machine = examine(visit, options)
     if visit.failed:
         return
-    at_once = {"correct": max(1, visit.receipt["cores"] - 2), "ranks": 2, "speed": 1}
+    most = max(1, min(visit.receipt["cores"] - 2, int(machine.memory_gb / GB_PER_JOB)))
+    at_once = {"correct": most, "speed": 1, "ranks": 2}
     planned = [(stage, visit.plan(stage, jobs)) for stage, jobs in waves(machine, options.stages)]
     for stage, jobs in planned:
         visit.run(jobs, at_once=1 if machine.is_dry else at_once[stage])

@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
-# Check a GPU in nine minutes and write one receipt: bash tests/gpu/check.sh [--device cpu] [--output DIR] [correct ranks speed]
+# Check a GPU in nine minutes and write one receipt: bash tests/gpu/check.sh [--device cpu] [--output DIR] [correct speed ranks]
 # On a machine without network, copy .gpu/ along, which tests/gpu/pack.sh makes elsewhere. PYTHON: the Python to use.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+if [ "$(uname)" = Linux ]; then # nothing here leaves the machine
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+fi
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 WANDB_MODE=disabled PYTHONPATH=$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}
-if [ -d .gpu/wheels ]; then
-    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .gpu/wheels/*.whl
+if [ -d .gpu/wheels ] && ! "$PYTHON" -c 'import jsonargparse' 2>/dev/null; then
+    "$PYTHON" -m pip install -q --disable-pip-version-check --root-user-action=ignore --no-index --no-deps --no-compile \
+        --no-cache-dir --upgrade --target /tmp/site .gpu/wheels/*.whl
+    mkdir -p /tmp/site/lockstep-0.dist-info # for the doctor: the checkout is not installed here
+    printf 'Metadata-Version: 2.1\nName: lockstep\nVersion: 0\n%s\n' \
+        "$(sed -n 's/^requires-python = "\(.*\)"/Requires-Python: \1/p' pyproject.toml)" >/tmp/site/lockstep-0.dist-info/METADATA
     export PYTHONPATH=$PYTHONPATH:/tmp/site
 fi
 if [ -z "${MNIST_ROOT:-}" ] && [ -d .gpu/data ]; then export MNIST_ROOT=$PWD/.gpu/data; fi

@@ -13,6 +13,7 @@ from launch.measures import opened
 from train import checkpoint
 from train.run import Run
 from train.step import train_step
+from train.tables import StepResult
 
 BASE = "--data.name random --wandb.mode disabled --train.global_batch_size"
 EVERYTHING = (
@@ -43,12 +44,14 @@ class Lab:
 
     def train(self, flags: str, steps: int) -> tuple[list[float], list[float], str]:
         """Return the losses, the gradient norms and the weights' SHA-256 of a short training."""
+        found: list[StepResult] = []
         with self.open(flags) as run:
-            for _ in range(steps):
+            while run.step < steps:
                 train_step(run)
-            found = run.tables.read(0, steps)
+                if run.step in (run.tables.stop, steps):  # the tables hold a stretch of steps, an epoch here
+                    found += run.tables.read(len(found), run.step)
             weights = checkpoint.tensors_sha256(run.module.state_dict())
-            return [float(each.loss) for each in found], [float(each.grad_norm) for each in found], weights
+        return [each.loss for each in found], [each.grad_norm for each in found], weights
 
     def wait(self) -> None:
         """Wait until the device has done all that was started."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpu.visit import CannotRun, Failed, Job
 
-STAGES = ("correct", "ranks", "speed")
+STAGES = ("correct", "speed", "ranks")  # ranks that share a GPU may hang: they come last
 PYTHON = sys.executable
 WORLDS = (2, 3, 4)
 SHARING_NCCL = (2, 30)  # the first version that lets several ranks share a GPU
@@ -33,6 +33,7 @@ class Machine:
     device: str
     work: Path
     num_gpus: int = 0
+    memory_gb: float = 0.0  # of one GPU
     nccl: tuple[int, ...] = ()
     nccl_library: str = ""  # an unpacked libnccl.so.2 of 2.30 or newer; check.sh may still be unpacking it
     missing: list[str] = field(default_factory=list)  # packages
@@ -153,8 +154,8 @@ def correct(machine: Machine) -> list[list[Job]]:
         accelerate(machine, "accelerate-1", 1, why_not=machine.spared("accelerate-2 shows the same")),
     ]
     gloo = [f"gloo-every-{n}" for n in WORLDS]
-    onnx = Job("export", 60, module("train.export", str(machine.work / "quickstart"), "--format", "onnx"))
-    onnx.why_not = machine.needs("onnx", "onnxscript", "onnxruntime")
+    export = module("train.export", str(machine.work / "quickstart"), "--format", "onnx")
+    onnx = Job("export", 60, export, why_not=machine.needs("onnx", "onnxscript", "onnxruntime"), after="quickstart")
     after = [
         Job("gloo-bits", 10, partial(compare, machine.work, ["every-1", *gloo]), why_not=no_gloo),
         Job("gloo-plain-bits", 10, partial(compare, machine.work, ["plain-1", "gloo-plain-2"]), why_not=no_gloo or as_every),
@@ -182,17 +183,20 @@ def ranks(machine: Machine, *, is_alone: bool) -> list[list[Job]]:
     library = partial(wait_for, machine.nccl_library)
     unpacked = [Job("nccl-unpacked", 90, library)] if machine.nccl_library else []
     version = unit("nccl-version", 60, machine, "nccl", env=env, why_not=why(2))
-    every = {n: train(machine, f"nccl-every-{n}", n, f"{EVERY} 60", env=env, why_not=why(n)) for n in WORLDS}
-    plain = train(machine, "nccl-plain-2", 2, f"{PLAIN} 60", env=env, why_not=why(2))
+    two = {"env": env, "why_not": why(2), "after": "nccl-version"}
+    every = {2: train(machine, "nccl-every-2", 2, f"{EVERY} 60", 90, **two)}
+    for n in (3, 4):
+        every[n] = train(machine, f"nccl-every-{n}", n, f"{EVERY} 60", 90, env=env, why_not=why(n), after="nccl-every-2")
+    plain = train(machine, "nccl-plain-2", 2, f"{PLAIN} 60", 90, **two)
     first = [train(machine, "every-1", 1, f"{EVERY} 60"), train(machine, "plain-1", 1, f"{PLAIN} 60")] if is_alone else []
     names = [job.name for job in every.values()]
     bits = [
         Job("nccl-bits", 10, partial(compare, machine.work, ["every-1", *names]), why_not=why(2)),
         Job("nccl-plain-bits", 10, partial(compare, machine.work, ["plain-1", "nccl-plain-2"]), why_not=why(2)),
     ]
-    on_two = "" if machine.is_dry else why(2)
-    killed = Job("killed-rank", 90, module("gpu.killed", machine.device, str(machine.work)), env=env, why_not=on_two)
-    launched = accelerate(machine, "accelerate-2", 2, env=env, why_not=on_two)
+    on_two = {"env": env} if machine.is_dry else {**two, "after": "nccl-every-2"}
+    killed = Job("killed-rank", 90, module("gpu.killed", machine.device, str(machine.work)), **on_two)
+    launched = accelerate(machine, "accelerate-2", 2, **on_two)
     return [
         [*unpacked, version],
         [] if machine.is_dry else first,
@@ -226,7 +230,7 @@ def waves(machine: Machine, parts: list[str]) -> list[tuple[str, list[Job]]]:
     """Return the stages that were asked for as (stage, jobs that may run side by side)."""
     made = {
         "correct": lambda: correct(machine),
-        "ranks": lambda: ranks(machine, is_alone="correct" not in parts),
         "speed": lambda: speed(machine),
+        "ranks": lambda: ranks(machine, is_alone="correct" not in parts),
     }
     return [(stage, jobs) for stage in STAGES if stage in parts for jobs in made[stage]() if jobs]

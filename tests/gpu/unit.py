@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import math
 import sys
+import typing
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 
 from gpu import buckets
 from gpu.inside import EVERYTHING, FAST, FAST_995, Check, Lab, options, report
+from train.config import TrainConfig
 from train.step import train_step
 
+PRECISIONS: tuple[str, ...] = typing.get_args(typing.get_type_hints(TrainConfig)["precision"])
 MAX_DIFFERENCE = 2e-4  # of a loss or gradient norm in fp32, relative, between a GPU and a CPU
 
 
@@ -31,10 +34,14 @@ def facts(lab: Lab, packages: list[str]) -> dict[str, Any]:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if not lab.on_gpu:
         return {"ok": True, "versions": versions, "num_gpus": 0, "missing": missing}
-    versions |= {"cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version()), "nccl": nccl_version()}
     num_gpus = torch.cuda.device_count()
+    if not num_gpus:
+        return {"ok": False, "error": "torch sees no GPU. Use --device cpu for the dry run.", "versions": versions}
+    versions |= {"cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version()), "nccl": nccl_version()}
     names = [torch.cuda.get_device_name(number) for number in range(num_gpus)]
-    return {"ok": num_gpus > 0, "versions": versions, "num_gpus": num_gpus, "names": names, "missing": missing}
+    memory = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
+    found = {"versions": versions, "num_gpus": num_gpus, "gpus": names, "memory_gb": memory, "missing": missing}
+    return {"ok": True, **found}
 
 
 def sharing_nccl() -> dict[str, Any]:
@@ -57,7 +64,7 @@ def mode(lab: Lab, flags: str, *, exact: bool) -> dict[str, Any]:
 def modes(lab: Lab, name: str) -> list[Check]:
     """Return the checks of one model: every precision, exact and fast; of tiny_bn also everything at once."""
     checks: list[Check] = []
-    for precision in ("bf16", "fp32", "fp16", "tf32") if lab.on_gpu else ("bf16", "fp32"):
+    for precision in PRECISIONS if lab.on_gpu else ("bf16", "fp32"):
         for exact in (True, False):
             flags = f"--model.name {name} --train.precision {precision}"
             title = f"{name} {precision} {'exact' if exact else 'fast'}"
@@ -82,21 +89,21 @@ def graphs(lab: Lab, flags: str) -> dict[str, Any]:
     """Graphs have the bits of ordinary steps, across an epoch's short batch and into the next epoch."""
     flags += " --train.exact true --train.micro_batches 2 --train.cuda_graphs"
     with lab.open(f"{flags} on") as run:
-        is_recorded = run.graph is not None
+        is_recorded = run.replay is not None
     ordinary, graphed = (lab.train(f"{flags} {each}", 22) for each in ("off", "on"))
     differ = [number + 1 for number, (a, b) in enumerate(zip(ordinary[0], graphed[0], strict=True)) if a != b]
     return {"ok": is_recorded and ordinary == graphed, "recorded": is_recorded, "first_other_loss": differ[0] if differ else None}
 
 
 def waits(lab: Lab, flags: str) -> dict[str, Any]:
-    """A step never waits for the GPU: torch raises where one would."""
+    """A step never waits for the GPU, at the end of an epoch neither: torch raises where one would."""
     with lab.open(flags) as run:
-        for _ in range(8):
+        for _ in range(5):
             train_step(run)
         lab.wait()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(5):
+            for _ in range(15):
                 train_step(run)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -40,6 +40,7 @@ class Job:
     work: list[str] | Callable[[], str]
     env: dict[str, str] = field(default_factory=dict)
     why_not: str = ""  # why it cannot run on this machine
+    after: str = ""  # the job without which it makes no sense
 
 
 @dataclass
@@ -117,7 +118,9 @@ class Visit:
             while waiting or running:
                 while waiting and len(running) < at_once:
                     job, row = waiting.pop(0)
-                    if self.end - time.monotonic() < MIN_SECONDS:
+                    if job.after and not any(each.outcome == "ok" for each in self.rows if each.name == job.after):
+                        row.note = f"needs {job.after}, which is not ok"
+                    elif self.end - time.monotonic() < MIN_SECONDS:
                         row.note = NO_TIME
                     elif isinstance(job.work, list):
                         running.append(self._start(job, job.work, row))
