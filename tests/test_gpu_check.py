@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +145,18 @@ def test_interrupted_visit_leaves_a_receipt(tmp_path: Path, monkeypatch: pytest.
     assert receipt(tmp_path)["rows"][0]["note"] == "not reached"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_visit_leaves_a_receipt(tmp_path: Path, number: signal.Signals) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "gpu.check", "--device", "cpu", "--output", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob("gpu-check-*/logs/facts.log")):
+            time.sleep(0.01)
+        process.send_signal(number)
+    assert process.returncode == (1 if number == signal.SIGTERM else -9)
+    assert receipt(tmp_path)["outcome"] == "interrupted"
+
+
 def test_compare_finds_other_bits(tmp_path: Path) -> None:
     for name, bits in (("a", "1"), ("b", "1"), ("c", "2")):
         (tmp_path / name).mkdir()
@@ -182,7 +195,8 @@ def test_ranks_share_the_only_gpu_and_otherwise_have_one_each() -> None:
     assert "NCCL exchanges" in two["gloo-every-2"].why_not
 
 
-def test_every_training_of_a_visit_has_flags_that_exist() -> None:
+def test_every_training_of_a_visit_has_flags_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     lab = Lab("cuda")
     flags = [(name, " ".join(job.work[job.work.index("--") + 1 :])) for name, job in jobs_of("two GPUs").items()
              if isinstance(job.work, list) and "run" in job.work]  # fmt: skip

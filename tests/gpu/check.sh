@@ -11,15 +11,18 @@ export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 WANDB_MODE=disabled PYTHONPA
 if [ -d .gpu/wheels ] && ! "$PYTHON" -c 'import jsonargparse' 2>/dev/null; then
     "$PYTHON" -m pip install -q --disable-pip-version-check --root-user-action=ignore --no-index --no-deps --no-compile \
         --no-cache-dir --upgrade --target /tmp/site .gpu/wheels/*.whl
-    mkdir -p /tmp/site/lockstep-0.dist-info # for the doctor: the checkout is not installed here
-    printf 'Metadata-Version: 2.1\nName: lockstep\nVersion: 0\n%s\n' \
-        "$(sed -n 's/^requires-python = "\(.*\)"/Requires-Python: \1/p' pyproject.toml)" >/tmp/site/lockstep-0.dist-info/METADATA
+    version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' train/__init__.py)
+    needs=$(sed -n 's/^requires-python = "\(.*\)"/\1/p' pyproject.toml)
+    mkdir -p "/tmp/site/lockstep-$version.dist-info" # for the doctor: the checkout is not installed here
+    printf 'Metadata-Version: 2.1\nName: lockstep\nVersion: %s\nRequires-Python: %s\n' "$version" "$needs" \
+        >"/tmp/site/lockstep-$version.dist-info/METADATA"
     export PYTHONPATH=$PYTHONPATH:/tmp/site
 fi
 if [ -z "${MNIST_ROOT:-}" ] && [ -d .gpu/data ]; then export MNIST_ROOT=$PWD/.gpu/data; fi
 if [ -f .gpu/libnccl.so.2.xz ] && [[ " $* " != *" cpu "* ]]; then # unpacked while the first checks run
     export GPU_CHECK_NCCL=/tmp/gpu-check-nccl/libnccl.so.2
     mkdir -p "${GPU_CHECK_NCCL%/*}"
-    (xz -dc .gpu/libnccl.so.2.xz >"$GPU_CHECK_NCCL.$$" && mv "$GPU_CHECK_NCCL.$$" "$GPU_CHECK_NCCL") &
+    unpack='import lzma, shutil, sys; shutil.copyfileobj(lzma.open(".gpu/libnccl.so.2.xz"), open(sys.argv[1], "wb"), 1 << 20)'
+    ("$PYTHON" -c "$unpack" "$GPU_CHECK_NCCL.$$" && mv "$GPU_CHECK_NCCL.$$" "$GPU_CHECK_NCCL") &
 fi
 exec "$PYTHON" -m gpu.check --seconds $((550 - SECONDS)) "$@"

@@ -13,6 +13,7 @@ from gpu.visit import CannotRun, Failed, Job
 
 STAGES = ("correct", "speed", "ranks")  # ranks that share a GPU may hang: they come last
 PYTHON = sys.executable
+TESTS = Path(__file__).parents[1]
 WORLDS = (2, 3, 4)
 SHARING_NCCL = (2, 30)  # the first version that lets several ranks share a GPU
 BITS = ("weights_sha256", "ema_weights_sha256", "fingerprints_sha256")
@@ -130,7 +131,7 @@ def correct(machine: Machine) -> list[list[Job]]:
         machine.spared("tests/test_selftest.py runs it"),
     )
     small = "--data.name digits --train.max_steps 8" if machine.is_dry else ""
-    gpu_tests = [str(path) for path in sorted(Path("tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    gpu_tests = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text()]
     pytest = [*module("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", "not compile"), *gpu_tests]
     doctor = f"--data.name {'digits' if machine.is_dry else 'mnist'} --train.precision bf16 --train.device {machine.device}"
     models = ("modes-cnn", "modes-vgg", "modes-tiny_bn")

@@ -97,6 +97,7 @@ class Visit:
         self.receipt: dict[str, Any] = {"schema": SCHEMA, "outcome": "interrupted", **(facts or {})}
         self.logs.mkdir(parents=True, exist_ok=True)
         output.mkdir(parents=True, exist_ok=True)
+        self.write()
 
     def plan(self, stage: str, jobs: list[Job]) -> list[tuple[Job, Row]]:
         """Enter a row per job, so that the receipt also names those that are not reached."""
