@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
-from gpu import check, plan, speed, unit, visit
+from gpu import buckets, check, plan, speed, unit, visit
 from gpu.inside import Lab
 from gpu.plan import Machine
 from gpu.visit import CannotRun, Failed, Job, Row, Visit
 
+from train import optim
 from train.cli import parse
 
 HANG = ["sleep", "600"]
@@ -193,6 +195,23 @@ def test_ranks_share_the_only_gpu_and_otherwise_have_one_each() -> None:
     assert not two["nccl-every-2"].env
     assert two["nccl-every-3"].why_not == "needs 3 GPUs: this machine has 2"
     assert "NCCL exchanges" in two["gloo-every-2"].why_not
+
+
+def test_alignment_check_fails_without_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that depends on the address, as CUDA's does, stands in for a GPU."""
+    norm, lab = torch._foreach_norm, Lab("cpu")
+
+    def norm_by_address(tensors: list[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
+        found = norm(tensors, *arguments)
+        return [n * (1 + 1e-6) if t.data_ptr() % 16 else n for n, t in zip(found, tensors, strict=True)]
+
+    assert buckets.unmended(lab)["norms_that_differ"] == 0
+    monkeypatch.setattr(torch, "_foreach_norm", norm_by_address)
+    found = buckets.unmended(lab)
+    assert found["norms_that_differ"] == found["of"] > 0
+    assert buckets.alignment(lab, "sgd")["ok"]
+    monkeypatch.setattr(optim, "align_gradients", lambda parameters: None)
+    assert not buckets.alignment(lab, "sgd")["ok"]
 
 
 def test_every_training_of_a_visit_has_flags_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:

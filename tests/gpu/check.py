@@ -103,12 +103,14 @@ def visit_all(visit: Visit, options: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     """Visit, print the table and return the exit code."""
     parser = argparse.ArgumentParser(prog="tests/gpu/check.sh", description=__doc__.split("\n")[0])
-    parser.add_argument("stages", nargs="*", choices=[[], *STAGES], default=[], help="default: all of %(choices)s")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}; default: all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, smaller")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or "runs/gpu-check"))
     parser.add_argument("--seconds", type=float, default=540, help="the visit ends after so long (default %(default)s)")
     options = parser.parse_args(argv)
     options.stages = options.stages or [*STAGES]
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}. Use {', '.join(STAGES)}.")
     signal.signal(signal.SIGTERM, interrupt)
     work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     os.environ |= {"XDG_CACHE_HOME": str(work / "cache"), "TMPDIR": str(work)}
