@@ -82,7 +82,9 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory
         table[2, rows] += 1
         table[3, rows] = logits.softmax(1).amax(1).double()
     model.train(was_training)
-    predictions, losses, seen, confidences = world.sum_(table).cpu()
+    world.sum_(table)
+    world.wait()
+    predictions, losses, seen, confidences = table.cpu()
     if not bool((seen == 1).all()):
         wrong = int((seen != 1).sum())
         raise RuntimeError(f"The evaluation used {wrong} of {num_examples} examples not exactly once. Its sums are void.")

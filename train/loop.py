@@ -213,7 +213,7 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
     """Step until the end, or until a signal has reached any rank -> (outcome, results of the last step's evaluation)."""
     results, config, clock = None, run.config, run.world.clock
     journal, tracer = Journal(run, metrics, alarms), Tracer(config.train, lease, is_main=run.world.is_main)
-    on_gpu = run.world.device.type == "cuda"
+    always_waits = not run.world.runs_ahead  # on a GPU only steps that must wait do
     while run.step < run.total_steps:
         if tracer.wants(run.step):
             journal.pause()
@@ -225,8 +225,8 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
         should_wait = is_due(run, config.eval.every_steps, run.step) or is_due(run, config.checkpoint.every_steps, run.step)
         should_wait |= run.step == run.tables.stop  # of the stretch, and of an epoch: the next step overwrites its numbers
         must_stop = False
-        if should_log or should_wait or not on_gpu:  # reading numbers waits for a GPU: only where a step waits anyway
-            must_stop = journal.look(is_logged=should_log, wait=should_wait or not on_gpu)
+        if should_log or should_wait or always_waits:
+            must_stop = journal.look(is_logged=should_log, wait=should_wait or always_waits)
         if tracer.ends(run.step, must_stop or run.step == run.total_steps):
             journal.pause()
             metrics.say(tracer.write(run.step))

@@ -246,6 +246,11 @@ class World:
         """Whether this is rank 0, the only rank that writes to the run directory."""
         return self.rank == 0
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host runs ahead of the device, so that reading a number means waiting."""
+        return self.device.type == "cuda"
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Put model and optimizer into accelerate's wrappers: precision, and DDP on several ranks.
 

@@ -15,6 +15,7 @@ import train.journal
 import train.loop
 import train.run
 import train.step
+import train.world
 from ranks import mutants
 from train import checkpoint
 from train.sampler import Sampler
@@ -199,3 +200,14 @@ def slow_first_call() -> None:
         return inner(*arguments)
 
     train.step.augment = augment
+
+
+def runs_ahead() -> None:
+    """The host runs ahead, as on a GPU: rows of the log are read and written later."""
+    train.world.World.runs_ahead = True  # type: ignore[assignment, method-assign]
+
+
+def runs_ahead_with_broken_loss() -> None:
+    """The same, and numbers that are not finite."""
+    runs_ahead()
+    broken_loss()
