@@ -9,7 +9,7 @@ import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
 from train.config import Config
@@ -23,6 +23,16 @@ Traffic = list[tuple[str, int]]  # (what, bytes of its payload) of each communic
 
 
 @contextlib.contextmanager
+def environment(rank: int = 0, world_size: int = 1, local_world_size: int = 1) -> Iterator[None]:
+    """Give this process the environment of a rank, without what its own launcher has set, and put the old one back."""
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local_world_size, "LOCAL_WORLD_SIZE": local_world_size}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": socket.gethostname()}):
+        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "SLURM_", "LOCKSTEP_"))]:
+            del os.environ[name]
+        yield
+
+
+@contextlib.contextmanager
 def fake_world(config: Config, rank: int, world_size: int, local_world_size: int) -> "Iterator[World]":
     """Open `rank` of a world in which every collective returns at once and nothing is sent."""
     import torch.distributed as dist
@@ -30,14 +40,11 @@ def fake_world(config: Config, rank: int, world_size: int, local_world_size: int
 
     from train.world import World
 
-    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local_world_size, "LOCAL_WORLD_SIZE": local_world_size}
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": socket.gethostname()}):
-        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "SLURM_"))]:
-            del os.environ[name]
+    with environment(rank, world_size, local_world_size):
         if world_size > 1:
             dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-        # fp16 is for GPUs alone; here bf16 takes as many bytes
-        precision = "bf16" if config.train.precision == "fp16" else config.train.precision
+        # fp16 and tf32 are for GPUs alone; these take as many bytes
+        precision: Literal["bf16", "fp32"] = "bf16" if config.train.precision in ("bf16", "fp16") else "fp32"
         world = World.open(dataclasses.replace(config.train, device="cpu", precision=precision, num_threads=1))
         try:
             yield world

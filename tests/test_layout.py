@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "sampler", "preempt", "clock", "labels", "graphs", "meter", "versions"},
     {"yamlfile"},
     {"config"},
-    {"mathematics"},
+    {"mathematics", "device"},
     {"cli", "rng", "report", "fingerprint", "watchdog"},
     {"augment", "models", "optim", "charts", "mirror"},
     {"world", "checkpoint", "page", "lease", "tracking"},
@@ -123,8 +123,8 @@ def test_models_know_nothing_of_ranks() -> None:
 
 
 LIGHT_STEMS = (
-    "errors yamlfile config labels mathematics cli world preempt report charts page fingerprint clock watchdog mirror tracking "
-    "lease versions __main__"
+    "errors yamlfile config labels mathematics device cli world preempt report charts page fingerprint clock watchdog mirror "
+    "tracking lease versions __main__"
 )
 LIGHT = [ROOT / "train" / f"{stem}.py" for stem in LIGHT_STEMS.split()]
 
@@ -144,7 +144,7 @@ def test_slow_packages_are_imported_in_functions_only(path: Path) -> None:
 def test_launch_imports_the_config_and_nothing_heavy(path: Path) -> None:
     names = at_import(path)
     own = {".".join(name.split(".")[:2]) for name in loads(names, "train")}
-    light = {"errors", "config", "mathematics", "cli", "world", "report", "page", "fingerprint", "__version__"}
+    light = {"errors", "config", "mathematics", "device", "cli", "world", "report", "page", "fingerprint", "__version__"}
     assert own <= {f"train.{name}" for name in light}
     heavy = ("torch", "torchvision", "numpy", "accelerate", "wandb", "sklearn")
     assert {name for package in heavy for name in loads(names, package)} == set()

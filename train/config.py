@@ -184,8 +184,8 @@ class TrainConfig:
     """Examples whose activations fit in memory in one pass; 0: no limit. Decides the portions where micro_batches is 0."""
     exact: bool = False
     """Sum gradients in one fixed order, so that every world size gives the same bits."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward (autocast); weights and the update stay fp32. fp16 needs a GPU."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; weights and the update stay fp32. tf32 and fp16 need a GPU."""
     compile: bool = False
     """Compile the model by torch.compile."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"

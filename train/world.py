@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from train.clock import START_TIMEOUT_SECONDS, Clock
 from train.config import TrainConfig
+from train.device import choose_backend, choose_device, set_tf32, tasks_on_node
 from train.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -38,22 +39,18 @@ BACKSTOP_SECONDS = 60  # that torch's own timeouts come after the watchdog's, wh
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     """What torch's launchers set, for a rank that srun started directly; empty for others.
 
-    `SLURM_STEP_NODELIST` may be node[01-03,7],x: the first host has rank 0. `SLURM_STEP_TASKS_PER_NODE` may be 2(x3),1. The port
-    depends on job, life and step, so that jobs that share a node, and a life that a lost node left behind, do not meet.
+    `SLURM_STEP_NODELIST` may be node[01-03,7],x: the first host has rank 0. The port depends on job, life and step, so that
+    jobs that share a node, and a life that a lost node left behind, do not meet.
     """
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or "RANK" in env or "WORLD_SIZE" in env:
         return {}
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env["SLURM_STEP_NODELIST"])
-    tasks: list[str] = []
-    for group in env["SLURM_STEP_TASKS_PER_NODE"].split(","):
-        count, _, times = group.rstrip(")").partition("(x")
-        tasks += [count] * int(times or 1)
     number = 16 * int(env["SLURM_JOB_ID"]) + 4 * int(env.get("SLURM_RESTART_COUNT") or 0) + int(env.get("SLURM_STEP_ID", "0"))
     return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": tasks[int(env["SLURM_NODEID"])],
+        "LOCAL_WORLD_SIZE": str(tasks_on_node(env)),
         "MASTER_ADDR": env.get("MASTER_ADDR") or re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else ""),
         "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + number % 15000),
     }
@@ -104,37 +101,19 @@ def check_launcher(config: TrainConfig) -> int:
     return int(env.get("WORLD_SIZE", "1"))
 
 
-def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -> torch.device:
-    """Return this rank's device; raise UserError where the machine cannot do what the config asks."""
-    import torch
-
-    use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    num_gpus = 0 if use_cpu else torch.cuda.device_count()
-    if config.device == "cuda" and not num_gpus:
-        raise UserError("train.device is cuda and this machine shows no GPU. Use train.device auto or cpu.")
-    if num_gpus and local_world_size > num_gpus:
-        raise UserError(
-            f"{local_world_size} processes on this machine, but {num_gpus} GPU(s). Start {num_gpus}, or use --train.device cpu."
-        )
-    if not num_gpus and config.precision == "fp16":
-        raise UserError("train.precision fp16 needs a GPU: on a CPU it silently runs in fp32. Use bf16 or fp32.")
-    if num_gpus and config.precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise UserError("This GPU does not compute in bf16. Use train.precision fp16 or fp32.")
-    return torch.device("cuda", local_rank) if num_gpus else torch.device("cpu")
-
-
 def make_accelerator(config: TrainConfig, device: torch.device, timeout: timedelta) -> Accelerator:
     """Join the process group, if nothing has yet; set precision and DDP. Collective: every rank must call it."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    backend = {"backend": choose_backend(device)} if "RANK" in os.environ else {}  # a single process has no group
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # accelerate explains OMP_NUM_THREADS, which we set
         return Accelerator(
             cpu=device.type == "cpu",
-            mixed_precision="no" if config.precision == "fp32" else config.precision,
+            mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timeout),
+                InitProcessGroupKwargs(timeout=timeout, **backend),
             ],
             step_scheduler_with_optimizer=False,
         )
@@ -152,9 +131,7 @@ def join_on_loopback(device: torch.device, timeout: timedelta) -> None:
     listener = int(env[STORE_FD]) if rank == 0 else None
     place = (env["MASTER_ADDR"], int(env["MASTER_PORT"]))
     store = dist.TCPStore(*place, world_size, rank == 0, timeout, master_listen_fd=listener)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group(choose_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def keep_memory() -> None:
@@ -179,6 +156,7 @@ class World:
     device: torch.device
     num_threads: int
     accelerator: Accelerator
+    tf32_before: tuple[bool, bool]
     clock: Clock = dataclasses.field(default_factory=Clock)
 
     @classmethod
@@ -193,6 +171,8 @@ class World:
         device = choose_device(config, local_rank, local_world_size)
         if device.type == "cpu":
             keep_memory()
+        elif device.index != local_rank:
+            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # accelerate would give DDP the GPU number LOCAL_RANK
         if asked == 1:  # torchrun with one process would get DDP around the model, and other gradients than without
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
@@ -203,6 +183,7 @@ class World:
             torch.use_deterministic_algorithms(True)  # Inductor's too: it then tunes nothing by timing
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # by NaN: to find bugs
             torch.backends.cudnn.benchmark = False
+        tf32_before = set_tf32(config.precision == "tf32", config.precision == "tf32")
         timeout = timedelta(seconds=max(START_TIMEOUT_SECONDS, config.timeout) + BACKSTOP_SECONDS)
         if STORE_FD in os.environ:
             join_on_loopback(device, timeout)
@@ -216,6 +197,7 @@ class World:
             device=accelerator.device,
             num_threads=num_threads,
             accelerator=accelerator,
+            tf32_before=tf32_before,
         )
         if world.world_size != asked:
             world.close()
@@ -240,6 +222,7 @@ class World:
         if torch.are_deterministic_algorithms_enabled():  # the call imports Inductor's config, which takes time
             torch.use_deterministic_algorithms(False)
             torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        set_tf32(*self.tf32_before)
 
     @property
     def is_main(self) -> bool:
