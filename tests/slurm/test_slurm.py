@@ -24,7 +24,7 @@ STEPS = 60
 TRAIN = f"""
 --data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.micro_batches 8
 --train.num_threads 1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1 --eval.every_steps 1000
---log.progress false
+--log.progress false --train.device cpu
 """.split()
 WAIT_SECONDS = 180.0
 PYTHON = """#!/bin/bash
@@ -32,6 +32,22 @@ PYTHON = """#!/bin/bash
 if [ "$2" = train ]; then exec {python} {root}/tests/slurm/rank.py "${{@:3}}"; fi
 exec {python} "$@"
 """
+
+# What a task of a step would do with the GPUs that Slurm shows it; the lab's are fakes, so torch gets their number from us.
+CHOOSE = """
+import os, torch
+from train.config import TrainConfig
+from train.device import choose_device
+from train.world import slurm_variables
+place = slurm_variables(os.environ)
+torch.cuda.device_count = lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+try:
+    found = choose_device(TrainConfig(), int(place["LOCAL_RANK"]), int(place["LOCAL_WORLD_SIZE"]))
+except Exception as error:
+    found = error
+print(f"{place['LOCAL_RANK']} sees {os.environ['CUDA_VISIBLE_DEVICES']}: {found}")
+"""
+REFUSED = "2 processes on this machine, but 1 GPU(s). Start 1, or use --train.device cpu."
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -145,6 +161,29 @@ def test_three_nodes_with_two_gpus_each(cluster: Cluster, undisturbed: str) -> N
         assert facts["MASTER_ADDR"] == "node1"
     assert len({facts["MASTER_PORT"] for facts in ranks.values()}) == 1
     assert "ranks share" in cluster.log(job)  # no CPUs were asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--gpus-per-node=2", ["0 sees 0,1: cuda:0", "1 sees 0,1: cuda:1"]),
+        ("--gpus-per-task=1", ["0 sees 0: cuda:0", "1 sees 1: cuda:0"]),
+        ("--gpus-per-node=2 --gpu-bind=single:1", ["0 sees 0: cuda:0", "1 sees 1: cuda:0"]),
+        ("--gpus-per-node=1", [f"{task} sees 0: {REFUSED}" for task in range(2)]),
+    ],
+)
+def test_each_task_chooses_a_gpu_of_its_own(cluster: Cluster, options: str, expected: list[str]) -> None:
+    place = ["--quiet", "--nodes=2", "--ntasks-per-node=2", "--time=2", f"--export=ALL,PYTHONPATH={ROOT}"]
+    output = cluster.run("srun", *place, *options.split(), sys.executable, "-c", CHOOSE)
+    assert sorted(output.splitlines()) == sorted(expected * 2)
+
+
+def test_one_gpu_bound_to_each_task(cluster: Cluster, undisturbed: str) -> None:
+    job = cluster.submit("bound", "--nodes", "2", "--ntasks-per-node", "2", "--gpus-per-task", "1")
+    summary = cluster.finish(job, "bound")
+    assert (summary["world_size"], summary["weights_sha256"]) == (4, undisturbed)
+    for facts in cluster.ranks(job).values():
+        assert facts["CUDA_VISIBLE_DEVICES"] == facts["LOCAL_RANK"]
 
 
 def test_time_limit(cluster: Cluster, undisturbed: str) -> None:
