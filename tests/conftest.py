@@ -30,20 +30,32 @@ LAUNCHER_VARIABLES = (
     "SLURM_RESTART_COUNT",
     "ACCELERATE_MIXED_PRECISION",
 )
-# The caller's MNIST directory, for the tests that are marked so; all others must not depend on it.
+# The caller's MNIST directory and GPUs, for the tests that are marked so; all others must not depend on them.
 MNIST_ROOT = os.environ.get("MNIST_ROOT")
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else the first question for GPUs fixes the answer for this process
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """W&B off, the data cache in a temporary directory, and no launcher's variables, for the whole session."""
+    """W&B off, the data cache in a temporary directory, no GPU and no launcher's variables, for the whole session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("MNIST_ROOT", raising=False)
         for name in LAUNCHER_VARIABLES:
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def gpus_of_marked_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show the caller's GPUs to a test that is marked gpu."""
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        if VISIBLE_GPUS is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE_GPUS)
 
 
 @pytest.fixture

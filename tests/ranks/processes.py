@@ -19,8 +19,16 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch._dynamo", "accelerate", "train.loop"])
 
 
-def _rank_main(env: dict[str, str], argv: list[str], log: str, program: str = "train.__main__") -> None:
-    os.environ.update(env)
+def _gpus() -> dict[str, str | None]:
+    """What a rank gets explicitly, since the fork server keeps the environment of its start: the GPUs that the test sees."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+
+def _rank_main(env: dict[str, str | None], argv: list[str], log: str, program: str = "train.__main__") -> None:
+    for name, value in env.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     os.setpgrp()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -45,7 +53,7 @@ class Ranks:
     def __init__(self, world_size: int, argv: list[str], directory: Path, module: str = "train.__main__", **env: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.logs = [directory / f"rank-{rank}.log" for rank in range(world_size)]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WANDB_MODE": "disabled", **env}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WANDB_MODE": "disabled", **_gpus(), **env}
         shared |= {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], "MNIST_ROOT": os.environ.get("MNIST_ROOT", "")}
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -110,7 +118,7 @@ def launch(log: Path, *argv: str, **env: str) -> tuple[int, str]:
     """Run `python -m launch` with arguments, with torch imported already; return (exit code, what it printed)."""
     log.unlink(missing_ok=True)
     env |= {"XDG_CACHE_HOME": env.get("XDG_CACHE_HOME", os.environ["XDG_CACHE_HOME"])}
-    process = _context.Process(target=_rank_main, args=(env, " ".join(argv).split(), str(log), "launch.__main__"))
+    process = _context.Process(target=_rank_main, args=(_gpus() | env, " ".join(argv).split(), str(log), "launch.__main__"))
     process.start()
     process.join(90)
     assert process.exitcode is not None, f"{argv} hangs\n{log.read_text()}"
@@ -118,7 +126,7 @@ def launch(log: Path, *argv: str, **env: str) -> tuple[int, str]:
 
 
 def arguments(run: Path, *flags: str) -> list[str]:
-    """The command line of a small run on digits; later flags win."""
-    small = "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_threads 1"
+    """The command line of a small run on digits and the CPU; later flags win."""
+    small = "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_threads 1 --train.device cpu"
     quiet = "--log.progress false --log.report false"
     return [*small.split(), *quiet.split(), "--run.dir", str(run.parent), "--run.name", run.name, *" ".join(flags).split()]
