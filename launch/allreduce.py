@@ -18,8 +18,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
-from launch.run import die_with_parent
+from launch.run import ON_LOOPBACK, die_with_parent
 from train.cli import Parser, leave
+from train.config import TrainConfig
+from train.device import choose_backend, choose_device
+from train.errors import UserError
 from train.world import slurm_variables
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
@@ -33,13 +36,13 @@ def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> 
     import torch.distributed as dist
 
     os.environ.update(slurm_variables(os.environ))
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, world_size, local_rank, local_world_size = place
     torch.set_num_threads(1)
-    on_gpu = torch.cuda.is_available() and not on_cpu
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = choose_device(TrainConfig(device="cpu" if on_cpu else "auto"), local_rank, local_world_size)
+    backend, on_gpu = choose_backend(device), device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     wrong, seconds = 0, {}
     try:
@@ -72,9 +75,8 @@ def free_port() -> int:
 
 def run_local(program: tuple[str, ...], nproc: int, arguments: list[str], timeout: float) -> list[dict[str, Any]]:
     """Start `nproc` processes on this machine and return what each printed; raise RuntimeError if one fails or hangs."""
-    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(nproc))
-    if sys.platform == "linux":
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    env = ON_LOOPBACK | dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
     # files, since a pipe would fill up
     outputs, errors = ([tempfile.TemporaryFile("w+") for _ in range(nproc)] for _ in range(2))  # noqa: SIM115
     processes = [
@@ -128,7 +130,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--timeout", type=float, default=60, help="seconds until a lost rank is an error (default 60)")
     parser.add_argument("--cpu", action="store_true", help="gloo on the CPU even where there are GPUs")
     options = parser.parse_args(argv)
-    print(json.dumps(measure(options.bytes, options.repeats, options.timeout, on_cpu=options.cpu)), flush=True)
+    try:
+        found = measure(options.bytes, options.repeats, options.timeout, on_cpu=options.cpu)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    print(json.dumps(found), flush=True)
     return 0
 
 

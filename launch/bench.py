@@ -38,7 +38,7 @@ MEASURES = {  # name: (module, default repeats, what it measures)
     "sampler": ("measures", 15, "cost of a step's indices against the size of the data set"),
     "checkpoint": ("measures", 15, "encode, write, read and verify a checkpoint"),
     "peers": ("peers", 5, "the same model in the idioms of other trainers (pip install 'lockstep[bench]')"),
-    "exact": ("trainings", 5, "exact against fast mode, on 1 and 2 processes"),
+    "exact": ("trainings", 5, "exact against fast mode, on 1 and 2 processes (on 1 where there is one GPU)"),
     "scaling": ("trainings", 3, "1 to N processes: strong (one global batch) and weak (one share per process)"),
     "wandb": ("trainings", 5, "what W&B's mirror costs, offline, at log.every_steps 10"),
     "startup": ("trainings", 5, "the whole command: help, an error, a training of one step"),

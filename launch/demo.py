@@ -1,7 +1,7 @@
 """`python -m launch demo`: the promise before your eyes, in under two minutes on two cores.
 
 Trains the same run on 1, 2 and 4 processes, kills the second one halfway and resumes it on 3, and prints the three
-fingerprints of the final weights. Exits with 1 if they are not equal.
+fingerprints of the final weights. Exits with 1 if they are not equal. Trains on the CPU where there are fewer than 4 GPUs.
 """
 
 import json
@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from launch.run import Ranks
+from launch.run import Ranks, count_gpus
 from train.cli import Parser
 from train.errors import UserError
 
@@ -20,11 +20,13 @@ RECIPE = (
     "--log.progress false --log.report false --wandb.mode disabled"
 )
 WAIT_SECONDS = 60
+LARGEST_WORLD = 4
 
 
-def train(directory: Path, name: str, world_size: int, kill_at: int | None = None) -> None:
+def train(directory: Path, name: str, world_size: int, device: str, kill_at: int | None = None) -> None:
     """Train, or resume, one run; kill rank 1 once the run has logged step `kill_at`."""
-    ranks = Ranks(world_size, [*RECIPE.split(), "--run.dir", str(directory), "--run.name", name], 0, quiet=True)
+    arguments = [*RECIPE.split(), "--train.device", device, "--run.dir", str(directory), "--run.name", name]
+    ranks = Ranks(world_size, arguments, 0, quiet=True)
     deadline = time.monotonic() + WAIT_SECONDS
     log = directory / name / "metrics.jsonl"
     while kill_at and time.monotonic() < deadline and ranks.processes[1].poll() is None:
@@ -40,18 +42,19 @@ def main(argv: list[str]) -> int:
     """Run the demonstration; return 0 if the weights are the same bits on all world sizes."""
     Parser(prog="python -m launch demo", description=__doc__).parse_args(argv)
     began = time.monotonic()
+    device = "cuda" if count_gpus() >= LARGEST_WORLD else "cpu"
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         plan: list[tuple[str, int, int | None, str]] = [
             ("one", 1, None, "1 process"),
             ("two", 2, 15, "2 processes, rank 1 killed at step 15 ..."),
             ("two", 3, None, "        ... and resumed on 3"),
-            ("four", 4, None, "4 processes"),
+            ("four", LARGEST_WORLD, None, f"{LARGEST_WORLD} processes"),
         ]
         hashes = []
         for name, world_size, kill_at, text in plan:
             print(f"{text:45}", end="", flush=True)
-            train(directory, name, world_size, kill_at)
+            train(directory, name, world_size, device, kill_at)
             if kill_at:
                 print()
                 continue

@@ -15,9 +15,8 @@ from typing import Any
 from launch.crashpoints import REPORT, is_whole
 
 NUM_TRAIN, NUM_TEST = 1438, 359  # of digits
-BATCH, EPOCHS, SAVE_STEPS, LR = 95, 3, 7, 0.05  # the last batch of an epoch has 13 examples
+BATCH, SAVE_STEPS, LR = 95, 7, 0.05  # the last batch of an epoch has 13 examples
 STEPS_PER_EPOCH = math.ceil(NUM_TRAIN / BATCH)
-STEPS = EPOCHS * STEPS_PER_EPOCH
 Verdict = tuple[bool, str]
 
 
@@ -47,6 +46,12 @@ class Evidence:
     augment: Trace  # one example, no randomness but augmentation
     killed_at: int  # the last step that was logged before the kill
     worlds: tuple[int, int]  # world sizes before and after the kill
+    epochs: int  # of `alone` and `moved`
+
+    @property
+    def steps(self) -> int:
+        """Steps of `alone` and `moved`."""
+        return self.epochs * STEPS_PER_EPOCH
 
 
 def _same_weights(found: Evidence) -> Verdict:
@@ -66,13 +71,13 @@ def _same_losses(found: Evidence) -> Verdict:
 
 
 def _each_step_once(found: Evidence) -> Verdict:
-    expected = list(range(1, STEPS + 1))
+    expected = list(range(1, found.steps + 1))
     for trace in (found.alone, found.moved):
         steps = [step for (step,) in trace.column("train", "step")]
         if steps != expected:
             doubled, missing = len(steps) - len(set(steps)), len(set(expected) - set(steps))
-            return False, f"{len(steps)} rows for {STEPS} steps: {doubled} doubled, {missing} missing"
-    return True, f"{STEPS} rows for {STEPS} steps, none doubled, none missing"
+            return False, f"{len(steps)} rows for {found.steps} steps: {doubled} doubled, {missing} missing"
+    return True, f"{found.steps} rows for {found.steps} steps, none doubled, none missing"
 
 
 def _each_example_once(found: Evidence) -> Verdict:
@@ -121,15 +126,15 @@ def _evaluation(found: Evidence) -> Verdict:
             return False, f"{one[3]} of {one[2]} examples, accuracy {one[4]}: the test split has {NUM_TEST}"
     summary = found.alone.summary
     predictions = summary["test_predictions_sha256"][:12]
-    return len(alone) == 2 * EPOCHS, f"{len(alone)} times {NUM_TEST} examples; predictions {predictions} on both paths"
+    return len(alone) == 2 * found.epochs, f"{len(alone)} times {NUM_TEST} examples; predictions {predictions} on both paths"
 
 
 def _learning_rate(found: Evidence) -> Verdict:
     def one_cycle(step: int) -> float:
-        rise = 0.2 * STEPS
+        rise = 0.2 * found.steps
         if step < rise:
             return LR * (1 / 25 + 24 / 25 * (1 - math.cos(math.pi * step / rise)) / 2)
-        return LR * (1 + math.cos(math.pi * (step - rise) / (STEPS - rise))) / 2
+        return LR * (1 + math.cos(math.pi * (step - rise) / (found.steps - rise))) / 2
 
     worst = max(
         abs(lr - one_cycle(step - 1)) / LR

@@ -9,6 +9,7 @@ itself, such as our allocator's options, is not the next one's.
 import itertools
 import logging
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from train.config import Config
 
 NUM_EXAMPLES, WARM_UP_STEPS = 10_240, 4
-WORKERS = (0, 1, 2)
 
 
 class Pictures:
@@ -42,6 +42,12 @@ class Pictures:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(self.picture(self.images[index])), int(self.labels[index])
+
+
+def worker_counts() -> list[int]:
+    """Return the numbers of loader processes that are tried: 0, and the powers of two up to the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [0, *(2**power for power in range(cores.bit_length()))]
 
 
 def loader(images: Any, labels: Any, batch: int, workers: int) -> Any:
@@ -201,10 +207,10 @@ def peers(repeats: int) -> list[Row]:
 
     works = {"lockstep": partial(epoch_seconds, flags, bare=False), "bare loop": partial(epoch_seconds, flags, bare=True)}
     for name, epoch in PEERS.items():
-        candidates = [partial(with_workers, epoch, config, images, labels, workers) for workers in WORKERS]
-        seconds = [measured(work) for work in candidates]
-        fastest = seconds.index(min(seconds))
-        works[f"{name}, {WORKERS[fastest]} worker(s)"] = candidates[fastest]
+        candidates = {workers: partial(with_workers, epoch, config, images, labels, workers) for workers in worker_counts()}
+        seconds = {workers: measured(work) for workers, work in candidates.items()}
+        fastest = min(seconds, key=seconds.__getitem__)
+        works[f"{name}, {fastest} worker(s)"] = candidates[fastest]
     speeds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():

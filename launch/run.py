@@ -26,11 +26,20 @@ SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved check
 POLL_SECONDS = 0.05
 PREEMPTED, BAD_INPUT = 75, 2
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+DEV = Path("/dev")
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+# both would listen on the first interface that reaches other machines
+ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
+
+
+def nvidia_nodes() -> list[Path]:
+    """Return the device nodes of NVIDIA's GPUs. A container may hold numbers 2 and 3 alone."""
+    return sorted(DEV.glob("nvidia[0-9]*"))
 
 
 def count_gpus() -> int:
-    """GPUs that a training on this machine would see; torch is asked in a process of its own, and only if there are any."""
-    if not any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")):
+    """Count the GPUs that a training on this machine would see. torch is asked, in a process of its own, if there may be any."""
+    if not nvidia_nodes() and not any((DEV / name).exists() for name in ("kfd", "dxg")):  # AMD's GPUs, or those of WSL
         return 0
     command = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -65,12 +74,11 @@ class Ranks:
         # Rank 0 serves the rendezvous on this socket: nobody can take its port, and only this machine can reach it.
         with socket.create_server(("127.0.0.1", 0)) as store:
             for rank in range(nproc):
-                env = dict(os.environ, LOCKSTEP_RESTART=str(restart))
+                env = ON_LOOPBACK | dict(os.environ, LOCKSTEP_RESTART=str(restart))
                 if nproc > 1:
                     env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
                     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
                     env |= {"LOCKSTEP_STORE_FD": str(store.fileno())}
-                    env.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
                 handed = [store.fileno()] if nproc > 1 and rank == 0 else []
                 self.processes.append(
                     subprocess.Popen(command, env=env, pass_fds=handed, preexec_fn=tie, stdout=output, stderr=output)

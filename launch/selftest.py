@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from launch.laws import BATCH, EPOCHS, LR, SAVE_STEPS, STEPS, Evidence, Trace, judge
+from launch.laws import BATCH, LR, SAVE_STEPS, STEPS_PER_EPOCH, Evidence, Trace, judge
 from launch.run import Ranks, count_gpus, die_with_parent
 from train.cli import Parser
 from train.errors import UserError
@@ -28,7 +28,7 @@ COMMON = (
 EVERYTHING = (
     f"--model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.3 --optim.lr {LR} "
     f"--optim.ema 0.9 --optim.clip_norm 1 --train.exact true --train.micro_batches 5 --train.global_batch_size {BATCH} "
-    f"--train.epochs {EPOCHS} --checkpoint.every_steps {SAVE_STEPS} --eval.batch_size 100"
+    f"--checkpoint.every_steps {SAVE_STEPS} --eval.batch_size 100"
 )
 # The weights stay as they are: what the loss of a step depends on is what the run is named after, and nothing else.
 FROZEN = "--model.name tiny --optim.lr 1e-30 --eval.every_steps 1000 --checkpoint.every_steps 1000"
@@ -39,7 +39,9 @@ RUNS = {
     "dropout": f"{ONE_EXAMPLE} --model.dropout 0.5",
     "augment": f"{ONE_EXAMPLE} --augment.shift 2 --augment.rotate 10",
 }
-KILL_AFTER_STEP = STEPS // 2  # in the middle of an epoch
+# The kill is due in the second half, in the middle of an epoch and between two checkpoints. A GPU makes three such steps in
+# 10 ms, in which we may miss them: it gets many more chances.
+EPOCHS = {"cpu": 3, "cuda": 31}
 POLL_SECONDS = 0.005
 
 
@@ -121,10 +123,10 @@ def _last_step(run: Path) -> int:
     return max((row["step"] for row in map(json.loads, lines) if row["event"] == "train"), default=0)
 
 
-def _kill_between_saves(training: Training, run: Path, log: Path) -> int:
-    """Kill rank 0 in the middle of an epoch, some steps after a checkpoint; return the last step that it logged."""
+def _kill_between_saves(training: Training, run: Path, log: Path, after_step: int) -> int:
+    """Kill rank 0 after a step, some steps after a checkpoint; return the last step that it logged."""
     step = 0
-    while step < KILL_AFTER_STEP or not SAVE_STEPS // 4 <= step % SAVE_STEPS <= SAVE_STEPS // 2:
+    while step < after_step or not SAVE_STEPS // 4 <= step % SAVE_STEPS <= SAVE_STEPS // 2:
         if not training.is_running():
             training.wait()
             raise Failed(f"the training that was to be killed ended before, at step {_last_step(run)}: {_last_line(log)}")
@@ -139,7 +141,8 @@ def train(directory: Path, device: str, worlds: tuple[int, int], start: Start) -
     """Do all trainings in `directory`; raise Failed where one does not finish."""
 
     def arguments(name: str, flags: str) -> list[str]:
-        return [*f"{COMMON} {flags} --train.device {device} --run.name {name}".split(), "--run.dir", str(directory)]
+        place = f"--train.device {device} --run.name {name}"
+        return [*f"{COMMON} --train.epochs {EPOCHS[device]} {flags} {place}".split(), "--run.dir", str(directory)]
 
     logs = {name: directory / f"{name}.log" for name in ("undisturbed", "killed", "resumed")}
     trainings = json.dumps([arguments(name, flags) for name, flags in RUNS.items()])
@@ -148,7 +151,8 @@ def train(directory: Path, device: str, worlds: tuple[int, int], start: Start) -
     moved = arguments("moved", EVERYTHING)
     try:
         killed = start("train", worlds[0], moved, logs["killed"])
-        killed_at = _kill_between_saves(killed, directory / "moved", logs["killed"])
+        after_step = EPOCHS[device] * STEPS_PER_EPOCH // 2
+        killed_at = _kill_between_saves(killed, directory / "moved", logs["killed"], after_step)
         resumed = start("train", worlds[1], moved, logs["resumed"])
         ended = {"resumed": resumed.wait(), "undisturbed": undisturbed.wait()}
     except Failed:
@@ -158,7 +162,7 @@ def train(directory: Path, device: str, worlds: tuple[int, int], start: Start) -
         if code:
             raise Failed(f"the {name} training ended with exit code {code}: {_last_line(logs[name])}")
     traces = {name: Trace(directory / name) for name in (*RUNS, "moved")}
-    return Evidence(**traces, killed_at=killed_at, worlds=worlds)
+    return Evidence(**traces, killed_at=killed_at, worlds=worlds, epochs=EPOCHS[device])
 
 
 def world_sizes(device: str) -> tuple[int, int]:
@@ -181,7 +185,8 @@ def main(argv: list[str], start: Start = Processes) -> int:
     if options.keep and options.keep.exists():
         raise UserError(f"--keep {options.keep} exists already. Give a new directory.")
     began = time.monotonic()
-    print(f"{STEPS} exact steps on 1 process, and on {worlds[0]}, killed, then {worlds[1]} ({options.device})", flush=True)
+    steps = EPOCHS[options.device] * STEPS_PER_EPOCH
+    print(f"{steps} exact steps on 1 process, and on {worlds[0]}, killed, then {worlds[1]} ({options.device})", flush=True)
     with contextlib.ExitStack() as stack:
         if options.keep:
             options.keep.mkdir(parents=True)

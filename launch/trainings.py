@@ -55,9 +55,9 @@ def in_turns(cells: dict[str, tuple[int, int, str]], repeats: int) -> dict[str, 
 
 
 def exact(repeats: int) -> list[Row]:
-    """Exact mode with M micro-batches against fast mode, one thread per process."""
+    """Exact mode with M micro-batches against fast mode, one thread per process; one process alone where there is one GPU."""
     cells, bases = {}, {}
-    for world_size in (1, 2):
+    for world_size in (1, 2) if count_gpus() != 1 else (1,):
         fast = f"{world_size} process{'es' * (world_size > 1)}, fast"
         for parts in (0, 1, 2, 4, 8):
             name = fast.replace("fast", f"exact, {parts} x {GLOBAL_BATCH_SIZE // parts}") if parts else fast

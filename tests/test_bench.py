@@ -87,7 +87,7 @@ def test_measures_of_one_process_measure(monkeypatch: pytest.MonkeyPatch, measur
 def test_peers_are_measured_in_their_own_idiom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "NUM_EXAMPLES", 1536)
     monkeypatch.setattr(peers, "WARM_UP_STEPS", 1)
-    monkeypatch.setattr(peers, "WORKERS", (1,))
+    monkeypatch.setattr(peers, "worker_counts", lambda: [1])
     monkeypatch.setattr(peers, "LOOP", peers.LOOP.replace("cnn", "tiny"))
     rows = peers.peers(1)
     assert [row.name for row in rows][:2] == ["lockstep", "bare loop"]
