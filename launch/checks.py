@@ -4,6 +4,7 @@ Invariant: a check changes nothing that stays (the data cache apart), waits a bo
 """
 
 import ctypes
+import dataclasses
 import netrc
 import os
 import platform
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from launch import allreduce
-from launch.run import count_gpus
+from launch import allreduce, repeat
+from launch.run import count_gpus, nvidia_nodes
 from train.config import Config
 from train.errors import UserError
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 ALLREDUCE_SECONDS = 120.0  # a busy machine imports torch in 15
 ALLREDUCE_BYTES = 25 << 20  # DDP's largest bucket
 SLOW_BYTES_PER_SECOND = {"gloo": 50e6, "nccl": 2e9}
+LARGEST_ERRORS = {"fp32": 1e-5, "tf32": 0.002, "bf16": 0.02, "fp16": 0.004}  # relative, of a product
 WANDB_SECONDS = 2.0
 SPARE_BYTES = 1 << 30  # beside the checkpoints: logs, W&B's files, a cache
 PROBE = (sys.executable, "-m", "launch.allreduce")
@@ -92,7 +94,7 @@ def gpus(config: Config) -> Iterator[Finding]:
 
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    nodes = list(Path("/dev").glob("nvidia[0-9]*"))
+    nodes = nvidia_nodes()
     if names:
         same = len(set(names)) == 1
         text = f"{len(names)} x {names[0]}" if same else f"different ones: {', '.join(names)}"
@@ -131,33 +133,45 @@ def nccl(loaded: str) -> Finding:
 
 
 def precision(config: Config) -> Iterator[Finding]:
-    """Whether the device computes in the config's arithmetic, and in bf16 and fp16, closely enough."""
+    """Whether the device computes in the config's arithmetic, and in the others, closely enough."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, before `deterministic` needs it
     import torch
+    from torch.nn.functional import conv2d
 
-    from train.world import choose_device
+    from train.device import choose_device, set_tf32
 
     try:
-        device = choose_device(config.train, 0, 1)
+        choose_device(config.train, 0, 1)
     except UserError as error:
         yield Finding("precision", "fail", str(error), "another train.precision or train.device")
         return
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(256, 256, generator=generator).to(device) for _ in range(2))
-    for name, dtype, limit in (("bf16", torch.bfloat16, 0.02), ("fp16", torch.float16, 0.004)):
-        if name == "fp16" and device.type == "cpu":
-            yield Finding(name, "OK", "not on a CPU: bf16 and fp32 are there for it")
+    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    expected = left.double() @ right.double()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "bf16"
+    for name, limit in LARGEST_ERRORS.items():
+        try:
+            device = choose_device(dataclasses.replace(config.train, precision=name), 0, 1)  # type: ignore[arg-type]
+        except UserError as error:
+            yield Finding(name, "OK", f"not here: {error}")
             continue
-        with torch.autocast(device.type, dtype):
-            product = left @ right
-        off = float(((product.float() - left @ right).norm() / (left @ right).norm()).cpu())
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+        before = set_tf32(name == "tf32", name == "tf32")
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # a convolution that is a product, too
+            product = conv2d(right.T[..., None, None].to(device), left[..., None, None].to(device)).flatten(1).T
+        set_tf32(*before)
+        off = float((product.double().cpu() - expected).norm() / expected.norm())
         if product.dtype == dtype and off < limit:
-            flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and Path("/proc/cpuinfo").exists() else "bf16"
-            how = "" if "bf16" in flags else ", emulated: slower than fp32 on this CPU"
-            yield Finding(name, "OK", f"relative error of a product {off:.1e}{how}")
+            how = (
+                ", emulated: slower than fp32 on this CPU"
+                if (device.type, name) == ("cpu", "bf16") and "bf16" not in flags
+                else ""
+            )
+            yield Finding(name, "OK", f"relative error of a convolution {off:.1e}{how}")
         else:
-            text = f"a product has relative error {off:.1e} (at most {limit}) in {product.dtype}"
+            text = f"a convolution has relative error {off:.1e} (at most {limit}) in {product.dtype}"
             wanted = config.train.precision == name
-            yield Finding(name, "fail" if wanted else "warn", text, "use train.precision fp32, and report this to PyTorch")
+            yield Finding(name, "fail" if wanted else "warn", text, "use another train.precision, and report this to PyTorch")
 
 
 def all_reduce(config: Config, program: tuple[str, ...] = PROBE, timeout: float = ALLREDUCE_SECONDS) -> Iterator[Finding]:
@@ -184,40 +198,23 @@ def all_reduce(config: Config, program: tuple[str, ...] = PROBE, timeout: float 
 
 
 def deterministic(config: Config) -> Iterator[Finding]:
-    """Whether forward and backward of the config's model give the same bits twice, under deterministic algorithms."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-
-    from train import models
-    from train.world import choose_device
-
-    device = choose_device(Config().train, 0, 1) if config.train.device != "cpu" else torch.device("cpu")
-    model = models.build(config.model, config.seed).to(device)
-    images = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(device)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    """Whether the config's training step gives the same bits twice in exact mode."""
+    status: Literal["warn", "fail"] = "fail" if config.train.exact else "warn"
     try:
-        runs = []
-        for _ in range(2):
-            model.zero_grad()
-            model(images).logsumexp(1).sum().backward()
-            runs.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    except RuntimeError as error:
-        yield Finding("deterministic", "fail", f"{str(error).splitlines()[0][:120]}", "exact mode cannot run here")
+        (first, second), device = repeat.weights(config, times=2)
+    except (RuntimeError, UserError) as error:
+        yield Finding("deterministic", status, f"{str(error).splitlines()[0][:120]}", "exact mode cannot run here")
         return
-    finally:
-        torch.use_deterministic_algorithms(before)
-    if all(torch.equal(one, other) for one, other in zip(*runs, strict=True)):
-        yield Finding("deterministic", "OK", f"{config.model.name} on {device.type}: the same bits twice")
+    steps = f"{repeat.STEPS} steps of {config.model.name} on {device} in {config.train.precision}"
+    if first == second:
+        yield Finding("deterministic", "OK", f"{steps}: the same bits twice")
     else:
-        text = f"{config.model.name} on {device.type}: two backward passes gave different bits"
-        yield Finding("deterministic", "fail", text, "exact mode cannot keep its promise here; python -m launch selftest")
+        text = f"{steps}: two runs have different bits"
+        yield Finding("deterministic", status, text, "exact mode cannot keep its promise here; python -m launch selftest")
 
 
 def data(config: Config) -> Iterator[Finding]:
     """Whether the config's data set is on this machine and whole."""
-    import dataclasses
-
     from train import data
 
     root = f" --root {config.data.root}" if config.data.root else ""
