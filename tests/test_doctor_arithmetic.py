@@ -59,13 +59,16 @@ class Forbidden(Undetermined):
         return super().forward(images)
 
 
-class UndeterminedInBf16(Undetermined):
-    """A model whose noise a check in another arithmetic, or of the forward pass alone, cannot see."""
+class UndeterminedInBf16(nn.Module):
+    """A model whose noise a check in another arithmetic cannot see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784, 10)
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         logits = self.fc(images.flatten(1))
-        is_watched = logits.dtype == torch.bfloat16 and images.is_contiguous(memory_format=torch.channels_last)
-        return logits + torch.rand_like(logits) if is_watched else logits
+        return logits + torch.rand_like(logits) if logits.dtype == torch.bfloat16 else logits
 
 
 @pytest.mark.parametrize(

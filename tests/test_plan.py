@@ -114,6 +114,12 @@ def test_activations_grow_by_the_same_bytes_for_each_example() -> None:
     assert many == two + (four - two) // 2 * 62
 
 
+@pytest.mark.parametrize(("precision", "same"), [("fp32", "no"), ("tf32", "no"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_precision_of_a_gpu_is_planned_in_one_of_the_same_sizes(precision: str, same: str) -> None:
+    with dryrun.fake_world(parse([*SMALL, "--train.precision", precision]), 0, 2, 2) as world:
+        assert world.accelerator.mixed_precision == same
+
+
 def test_memory_counts_the_sums_that_exact_mode_keeps() -> None:
     one, perfect, uneven = (
         make(1, ranks, "--train.exact true --train.global_batch_size 24", f"--train.micro_batches {parts}", *SMALL)
