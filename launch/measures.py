@@ -87,7 +87,7 @@ def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     model = models.build(config.model, config.seed).to(device=device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = optim.build(config.optim, model)
-    batch, precision = config.train.global_batch_size, config.train.precision
+    batch, lower = config.train.global_batch_size, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
 
     def batches() -> Iterator[torch.Tensor]:
         while True:
@@ -97,7 +97,7 @@ def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
 
     def compute(rows: torch.Tensor) -> None:
         inputs = lay_out(normalize(source.train.images[rows], source.mean, source.std), layout)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, lower, enabled=lower is not None):
             logits = model(inputs)
         loss = F.cross_entropy(logits.float(), source.train.labels[rows], label_smoothing=config.optim.label_smoothing)
         loss.backward()

@@ -41,7 +41,7 @@ def short(config: Config, device: str) -> Config:
         "micro_batches": parts,
         "micro_batch_limit": 0,
         "compile": False,
-        "cuda_graphs": False,
+        "cuda_graphs": "off",
     }
     data = DataConfig(name="random", random_examples=6 + STEPS * size)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes), data=data)  # type: ignore[arg-type]
@@ -57,7 +57,6 @@ def train(config: Config) -> str:
     world = World.open(config.train)
     try:
         run = set_up(config, world, data.load(config.data, world))
-        run.model.train()
         for _ in range(config.train.max_steps):
             train_step(run)
         return checkpoint.tensors_sha256(run.module.state_dict())
