@@ -88,7 +88,7 @@ def test_replayed_steps_are_the_ordinary_ones(world: World, monkeypatch: pytest.
         return replay
 
     monkeypatch.setattr(graphs, "record", record)
-    replayed.is_recorded = True
+    replayed.should_record = True
     warm_up(replayed, pytest.fail)
     results = []
     for run in (ordinary, replayed):
@@ -119,7 +119,7 @@ def test_a_recording_that_fails_costs_a_warning_and_not_the_run(world: World, mo
             monkeypatch.undo()
 
     monkeypatch.setattr(graphs, "record", record)
-    given_up.is_recorded = True
+    given_up.should_record = True
     said: list[str] = []
     warm_up(given_up, said.append)
     assert given_up.replay is None

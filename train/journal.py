@@ -1,7 +1,7 @@
-"""Reads what the steps left on the device, checks it and writes it down, on a GPU late and without waiting.
+"""Collect the results of steps from the device, check them and log them; on a GPU later, without waiting.
 
-Invariant: all ranks look at the same steps at the same step, so they find the same broken numbers and the same wish to stop,
-and act on it together. Between two looks that must wait, a GPU never runs dry for a row of the log.
+Invariant: all ranks collect the same results at the same step. They find the same broken numbers and the same request to
+stop, and act on it together. A GPU never idles because a row of the log is written.
 """
 
 import math
@@ -22,77 +22,79 @@ from train.tables import StepResult
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at the steps since the one before, while its numbers are on their way to the host."""
+class Pending:
+    """Results that are on their way to the host."""
 
-    first: int  # the steps first + 1 to last
+    first: int  # of the steps first + 1 to last
     last: int
-    is_logged: bool
-    num_examples: int  # that this process has trained on until then
+    should_log: bool  # whether the last step gets a row
+    num_examples: int  # that this process had trained on by then
     results: Tensor
     mark: Any  # when the last step ended
 
 
 class Journal:
-    """The looks of one process at its run."""
+    """The results of one process: collected, checked, logged. Also its stopwatch."""
 
     def __init__(self, run: Run, metrics: Metrics, alarms: Alarms) -> None:
         self.run, self.metrics, self.alarms = run, metrics, alarms
-        self.device = run.world.device
-        self.looked = run.step  # steps that have been looked at
-        self.pending: list[Look] = []
+        self.collected = run.step  # steps whose results have been collected
+        self.pending: list[Pending] = []
         self.unlogged: list[StepResult] = []  # of the steps since the last row of the log
         self.fingerprints: list[StepResult] = []  # in exact mode, not yet written
         self.resume()
 
+    def resume(self) -> None:
+        """Start the stopwatch. Only what happens from here to the next `collect` counts as training."""
+        self.started = self._mark()
+
+    def pause(self) -> None:
+        """Process all steps so far and stop the stopwatch."""
+        self.collect(should_log=False, wait=True)
+
+    def collect(self, *, should_log: bool, wait: bool) -> bool:
+        """Collect the results of the steps since the last call. Without `wait` they are processed in the next call.
+
+        Returns whether any rank was asked to stop. All results have been processed then. Raises RunError for broken numbers.
+        """
+        run = self.run
+        if run.step > self.collected:
+            results = run.tables.fetch(self.collected, run.step)
+            self.pending.append(Pending(self.collected, run.step, should_log, run.life_examples, results, self._mark()))
+            self.collected = run.step
+        stop_requested = self._process(keep=0 if wait else 1)
+        if stop_requested:
+            self._process(keep=0)
+        return stop_requested
+
+    def _process(self, keep: int) -> bool:
+        """Check and log all pending results but the newest `keep`; return whether any rank was asked to stop."""
+        run = self.run
+        stop_requested = run.world.world_size == 1 and preempt.requested() is not None
+        while len(self.pending) > keep:
+            pending = self.pending.pop(0)
+            run.world.wait(pending.mark if keep else None)
+            seconds, self.started = self._seconds_until(pending.mark), pending.mark
+            run.train_seconds += seconds
+            run.life_seconds += seconds
+            results = run.tables.decode(pending.first, pending.results)
+            stop_requested |= any(result.stop_flags for result in results)
+            self._check(results)
+            if pending.should_log:
+                self._log(pending)
+        return stop_requested
+
     def _mark(self) -> Any:
         """Return this moment in the device's work: an event on a GPU, seconds elsewhere."""
-        if self.device.type != "cuda":
+        if self.run.world.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _seconds_since_started(self, mark: Any) -> float:
-        return mark - self.started if self.device.type != "cuda" else self.started.elapsed_time(mark) / 1000
-
-    def resume(self) -> None:
-        """Start the stopwatch: only what happens between here and a look counts as training."""
-        self.started = self._mark()
-
-    def look(self, *, is_logged: bool, wait: bool) -> bool:
-        """Look at the steps since the last look, at the newest of them later unless `wait`.
-
-        Returns whether any rank was told to stop; everything has been looked at then. Raises RunError for broken numbers.
-        """
-        run = self.run
-        if run.step > self.looked:
-            results = run.tables.fetch(self.looked, run.step)
-            self.pending.append(Look(self.looked, run.step, is_logged, run.life_examples, results, self._mark()))
-            self.looked = run.step
-        stop = self._settle(0 if wait else 1)
-        return stop and (self._settle(0) or True)
-
-    def pause(self) -> None:
-        """Look at every step, and stop the stopwatch until `resume`."""
-        self.look(is_logged=False, wait=True)
-
-    def _settle(self, keep: int) -> bool:
-        """Check and write all pending looks but the newest `keep`; return whether any rank was told to stop."""
-        stop = self.run.world.world_size == 1 and preempt.requested() is not None
-        while len(self.pending) > keep:
-            look = self.pending.pop(0)
-            self.run.world.wait(None if keep == 0 else look.mark)
-            seconds = self._seconds_since_started(look.mark)
-            self.started = look.mark
-            self.run.train_seconds += seconds
-            self.run.life_seconds += seconds
-            results = self.run.tables.decode(look.first, look.results)
-            stop |= any(result.stop_flags for result in results)
-            self._check(results)
-            if look.is_logged:
-                self._log(look)
-        return stop
+    def _seconds_until(self, mark: Any) -> float:
+        """Return the seconds since the stopwatch was started or read last."""
+        return self.started.elapsed_time(mark) / 1000 if self.run.world.device.type == "cuda" else mark - self.started
 
     def _check(self, results: list[StepResult]) -> None:
         """Check that the numbers are finite; stop, or write down which updates were left out."""
@@ -116,10 +118,10 @@ class Journal:
             self.metrics.record("fingerprint", last, first=first, **encode(self.fingerprints))
             self.fingerprints.clear()
 
-    def _log(self, look: Look) -> None:
-        """Write the row of a step; those before it are in its means."""
+    def _log(self, pending: Pending) -> None:
+        """Write the row of the last of some steps. Its seconds of each rank are means over the steps since the last row."""
         run, result = self.run, self.unlogged[-1]
-        per_second = look.num_examples / max(run.life_seconds, 1e-9)
+        per_second = pending.num_examples / max(run.life_seconds, 1e-9)
         self.record_fingerprints()
         is_finite = math.isfinite(result.loss)
         if is_finite:

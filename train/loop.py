@@ -133,7 +133,7 @@ def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: 
     return (source, checkpoint.decode(received)) if source else None
 
 
-def finish_step(run: Run, metrics: Metrics, lease: Lease, journal: Journal, *, must_stop: bool) -> dict[str, Result] | None:
+def finish_step(run: Run, metrics: Metrics, lease: Lease, journal: Journal, *, stop_requested: bool) -> dict[str, Result] | None:
     """Evaluate and save if that is due after the step that just ended. Collective: every rank must call it."""
     close_epoch(run)
     results, improved = None, False
@@ -147,8 +147,8 @@ def finish_step(run: Run, metrics: Metrics, lease: Lease, journal: Journal, *, m
         improved = run.best is None or accuracy > run.best["accuracy"]
         if improved:
             run.best = {"step": run.step, "accuracy": accuracy}
-    if improved or must_stop or is_due(run, run.config.checkpoint.every_steps, run.step):
-        save(run, lease, metrics, journal, required=must_stop or run.step == run.total_steps)
+    if improved or stop_requested or is_due(run, run.config.checkpoint.every_steps, run.step):
+        save(run, lease, metrics, journal, required=stop_requested or run.step == run.total_steps)
     return results
 
 
@@ -213,7 +213,7 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
     """Step until the end, or until a signal has reached any rank -> (outcome, results of the last step's evaluation)."""
     results, config, clock = None, run.config, run.world.clock
     journal, tracer = Journal(run, metrics, alarms), Tracer(config.train, lease, is_main=run.world.is_main)
-    always_waits = not run.world.runs_ahead  # on a GPU only steps that must wait do
+    always_syncs = not run.world.runs_ahead  # on a GPU only steps that must wait do
     while run.step < run.total_steps:
         if tracer.wants(run.step):
             journal.pause()
@@ -222,20 +222,20 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
         train_step(run)
         clock.enter("log")
         should_log = is_due(run, config.log.every_steps, run.step)
-        should_wait = is_due(run, config.eval.every_steps, run.step) or is_due(run, config.checkpoint.every_steps, run.step)
-        should_wait |= run.step == run.tables.stop  # of the stretch, and of an epoch: the next step overwrites its numbers
-        must_stop = False
-        if should_log or should_wait or always_waits:
-            must_stop = journal.look(is_logged=should_log, wait=should_wait or always_waits)
-        if tracer.ends(run.step, must_stop or run.step == run.total_steps):
+        should_sync = is_due(run, config.eval.every_steps, run.step) or is_due(run, config.checkpoint.every_steps, run.step)
+        should_sync |= run.step == run.tables.stop  # of the stretch, and of an epoch: the next step overwrites its numbers
+        stop_requested = False
+        if should_log or should_sync or always_syncs:
+            stop_requested = journal.collect(should_log=should_log, wait=should_sync or always_syncs)
+        if tracer.ends(run.step, stop_requested or run.step == run.total_steps):
             journal.pause()
             metrics.say(tracer.write(run.step))
             journal.resume()
-        if should_wait or must_stop:
+        if should_sync or stop_requested:
             journal.pause()
-            results = finish_step(run, metrics, lease, journal, must_stop=must_stop)
+            results = finish_step(run, metrics, lease, journal, stop_requested=stop_requested)
             journal.resume()
-        if must_stop and run.step < run.total_steps:
+        if stop_requested and run.step < run.total_steps:
             metrics.record("preempted", run.step, signal=preempt.requested() or "a signal to another rank")
             return "preempted", None
     return "finished", results

@@ -74,7 +74,7 @@ class Run:
     reducer: Allreduce | ExactTree
     memory_format: torch.memory_format
     tables: StepTables  # what steps read and write on the device
-    is_recorded: bool  # whether `warm_up` records the step as a CUDA graph
+    should_record: bool  # whether `warm_up` records the step as a CUDA graph
     replay: Callable[[], object] | None = None  # the recorded step; None: a step starts its kernels one by one
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
@@ -140,12 +140,12 @@ def set_up(config: Config, world: World, source: data.Data) -> Run:
     if world.device.type != "cpu":
         tables.hold_lr(optimizer)
     is_wanted = config.train.cuda_graphs == "on" or (config.train.cuda_graphs == "auto" and RECORDED_BY_DEFAULT)
-    is_recorded = is_wanted and not unrecordable(world)
-    if is_recorded:
+    should_record = is_wanted and not unrecordable(world)
+    if should_record:
         leave_default_stream(world.device)
     model.train()
     return Run(
-        config, world, source, sampler, total_steps, model, module, optimizer, ema, reducer, memory_format, tables, is_recorded
+        config, world, source, sampler, total_steps, model, module, optimizer, ema, reducer, memory_format, tables, should_record
     )
 
 

@@ -37,8 +37,8 @@ def arithmetic(run: Run) -> str:
 def headline(run: Run, run_dir: Path, resumed_from: str | None) -> str:
     """Which run this is and where it goes on, in one line."""
     origin = f"resumed from {resumed_from}" if resumed_from else "a new run"
-    recording = ", CUDA graph" if run.is_recorded else ""
-    if run.config.train.cuda_graphs == "on" and not run.is_recorded:
+    recording = ", CUDA graph" if run.should_record else ""
+    if run.config.train.cuda_graphs == "on" and not run.should_record:
         recording = f", no CUDA graph ({unrecordable(run.world)})"
     mode = f"{run.config.train.precision}{', exact' if run.config.train.exact else ''}{recording}"
     ranks = f"{run.world.world_size} process(es) on {run.world.device.type}"

@@ -1,7 +1,7 @@
-"""What steps read and write on the device: tables with a row per step, filled ahead and read later.
+"""The tables that steps read and write on the device: a row per step, filled ahead of time and read later.
 
-Invariant: everything that changes from one step to the next lies in the row at `place`, which is a tensor on the device too.
-The device's work is therefore the same in every step, so that a CUDA graph can repeat it, and no step waits for the host.
+Invariant: everything that changes from one step to the next is in the row at `place`, which is a tensor on the device too.
+The device's work is therefore the same in every step, so a CUDA graph can repeat it, and no step waits for the host.
 """
 
 import math
@@ -31,7 +31,7 @@ class StepStatistics:
         self.loss_sums = table[:-2, 0]  # [M]
         self.rank_seconds = table[:world_size, 1]  # [W]; there are at least as many micro-batches as ranks
         self.batch_norms = table[:-2, 2:]  # [M, 2 * channels]: the means of all layers, then their variances
-        self.stop_flags = table[-2, 0]  # []: how many ranks were told to stop
+        self.stop_flags = table[-2, 0]  # []: how many ranks were asked to stop
         self.summed = table[:-1]  # what the ranks add up: all of the above
         self.loss, self.grad_norm = table[-1, 0], table[-1, 1]  # [] each
         self.result = table[:, :2]  # what is kept of it, [M + 2, 2]
@@ -47,7 +47,7 @@ class StepResult:
     is_sound: bool  # otherwise one of them is not finite, and the update was left out
     loss_sums: list[float]  # of each micro-batch
     rank_seconds: list[float]  # of each rank's own work; not measured with one rank
-    stop_flags: int  # how many ranks were told to stop; not used with one rank
+    stop_flags: int  # how many ranks were asked to stop; not used with one rank
 
 
 class StepTables:
@@ -92,7 +92,7 @@ class StepTables:
             torch.index_select(self.lrs, 0, self.place, out=self.lr)
 
     def fill(self, step: int) -> None:
-        """Begin a stretch at `step`: compute its rows on the host and send them to the device, without waiting for it."""
+        """Start a stretch at `step`: compute its rows on the host and send them to the device, without waiting for it."""
         sampler, config = self.sampler, self.config
         end = (step // sampler.steps_per_epoch + 1) * sampler.steps_per_epoch
         self.start, self.stop = step, min(end, step + len(self.rows), self.total_steps)
@@ -117,19 +117,19 @@ class StepTables:
         table[: len(tensor)].copy_(tensor.pin_memory() if self.device.type == "cuda" else tensor, non_blocking=True)
 
     def keep(self) -> None:
-        """Write the current step's result into its row and move on to the next one."""
+        """Write the current step's result into its row and advance to the next row."""
         self.results.index_copy_(0, self.place, self.statistics.result[None])
         self.place.add_(1)
 
     def fetch(self, first: int, last: int) -> Tensor:
         """Return the results of the steps first + 1 to last, float64 [n, M + 2, 2], on the host.
 
-        A GPU's arrive when it has come that far: wait for it before `decode`.
+        A GPU copies them in its own time: wait for it before `decode`.
         """
         return self.results[first - self.start : last - self.start].to("cpu", non_blocking=True)
 
     def decode(self, first: int, results: Tensor) -> list[StepResult]:
-        """Read what `fetch` brought of the steps after `first`."""
+        """Return the results of the steps after `first` from what `fetch` returned."""
         found = []
         for step, (*parts, (stop_flags, _), (loss, grad_norm)) in enumerate(results.tolist(), first + 1):
             # fp16 overflows while it finds its scale; the scaler leaves such updates out itself

@@ -1,7 +1,7 @@
-"""Everything that happens once: libraries load and plan, memory is allocated, the model is compiled, the step is recorded.
+"""Do everything that happens once before the stopwatch starts: load libraries, plan, allocate, compile, record the step.
 
-Invariant: it happens before the stopwatch runs and leaves no trace in the run. Steps are made on the real state, which is
-then put back bit for bit. No step is counted, and no example is entered in the ledger.
+Invariant: the warm-up leaves no trace in the run. It makes steps on the real state and then puts that state back bit for
+bit. No step is counted, and no example is entered in the ledger.
 """
 
 import time
@@ -25,9 +25,9 @@ def state_tensors(run: Run) -> list[Tensor]:
 
 
 def warm_up(run: Run, notify: Callable[[str], None]) -> None:
-    """Make a step and one batch of an evaluation, record the step if the run wants that, and undo what they changed.
+    """Make a step, evaluate one batch, and record the step if the run should; then put the state back.
 
-    A recording that fails costs a warning, by `notify`, and ordinary steps. Collective: every rank must call it.
+    If the recording fails, warn through `notify` and leave the run with ordinary steps. Collective: every rank must call it.
     """
     if run.step == run.total_steps:
         return
@@ -38,10 +38,10 @@ def warm_up(run: Run, notify: Callable[[str], None]) -> None:
     run.world.clock.step = run.step + 1
     run.world.clock.enter("data")
     run.tables.fill(step)
-    for _ in range(graphs.CALLS_BEFORE if run.is_recorded else 1):
+    for _ in range(graphs.CALLS_BEFORE if run.should_record else 1):
         run.tables.place.zero_()
         compute(run, step)
-    if run.is_recorded and sampler.is_whole(step):
+    if run.should_record and sampler.is_whole(step):
         try:
             run.replay = graphs.record(lambda: compute(run, step))
         except RuntimeError as error:
@@ -57,13 +57,13 @@ def warm_up(run: Run, notify: Callable[[str], None]) -> None:
     run.world.clock.enter("data")
     run.tables.fill(run.step)
     run.world.wait()
-    run.world.clock.lap()  # the first step's seconds begin here
+    run.world.clock.lap()  # so that the first step's seconds are its own
     run.warm_up_seconds = time.perf_counter() - began
 
 
 @torch.no_grad()
 def put_back(run: Run, before: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Restore the state: `before` holds each tensor and its copy by id. What the optimizer made since then begins at zero."""
+    """Restore the state: `before` maps the id of each tensor to it and its copy. Zero what the optimizer has made since."""
     run.optimizer.optimizer.zero_grad(set_to_none=True)
     for tensor in state_tensors(run):
         if id(tensor) in before:
