@@ -50,7 +50,12 @@ def python(config: Config) -> Iterator[Finding]:
     """The interpreter against the installed metadata."""
     from packaging.specifiers import SpecifierSet
 
-    found, wanted = platform.python_version(), metadata("lockstep")["Requires-Python"]
+    found = platform.python_version()
+    try:
+        wanted = metadata("lockstep")["Requires-Python"]
+    except PackageNotFoundError:
+        yield Finding("python", "warn", f"{found}; lockstep is not installed, so nothing says which it needs", "pip install -e .")
+        return
     if SpecifierSet(wanted).contains(found, prereleases=True):
         yield Finding("python", "OK", f"{found} (needs {wanted})")
     else:
@@ -61,7 +66,11 @@ def packages(config: Config) -> Iterator[Finding]:
     """Installed versions: outside the package's ranges is a failure, other than the tested pins a warning."""
     from packaging.requirements import Requirement
 
-    ranges = [Requirement(text) for text in requires("lockstep") or []]
+    try:
+        ranges = [Requirement(text) for text in requires("lockstep") or []]
+    except PackageNotFoundError:
+        yield Finding("packages", "warn", "lockstep is not installed, so nothing says which it needs", "pip install -e .")
+        return
     needed = [item for item in ranges if item.marker is None or item.marker.evaluate({"extra": ""})]
     file = ROOT / "constraints.txt"
     lines = file.read_text().splitlines() if file.exists() else []
@@ -102,7 +111,7 @@ def gpus(config: Config) -> Iterator[Finding]:
         number = ctypes.c_int()
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
         yield driver(number.value, torch.version.cuda or "0")
-        yield nccl(".".join(map(str, torch.cuda.nccl.version())))
+        yield nccl(".".join(map(str, loaded_nccl())))
     elif nodes and visible != "":
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"
         text = f"{len(nodes)} on this machine, but torch ({built}) sees none (CUDA_VISIBLE_DEVICES={visible or 'unset'})"
@@ -121,6 +130,15 @@ def driver(found: int, built: str) -> Finding:
         return Finding("driver", "fail", text, f"update the driver, or install torch for CUDA {found // 1000}")
     older = found < 1000 * major + 10 * minor
     return Finding("driver", "warn" if older else "OK", text, "update the driver if a kernel is missing" if older else "")
+
+
+def loaded_nccl() -> tuple[int, int, int]:
+    """Return the version of the NCCL in this process; `torch.cuda.nccl.version()` is the one that torch was compiled with."""
+    import torch  # noqa: F401  loads it
+
+    number = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
+    return number.value // 10000, number.value // 100 % 100, number.value % 100
 
 
 def nccl(loaded: str) -> Finding:

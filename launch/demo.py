@@ -14,8 +14,9 @@ from launch.run import Ranks, count_gpus
 from train.cli import Parser
 from train.errors import UserError
 
+STEPS = {"cpu": 40, "cuda": 1000}  # a GPU must not be done before the kill
 RECIPE = (
-    "--config configs/quickstart.yaml --train.exact true --train.micro_batches 8 --train.max_steps 40 "
+    "--config configs/quickstart.yaml --train.exact true --train.micro_batches 8 "
     "--train.global_batch_size 512 --model.dropout 0.2 --augment.shift 2 --checkpoint.every_steps 10 --log.every_steps 1 "
     "--log.progress false --log.report false --wandb.mode disabled"
 )
@@ -25,7 +26,8 @@ LARGEST_WORLD = 4
 
 def train(directory: Path, name: str, world_size: int, device: str, kill_at: int | None = None) -> None:
     """Train, or resume, one run; kill rank 1 once the run has logged step `kill_at`."""
-    arguments = [*RECIPE.split(), "--train.device", device, "--run.dir", str(directory), "--run.name", name]
+    place = ["--train.device", device, "--run.dir", str(directory), "--run.name", name]
+    arguments = [*RECIPE.split(), "--train.max_steps", str(STEPS[device]), *place]
     ranks = Ranks(world_size, arguments, 0, quiet=True)
     deadline = time.monotonic() + WAIT_SECONDS
     log = directory / name / "metrics.jsonl"

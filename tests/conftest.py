@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from train.checkpoint import State
 
+TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 ROOT = Path(__file__).parent.parent
 LAUNCHER_VARIABLES = (
     "RANK",

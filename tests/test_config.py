@@ -185,6 +185,18 @@ def test_parse_reads_back_what_print_config_wrote(tmp_path: Path, capsys: pytest
     assert parse(["--config", str(file)]) == parse(FLAGS) != Config()
 
 
+@pytest.mark.parametrize("text", ["on", "off", "auto", "'on'", "true", "false"])
+def test_graphs_are_switched_on_and_off_by_yaml_too(text: str, tmp_path: Path) -> None:
+    """To YAML on and off are booleans, and the configs of earlier runs hold true or false."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"train: {{cuda_graphs: {text}}}\n")
+    wanted = {"true": "on", "false": "off"}.get(text, text.strip("'"))
+    config = parse(["--config", str(file)])
+    assert config.train.cuda_graphs == wanted
+    file.write_text(config.to_yaml())
+    assert parse(["--config", str(file)]) == config == parse(["--train.cuda_graphs", wanted])
+
+
 STRINGS = ["a: b", "yes", "2024", "2024-01-01", "1.5", "0x10", "#1", "- x", "{a", "line\nbreak", "", "é", "1e3", "1e-3"]
 
 

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TORCH
 from ranks.processes import Ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,6 +142,7 @@ def test_this_test_sees_a_read_and_a_stray_tensor(monkeypatch: pytest.MonkeyPatc
 KERNELS = {"fast": 63, "quickstart": 63, "fast-99.5": 256, "mnist": 257, "best": 317}
 
 
+@pytest.mark.skipif(TORCH < (2, 15), reason="counted with torch 2.15: 2.11 copies gradients of convolutions on this device")
 @pytest.mark.parametrize("recipe", KERNELS)
 def test_a_step_has_no_more_operations_than_it_had(recipe: str) -> None:
     with opened(f"--config configs/{recipe}.yaml --data.name random --train.precision fp32") as run:
@@ -171,14 +172,10 @@ def test_nothing_that_reduces_over_a_gradient_sees_an_odd_address(tmp_path: Any,
 
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros"}
 READS = {"item", "tolist", "numpy", "cpu", "nonzero"}
-DEVICE_CODE = {
-    "step": {"check_numbers", "_blame"},
-    "augment": set(),
-    "rng": set(),
-    "models": set(),
-    "graphs": set(),
-    "optim": {"lr"},
-}
+DEVICE_CODE = {  # functions of each module that work on the host
+    "step": {"is_left_out", "_blame"}, "augment": set(), "rng": set(), "models": set(), "graphs": set(), "optim": {"lr"},
+    "tables": {"fill", "_send", "fetch", "decode", "read"}, "warmup": set(), "reduce": set(),
+}  # fmt: skip
 
 
 def offences(source: str, allowed: set[str]) -> list[str]:

@@ -49,6 +49,18 @@ def test_python_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (finding.status, finding.text) == ("fail", "3.9.1, needs >=3.10")
 
 
+def test_a_checkout_that_is_not_installed_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise PackageNotFoundError(name)
+
+    for name in ("metadata", "requires"):
+        monkeypatch.setattr(checks, name, missing)
+    for check in (checks.python, checks.packages):
+        finding = look(check)
+        assert (finding.status, finding.remedy) == ("warn", "pip install -e .")
+        assert "lockstep is not installed" in finding.text
+
+
 def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed = {"numpy": "1.2.3", "torch": "2.99.0"}
 
@@ -83,7 +95,6 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1 on this machine, but torch" in finding.text
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: ["H100", "A100"][number])
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (1, 2, 3))
     monkeypatch.setattr(torch.version, "cuda", "13.2")
 
     class Driver:
@@ -91,10 +102,15 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             number._obj.value = 12080
             return 0
 
+        def ncclGetVersion(self, number: Any) -> int:
+            number._obj.value = 10203
+            return 0
+
     monkeypatch.setattr(checks.ctypes, "CDLL", lambda name: Driver())
     cards, driver, nccl = checks.gpus(parse([]))
     assert (cards.status, cards.text) == ("warn", "different ones: H100, A100")
     assert (driver.status, driver.text) == ("fail", "driver supports CUDA 12.8, torch was built for 13.2")
+    # not torch.cuda.nccl.version(), a constant of the build, which does not see a library that is put first
     assert (nccl.status, nccl.text.split(" is loaded")[0]) == ("warn", "1.2.3")
 
 

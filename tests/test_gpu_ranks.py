@@ -185,6 +185,18 @@ def test_own_work_is_the_seconds_of_the_device_without_waiting_and_comes_late() 
     assert clock.seconds["forward_backward"] < 0.1  # phases stay the host's
 
 
+def test_seconds_of_a_warm_up_are_forgotten() -> None:
+    """They would stand for the first steps, whose own are not known yet, and name a rank that is not slow."""
+    device, clock = Device(), Clock()
+    clock.meter = DeviceMeter(device.record)
+    step(clock, device, 3000.0, 40.0)
+    device.done = device.queued
+    clock.forget()
+    assert [step(clock, device, 5.0, 40.0) for _ in range(2)] == [0.0, 0.0]
+    device.done = device.queued
+    assert step(clock, device, 5.0, 40.0) == pytest.approx(0.0055)
+
+
 def test_clock_without_a_meter_measures_the_host() -> None:
     clock = Clock()
     clock.enter("data")

@@ -8,7 +8,7 @@ import torch
 from ranks.processes import train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train import checkpoint, data, graphs, optim, step, warmup
+from train import checkpoint, data, graphs, optim, step
 from train.cli import parse
 from train.run import Run, set_up
 from train.step import train_step
@@ -107,16 +107,16 @@ def test_a_recording_that_fails_costs_a_warning_and_not_the_run(world: World, mo
     flags = f"{ALL} --train.exact true"
     ordinary, given_up = opened(world, flags), opened(world, flags)
 
-    def record(work: Any) -> Any:
-        part = warmup.compute.__globals__["_micro_batch_loss"]
-        monkeypatch.setitem(
-            warmup.compute.__globals__, "_micro_batch_loss", lambda run, index, batch: part(run, index, batch) * 2
-        )
-        monkeypatch.setattr(step, "_update", lambda *arguments: (_ for _ in ()).throw(RuntimeError("operation not\npermitted")))
-        try:
-            work()  # halfway: gradients and the tree's sums are left behind
-        finally:
-            monkeypatch.undo()
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("operation not\npermitted")
+
+    def record(work: Any) -> None:
+        with monkeypatch.context() as patch:  # halfway: gradients and the tree's sums are left behind
+            patch.setattr(step, "_update", fail)
+            try:
+                work()
+            except RuntimeError:
+                raise RuntimeError("the capture failed")  # noqa: B904  as torch.cuda.graph does at its end, without the reason
 
     monkeypatch.setattr(graphs, "record", record)
     given_up.should_record = True
@@ -158,9 +158,8 @@ def test_warm_up_leaves_no_trace(world: World, flags: str, before: int) -> None:
 def test_warm_up_is_not_training_time_and_stands_in_the_summary(tmp_path: Path) -> None:
     flags = "--train.max_steps 4 --model.name tiny"
     summary = train(1, tmp_path / "run", flags, MUTANT="accidents.slow_first_call")
-    assert summary["warm_up_seconds"] >= 0.5
-    assert summary["train_seconds"] < 0.5
-    assert summary["images_per_second"] == pytest.approx(4 * 64 / summary["train_seconds"], rel=0.01)
+    assert summary["train_seconds"] < 3 <= summary["warm_up_seconds"]
+    assert summary["images_per_second"] > 4 * 64 / 3
 
 
 def test_lr_of_the_tables_is_that_of_the_step(world: World) -> None:

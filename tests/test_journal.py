@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 
-FLAGS = "--model.name tiny_bn --train.micro_batches 4 --optim.ema 0.9 --train.exact true --train.max_steps 60 --log.every_steps 3"
+FLAGS = (
+    "--model.name tiny_bn --train.micro_batches 4 --optim.ema 0.9 --train.exact true --train.max_steps 60 --log.every_steps 3 "
+    "--log.slow_rank 0"
+)
 CLOCKS = {"time", "images_per_second", "train_seconds", "seconds_left", "rank_seconds"}
 
 
@@ -28,6 +31,51 @@ def test_late_rows_are_the_same_rows(tmp_path: Path, world_size: int, cadence: s
     seconds = [row["train_seconds"] for row in rows(tmp_path / "late", "train")]
     assert seconds == sorted(seconds)
     assert seconds[-1] == pytest.approx(summaries[1]["train_seconds"], abs=0.001)
+
+
+def test_rows_are_late_where_nothing_must_wait_and_only_there(tmp_path: Path) -> None:
+    """An epoch has 23 steps of 64 examples: the host waits at its end, and looks no step back before."""
+    lags = tmp_path / "lags"
+    train(1, tmp_path / "run", FLAGS, MUTANT="accidents.runs_ahead", LAGS=str(lags))
+    found = [tuple(map(int, line.split())) for line in lags.read_text().splitlines()]
+    assert [step for step, _ in found] == [*range(3, 60, 3), 60]
+    assert {step: at for step, at in found if at != step + 3} == {21: 23, 45: 46, 60: 60}
+
+
+def test_ranks_with_unequal_shares_wait_for_each_other_at_the_same_steps(tmp_path: Path) -> None:
+    """Tables that hold less than an epoch end at the same step on all ranks, whatever share of a batch each has."""
+    flags = (FLAGS, "--train.max_steps 300 --eval.every_steps 1000 --checkpoint.every_steps 1000")
+    late = {"MUTANT": "accidents.runs_ahead", "MOST_ROWS": "190"}
+    undisturbed = train(3, tmp_path / "undisturbed", *flags, **late)
+    assert undisturbed["weights_sha256"] == train(1, tmp_path / "one", *flags)["weights_sha256"]
+    ranks = Ranks(3, arguments(tmp_path / "told", *flags), tmp_path / "logs", **late)
+    wait_for_step(tmp_path / "told", 30)
+    ranks.signal(signal.SIGTERM, rank=2)
+    assert set(ranks.wait()) == {75}, ranks.output()
+    assert train(3, tmp_path / "told", *flags, **late)["weights_sha256"] == undisturbed["weights_sha256"]
+
+
+def test_ranks_stay_together_while_one_is_traced(tmp_path: Path) -> None:
+    """Rank 0 alone is traced, but all read their results where the trace begins and ends, so that they stop alike."""
+    flags = (FLAGS, "--log.every_steps 10 --train.profile_steps 20:25")
+    broken = {"MUTANT": "accidents.runs_ahead_with_broken_loss", "STEP": "15"}
+    ranks = Ranks(2, arguments(tmp_path / "run", *flags), tmp_path / "logs", **broken)
+    assert ranks.wait() == [1, 1]
+    assert ranks.output().count("error: The loss or the gradient of step 15 is not finite") == 1
+    assert "Traceback" not in ranks.output()
+    train(2, tmp_path / "traced", *flags, MUTANT="accidents.runs_ahead")
+    log = (tmp_path / "traced-logs" / "rank-0.log").read_text()
+    assert "steps 21 to 25 of rank 0 are traced in" in log
+
+
+def test_late_results_count_skips_in_their_order(tmp_path: Path) -> None:
+    """Several broken steps in one look: the first one over the limit stops the run, and those before it have rows."""
+    flags = (FLAGS, "--log.every_steps 20 --optim.nonfinite skip --optim.max_skips 1")
+    ranks = Ranks(2, arguments(tmp_path / "run", *flags), tmp_path / "logs", MUTANT="accidents.runs_ahead_with_broken_loss")
+    assert ranks.wait() == [1, 1]
+    assert "of step 16 is not finite" in ranks.output()
+    assert "optim.max_skips 1 were left out before it" in ranks.output()
+    assert [row["step"] for row in rows(tmp_path / "run", "skipped")] == [13]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

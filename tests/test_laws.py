@@ -220,6 +220,16 @@ def test_bad_input_is_one_line_and_exit_2_on_every_rank(tmp_path: Path, world_si
     assert says in lines[0]
 
 
+@pytest.mark.parametrize("mode", ["", "--train.exact true --train.micro_batches 4"])
+def test_ranks_without_any_example_take_part(tmp_path: Path, mode: str) -> None:
+    flags = ("--data.validation 1437 --train.max_steps 3", mode)
+    alone, together = train(1, tmp_path / "alone", *flags), train(2, tmp_path / "together", *flags)
+    assert together["step"] == 3
+    if mode:
+        assert alone["weights_sha256"] == together["weights_sha256"]
+    assert_close(tmp_path / "alone", tmp_path / "together")
+
+
 def test_more_ranks_than_micro_batches_is_refused(tmp_path: Path) -> None:
     ranks = Ranks(3, arguments(tmp_path / "run", "--model.name tiny_bn --train.micro_batches 2"), tmp_path / "logs")
     assert set(ranks.wait()) == {2}

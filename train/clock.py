@@ -22,7 +22,7 @@ OPERATIONS = ("nothing", "all_reduce", "broadcast")
 MARK = struct.Struct("=qqiid")  # step, sequence, phase, operation, since when
 LIFE = struct.Struct("=di64s")  # the watchdog's last sign of life, process id, host
 SIZE = MARK.size + LIFE.size
-START_TIMEOUT_SECONDS = 600  # ranks may start minutes apart; after the first step train.timeout applies
+START_TIMEOUT_SECONDS = 600  # ranks may start minutes apart; after the warm-up train.timeout applies
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Meter(Protocol):
 
     def end(self) -> None:
         """Mark its end."""
+
+    def forget(self) -> None:
+        """Forget all work so far."""
 
     def lap(self) -> float:
         """Return the seconds of own work in a step, without waiting for the device."""
@@ -109,6 +112,12 @@ class Clock:
     def beat(self) -> None:
         """Leave a sign of life."""
         LIFE.pack_into(self.record, MARK.size, time.time(), os.getpid(), socket.gethostname().encode()[:64])
+
+    def forget(self) -> None:
+        """Begin a new lap: what was done before, such as a warm-up, is in none."""
+        self.lap()
+        if self.meter is not None:
+            self.meter.forget()
 
     def lap(self) -> float:
         """Return the seconds of this rank's own work, without waiting, logging and saving, since the last call.

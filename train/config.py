@@ -1,7 +1,7 @@
 """Frozen dataclasses: the only home of defaults, units and rules. Nothing heavy is imported here, so `--help` is instant.
 
-A field's docstring is its help text. A rule that needs no knowledge of the machine is checked in `__post_init__`; rules
-about ranks and devices live in `world.py` and `loop.py`. What a person wrote wrongly is a `UserError`: one line, exit code 2.
+A field's docstring is its help text. A rule that needs no knowledge of the machine is checked in `__post_init__`. Rules
+about ranks and devices are in `device.py`, `run.py` and `world.py`. A wrong value is a `UserError`: one line, exit code 2.
 """
 
 import dataclasses
@@ -188,7 +188,7 @@ class TrainConfig:
     """Arithmetic of forward and backward; weights and the update stay fp32. tf32 and fp16 need a GPU."""
     compile: bool = False
     """Compile the model by torch.compile."""
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    cuda_graphs: Literal["auto", "on", "off", True, False] = "auto"  # in YAML on and off are booleans
     """Replay the step as one CUDA graph: the same bits, sooner. On one GPU, not in fp16. auto: off until measured on a card."""
     channels_last: bool = True
     """Lay images out with the channel innermost, which convolutions prefer."""
@@ -197,12 +197,13 @@ class TrainConfig:
     num_threads: int = 0
     """CPU threads of each process; 0: an equal share of the cores (in exact mode 1, since the bits depend on it)."""
     timeout: int = 120
-    """Seconds without any progress after which a rank ends with an error that says who is to blame (600 in the warm-up)."""
+    """Seconds without progress after which a rank ends with an error that says who is to blame (at least 600 in the warm-up)."""
     profile_steps: str | None = None
     """A:B: write what rank 0 does in the steps after A until B to RUN/trace.json.gz, which ui.perfetto.dev opens."""
 
     def __post_init__(self) -> None:
         _check_counts("train", self)
+        object.__setattr__(self, "cuda_graphs", {True: "on", False: "off"}.get(self.cuda_graphs, self.cuda_graphs))  # type: ignore
         for name, unit in (("epochs", "epochs"), ("global_batch_size", "examples"), ("timeout", "seconds")):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name} is {value} {unit}. Use 1 or more.")

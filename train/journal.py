@@ -17,7 +17,7 @@ from train.alarms import Alarms
 from train.errors import RunError
 from train.metrics import Metrics
 from train.run import Run
-from train.step import check_numbers
+from train.step import is_left_out
 from train.tables import StepResult
 
 
@@ -48,9 +48,9 @@ class Journal:
         """Start the stopwatch. Only what happens from here to the next `collect` counts as training."""
         self.started = self._mark()
 
-    def pause(self) -> None:
-        """Process all steps so far and stop the stopwatch."""
-        self.collect(should_log=False, wait=True)
+    def pause(self) -> bool:
+        """Process all steps so far and stop the stopwatch; return whether any rank was asked to stop."""
+        return self.collect(should_log=False, wait=True)
 
     def collect(self, *, should_log: bool, wait: bool) -> bool:
         """Collect the results of the steps since the last call. Without `wait` they are processed in the next call.
@@ -77,9 +77,9 @@ class Journal:
             seconds, self.started = self._seconds_until(pending.mark), pending.mark
             run.train_seconds += seconds
             run.life_seconds += seconds
-            results = run.tables.decode(pending.first, pending.results)
-            stop_requested |= any(result.stop_flags for result in results)
-            self._check(results)
+            for result in run.tables.decode(pending.first, pending.results):
+                stop_requested |= result.stop_flags > 0
+                self._check(result)
             if pending.should_log:
                 self._log(pending)
         return stop_requested
@@ -96,20 +96,20 @@ class Journal:
         """Return the seconds since the stopwatch was started or read last."""
         return self.started.elapsed_time(mark) / 1000 if self.run.world.device.type == "cuda" else mark - self.started
 
-    def _check(self, results: list[StepResult]) -> None:
-        """Check that the numbers are finite; stop, or write down which updates were left out."""
+    def _check(self, result: StepResult) -> None:
+        """Stop if the step's numbers are not finite, or record that its update was left out."""
         run, metrics = self.run, self.metrics
-        self.unlogged += results
+        self.unlogged.append(result)
         if run.config.train.exact:
-            self.fingerprints += results
+            self.fingerprints.append(result)
         try:
-            skipped = check_numbers(run, results)
+            left_out = is_left_out(run, result)
         except RunError:
-            self.record_fingerprints()  # they say at which step it went wrong
+            self.record_fingerprints()  # they show at which step it went wrong
             raise
-        for step in skipped:
-            metrics.say(f"warning: step {step} gave numbers that are not finite: no update ({run.skips} left out so far).")
-            metrics.record("skipped", step, skips=run.skips)
+        if left_out:
+            metrics.say(f"warning: step {result.step} gave numbers that are not finite: no update ({run.skips} left out so far).")
+            metrics.record("skipped", result.step, skips=run.skips)
 
     def record_fingerprints(self) -> None:
         """Write the row of the steps since the last such row; in exact mode only."""

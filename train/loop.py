@@ -228,7 +228,7 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
         if should_log or should_sync or always_syncs:
             stop_requested = journal.collect(should_log=should_log, wait=should_sync or always_syncs)
         if tracer.ends(run.step, stop_requested or run.step == run.total_steps):
-            journal.pause()
+            stop_requested |= journal.pause()
             metrics.say(tracer.write(run.step))
             journal.resume()
         if should_sync or stop_requested:

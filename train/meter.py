@@ -42,6 +42,11 @@ class DeviceMeter:
             self.stretches.append((self.started, ended))
         self.started = None
 
+    def forget(self) -> None:
+        """Forget all work so far, such as that of a warm-up."""
+        self.stretches, self.latest = [], 0.0
+        self.steps.clear()
+
     def lap(self) -> float:
         """End a step; return the mean seconds of the steps that have become known since the last call.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train import checkpoint, data, models, optim
 from train.config import Config
@@ -75,6 +75,7 @@ class Run:
     memory_format: torch.memory_format
     tables: StepTables  # what steps read and write on the device
     should_record: bool  # whether `warm_up` records the step as a CUDA graph
+    constants: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by size of a batch; graphs hold their addresses
     replay: Callable[[], object] | None = None  # the recorded step; None: a step starts its kernels one by one
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)

@@ -5,7 +5,6 @@ the world size never enter it. A loss or a gradient norm that is not finite reac
 every rank sees the same reduced numbers, so all decide alike, and they decide on the device, without waiting for it.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ NAMED_EXAMPLES = 8  # of a broken micro-batch, in the error
 def train_step(run: Run) -> None:
     """Make one update from the global batch of `run.step`. Collective: every rank must call it.
 
-    Its numbers are in `run.tables`. If loss or gradient norm are not finite the update is left out; `check_numbers` says so.
+    Its numbers are in `run.tables`. If loss or gradient norm are not finite the update is left out; `is_left_out` finds it.
     """
     clock, tables, step = run.world.clock, run.tables, run.step
     clock.step = step + 1
@@ -69,7 +68,7 @@ def _gradients(run: Run, step: int, statistics: StepStatistics) -> None:
     world, clock, norms = run.world, run.world.clock, run.norms
     own = run.sampler.own_micro_batches(world.rank, world.world_size)
     batch = _own_rows(run, step)
-    weight = _weight(run.reducer.loss_scale / run.sampler.batch_rows(step), world.device)
+    weight, _ = _constants(run, run.sampler.batch_rows(step))
     clock.enter("forward_backward")
     for index in own:
         with run.reducer.micro_batch(index, own):
@@ -97,7 +96,7 @@ def _update(run: Run, step: int, statistics: StepStatistics) -> None:
     found_inf = torch.empty((), device=loss.device)
     torch.ne(total * 0, 0, out=found_inf)  # 1 where it is not finite, else 0
     if run.norms:
-        shares = _shares(run.sampler.batch_rows(step), run.sampler.micro_batches, run.world.device)
+        _, shares = _constants(run, run.sampler.batch_rows(step))
         models.merge_statistics(run.norms, statistics.batch_norms.float(), shares, found_inf == 0)
     run.tables.next_lr()
     inner = run.optimizer.optimizer
@@ -151,15 +150,16 @@ def _micro_batch_loss(run: Run, index: int, batch: _Rows) -> Tensor:
     return loss_sum if stop > start else loss_sum * 0
 
 
-@functools.lru_cache(maxsize=16)
-def _weight(value: float, device: torch.device) -> Tensor:
-    """Return a number as float32 [] on a device; made once, since the same two come in every epoch."""
-    return torch.full((), value, device=device)
+def _constants(run: Run, num_examples: int) -> tuple[Tensor, Tensor]:
+    """Return the weight of a batch's loss, float32 [], and its micro-batches' shares: made once for each size of a batch."""
+    if num_examples not in run.constants:
+        weight = torch.full((), run.reducer.loss_scale / num_examples, device=run.world.device)
+        run.constants[num_examples] = weight, _shares(num_examples, run.sampler.micro_batches, run.world.device)
+    return run.constants[num_examples]
 
 
-@functools.lru_cache(maxsize=16)
 def _shares(num_examples: int, num_micro_batches: int, device: torch.device) -> Tensor:
-    """Return the share of the examples that each micro-batch has, float32 [M], as `Sampler.micro_batch` cuts; made once."""
+    """Return the share of the examples that each micro-batch has, float32 [M], as `Sampler.micro_batch` cuts."""
     counts = (torch.arange(num_micro_batches + 1, device=device) * num_examples // num_micro_batches).diff().float()
     return counts / counts.sum()
 
@@ -173,22 +173,22 @@ def _clip(run: Run) -> Tensor:
     return norm
 
 
-def check_numbers(run: Run, results: list[StepResult]) -> list[int]:
-    """Look at the results of steps; return those steps whose update was left out.
+def is_left_out(run: Run, result: StepResult) -> bool:
+    """Return whether a step's update was left out, and count it. Call it for each step in turn.
 
     Raises RunError under optim.nonfinite stop, or when optim.max_skips is exceeded: on every rank after the same step.
     """
-    broken = [result for result in results if not result.is_sound]
-    run.skips += len(broken)
+    if result.is_sound:
+        return False
+    run.skips += 1
     config = run.config.optim
-    if broken and (config.nonfinite == "stop" or run.skips > config.max_skips):
-        first = broken[0] if config.nonfinite == "stop" else broken[-1]
+    if config.nonfinite == "stop" or run.skips > config.max_skips:
         allowed = "" if config.nonfinite == "stop" else f", and optim.max_skips {config.max_skips} were left out before it"
         raise RunError(
-            f"The loss or the gradient of step {first.step} is not finite: {_blame(run, first)}{allowed}. "
+            f"The loss or the gradient of step {result.step} is not finite: {_blame(run, result)}{allowed}. "
             "The last checkpoint is from before; try a smaller optim.lr, optim.clip_norm 1 or optim.nonfinite skip."
         )
-    return [result.step for result in broken]
+    return True
 
 
 def _blame(run: Run, result: StepResult) -> str:

@@ -16,7 +16,7 @@ from train import optim
 from train.config import Config
 from train.sampler import Sampler, key
 
-MOST_ROWS, MOST_STEPS = 1 << 17, 4096  # that are filled at once
+MOST_ROWS, MOST_STEPS = 1 << 17, 4096  # of the global batches in a stretch, and its steps
 
 
 class StepStatistics:
@@ -68,11 +68,12 @@ class StepTables:
         self.statistics = StepStatistics(sampler.micro_batches, num_channels, world_size, device)
         self.has_keys = config.augment.is_on or config.model.dropout > 0
         start, stop = sampler.rank_rows(0, rank, world_size)
-        size = min(sampler.steps_per_epoch, MOST_STEPS, max(1, MOST_ROWS // (stop - start)))
+        # the same on all ranks: they wait for each other at the end of a stretch
+        size = min(sampler.steps_per_epoch, MOST_STEPS, max(1, MOST_ROWS // sampler.global_batch_size))
         self.start = self.stop = 0  # the stretch is the steps [start, stop), counted from 0; none yet
         self.examples: list[NDArray[np.int64]] = []  # of this rank, a step each
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(size, stop - start, dtype=torch.int64, device=device)  # the examples of whole batches
+        self.rows = torch.zeros(size, max(stop - start, 1), dtype=torch.int64, device=device)  # the examples of whole batches
         self.short_rows = torch.zeros(1, dtype=torch.int64, device=device)  # of an epoch's last batch, where it is smaller
         self.keys = torch.zeros(size, 2, dtype=torch.int64, device=device)  # of augmentation and dropout
         self.lrs = torch.zeros(size, device=device)

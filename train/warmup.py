@@ -45,8 +45,9 @@ def warm_up(run: Run, notify: Callable[[str], None]) -> None:
         try:
             run.replay = graphs.record(lambda: compute(run, step))
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error.__context__ or error).split())[:200]  # the end of the capture fails too, and says less
             notify(f"warning: the step cannot be recorded as a CUDA graph: {reason}. Training continues with ordinary steps.")
+    run.world.clock.enter("evaluate")
     for module in (run.module, *([run.ema.model] if run.ema else [])):
         module.eval()
         predict(module, run.data.test.images[: run.config.eval.batch_size], run.data, run.world, run.memory_format)
@@ -57,7 +58,7 @@ def warm_up(run: Run, notify: Callable[[str], None]) -> None:
     run.world.clock.enter("data")
     run.tables.fill(run.step)
     run.world.wait()
-    run.world.clock.lap()  # so that the first step's seconds are its own
+    run.world.clock.forget()
     run.warm_up_seconds = time.perf_counter() - began
 
 

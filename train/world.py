@@ -199,6 +199,7 @@ class World:
             accelerator=accelerator,
             tf32_before=tf32_before,
         )
+        world.clock.limit = max(START_TIMEOUT_SECONDS, config.timeout)
         if world.world_size != asked:
             world.close()
             raise UserError(

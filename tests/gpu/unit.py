@@ -16,6 +16,7 @@ import torch
 
 from gpu import buckets
 from gpu.inside import EVERYTHING, FAST, FAST_995, Check, Lab, options, report
+from launch.checks import loaded_nccl
 from train.config import TrainConfig
 from train.step import train_step
 
@@ -25,7 +26,7 @@ MAX_DIFFERENCE = 2e-4  # of a loss or gradient norm in fp32, relative, between a
 
 def nccl_version() -> str:
     """Return the version of the NCCL that is loaded."""
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    return ".".join(map(str, loaded_nccl()))
 
 
 def facts(lab: Lab, packages: list[str]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def facts(lab: Lab, packages: list[str]) -> dict[str, Any]:
 
 def sharing_nccl() -> dict[str, Any]:
     """The NCCL that is loaded lets several ranks share a GPU, or each rank has its own."""
-    return {"ok": torch.cuda.device_count() > 1 or torch.cuda.nccl.version() >= (2, 30), "nccl": nccl_version()}
+    return {"ok": torch.cuda.device_count() > 1 or loaded_nccl() >= (2, 30), "nccl": nccl_version()}
 
 
 def mode(lab: Lab, flags: str, *, exact: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import train.journal
 import train.loop
 import train.run
 import train.step
+import train.tables
 import train.world
 from ranks import mutants
 from train import checkpoint
@@ -192,11 +193,11 @@ def sleeps() -> None:
 
 
 def slow_first_call() -> None:
-    """The first batch that is augmented costs half a second: a library that is loaded and plans."""
+    """The first batch that is augmented costs three seconds: a library that is loaded and plans."""
     inner, calls = train.step.augment, []
 
     def augment(*arguments: Any) -> torch.Tensor:
-        calls.append(time.sleep(0.0 if calls else 0.5))  # type: ignore[func-returns-value]
+        calls.append(time.sleep(0.0 if calls else 3.0))  # type: ignore[func-returns-value]
         return inner(*arguments)
 
     train.step.augment = augment
@@ -205,6 +206,17 @@ def slow_first_call() -> None:
 def runs_ahead() -> None:
     """The host runs ahead, as on a GPU: rows of the log are read and written later."""
     train.world.World.runs_ahead = True  # type: ignore[assignment, method-assign]
+    if "LAGS" in os.environ:
+        inner = train.journal.Journal._log
+
+        def log(self: train.journal.Journal, pending: train.journal.Pending) -> None:
+            with open(os.environ["LAGS"], "a") as file:
+                file.write(f"{pending.last} {self.run.step}\n")
+            inner(self, pending)
+
+        train.journal.Journal._log = log  # type: ignore[method-assign]
+    if "MOST_ROWS" in os.environ:
+        train.tables.MOST_ROWS = int(os.environ["MOST_ROWS"])
 
 
 def runs_ahead_with_broken_loss() -> None:
