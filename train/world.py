@@ -194,7 +194,7 @@ class World:
             local_rank=accelerator.local_process_index,
             world_size=accelerator.num_processes,
             local_world_size=local_world_size,
-            device=accelerator.device,
+            device=device,
             num_threads=num_threads,
             accelerator=accelerator,
             tf32_before=tf32_before,

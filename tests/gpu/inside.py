@@ -15,7 +15,7 @@ from train.run import Run
 from train.step import train_step
 from train.tables import StepResult
 
-BASE = "--data.name random --wandb.mode disabled --train.global_batch_size"
+BASE = "--data.name random --wandb.mode disabled --train.max_steps 1000000 --train.global_batch_size"
 EVERYTHING = (
     "--model.name tiny_bn --model.dropout 0.3 --train.micro_batches 2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.5 "
     "--optim.ema 0.9 --optim.clip_norm 1 --optim.label_smoothing 0.1"
