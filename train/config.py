@@ -189,7 +189,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model by torch.compile."""
     cuda_graphs: Literal["auto", "on", "off", True, False] = "auto"  # in YAML on and off are booleans
-    """Replay the step as one CUDA graph: the same bits, sooner. On one GPU, not in fp16. auto: off until measured on a card."""
+    """Replay the step as one CUDA graph: the same bits, sooner. On one GPU, not in fp16. auto: on where possible."""
     channels_last: bool = True
     """Lay images out with the channel innermost, which convolutions prefer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -25,7 +25,6 @@ from train.tables import StepTables
 from train.versions import versions
 from train.world import World
 
-RECORDED_BY_DEFAULT = False  # train.cuda_graphs auto; until a real card has shown the same bits and more speed (docs/gpu.md)
 MOST_PENDING = 64  # steps whose examples wait to be entered in the ledger's sum
 
 
@@ -140,8 +139,7 @@ def set_up(config: Config, world: World, source: data.Data) -> Run:
     tables.has_scaler = world.accelerator.scaler is not None
     if world.device.type != "cpu":
         tables.hold_lr(optimizer)
-    is_wanted = config.train.cuda_graphs == "on" or (config.train.cuda_graphs == "auto" and RECORDED_BY_DEFAULT)
-    should_record = is_wanted and not unrecordable(world)
+    should_record = config.train.cuda_graphs != "off" and not unrecordable(world)
     if should_record:
         leave_default_stream(world.device)
     model.train()
