@@ -79,8 +79,11 @@ def modes(lab: Lab, name: str) -> list[Check]:
 
 
 def parity(lab: Lab, flags: str) -> dict[str, Any]:
-    """The GPU computes in fp32 what the CPU computes, to round-off."""
-    steps = 8 if lab.on_gpu else 2
+    """The GPU computes in fp32 what the CPU computes, to round-off.
+
+    With seed 0 the pooling of `cnn` has a tie that round-off breaks: a CPU differs from itself by 1.5e-3 in another layout.
+    """
+    flags, steps = f"{flags} --seed 1", 8 if lab.on_gpu else 2
     here, there = lab.train(flags, steps), lab.train(f"{flags} --train.device cpu", steps)
     worst = max(abs(a - b) / abs(b) for a, b in zip(here[0] + here[1], there[0] + there[1], strict=True))
     return {"ok": worst < MAX_DIFFERENCE, "worst_relative_difference": worst}
