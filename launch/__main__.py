@@ -1,4 +1,4 @@
-"""`python -m launch SUBCOMMAND ...`: one file per subcommand, imported when it is called."""
+"""`python -m launch SUBCOMMAND ...`: each subcommand is a module, imported when it is called."""
 
 import importlib
 import sys
@@ -7,6 +7,16 @@ from train import __version__
 from train.cli import did_you_mean, keep_others_from_writing
 from train.errors import UserError
 
+ROOMS = {  # where a subcommand's module lies, unless beside this file
+    "bench": "launch.bench.harness",
+    "compare": "launch.check.compare",
+    "demo": "launch.check.demo",
+    "doctor": "launch.check.doctor",
+    "export": "launch.deploy.export",
+    "predict": "launch.deploy.predict",
+    "replay": "launch.check.replay",
+    "selftest": "launch.check.selftest",
+}
 SUBCOMMANDS = {
     "run": "train on this machine: one process per GPU, restarts, signals and exit codes passed on",
     "slurm": "check a training and submit it to a Slurm cluster",
@@ -15,6 +25,8 @@ SUBCOMMANDS = {
     "bench": "measure: throughput, peers, exact mode's cost, scaling, start-up, time to accuracy",
     "data": "download and verify a data set",
     "report": "write a page about one or several runs",
+    "export": "write a run's best checkpoint into one verified file with a model card",
+    "predict": "say which class PNG or JPEG images show",
     "watch": "show a run's progress in the terminal",
     "sync": "send W&B what it lacks of runs that were offline, killed or cut off",
     "compare": "say where two runs differ: mathematics, losses, gradient norms, weights",
@@ -42,7 +54,7 @@ def main(argv: list[str]) -> int:
         if name not in SUBCOMMANDS:
             hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
             raise UserError(f"There is no subcommand {name}. {hint}")
-        return importlib.import_module(f"launch.{name}").main(argv[1:])
+        return importlib.import_module(ROOMS.get(name, f"launch.{name}")).main(argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--root", help="directory to look in and download to (default: $MNIST_ROOT and a cache; the cache)")
     parser.add_argument("--no-download", action="store_true", help="only look")
     options = parser.parse_args(argv)
-    from train import data
+    from train.storage import data
 
     config = DataConfig(name=options.name, root=options.root, download=not options.no_download)
     tensors, sha256 = data.prepare(config)

@@ -15,9 +15,9 @@ from unittest import mock
 from train.config import Config
 
 if TYPE_CHECKING:
-    from train.data import Data
     from train.run import Run
-    from train.world import World
+    from train.storage.data import Data
+    from train.world.world import World
 
 Traffic = list[tuple[str, int]]  # (what, bytes of its payload) of each communication of a rank, in order
 
@@ -38,7 +38,7 @@ def fake_world(config: Config, rank: int, world_size: int, local_world_size: int
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from train.world import World
+    from train.world.world import World
 
     with environment(rank, world_size, local_world_size):
         if world_size > 1:
@@ -56,7 +56,7 @@ def blank_data(config: Config, num_examples: int, num_test_examples: int) -> "Da
     """A data set of the right size whose images are all the same one: it takes no memory."""
     import torch
 
-    from train.data import Data, Split
+    from train.storage.data import Data, Split
 
     def blank(num: int) -> Split:
         return Split(
@@ -72,7 +72,7 @@ def counted(run: "Run") -> Iterator[Traffic]:
     import torch
     import torch.distributed as dist
 
-    from train.reduce import Allreduce
+    from train.world.reduce import Allreduce
 
     traffic: Traffic = []
 
@@ -139,9 +139,9 @@ class Sizes:
 
 def measure(config: Config, rank: int, world_size: int, local_world_size: int, micro_batches: int, num: tuple[int, int]) -> Sizes:
     """Let one rank make one step, of two examples per micro-batch, and count; `num` are train and test examples."""
-    from train import checkpoint
     from train.run import make_state, set_up
     from train.step import train_step
+    from train.storage import checkpoint
 
     train = dataclasses.replace(
         config.train, micro_batches=micro_batches, global_batch_size=2 * micro_batches, micro_batch_limit=0, compile=False

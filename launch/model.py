@@ -167,7 +167,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m launch model", description="Print the layers of a model as a Markdown table.")
     parser.add_argument("--name", choices=names, default="cnn", help="which model (default: cnn)")
     name = parser.parse_args(argv).name
-    from train.models import MODELS
+    from train.functional.models import MODELS
 
     print(table(MODELS[name](0.0)))
     return 0

@@ -1,6 +1,6 @@
 """`python -m launch plan`: what a run would do on N nodes of G GPUs, worked out without any of them.
 
-Who computes what is asked of train/sampler.py for every rank and checked by the ledger of an epoch; bytes are counted in a
+Who computes what is asked of the sampler for every rank and checked by the ledger of an epoch; bytes are counted in a
 step that one rank makes on torch's fake process group (dryrun.py). Deliberately not here: how long it takes, which depends
 on the machine; docs/scaling.md models that (`--scaling` prints its tables).
 """
@@ -16,14 +16,14 @@ from train.config import Config
 from train.errors import UserError
 
 if TYPE_CHECKING:
-    from train.sampler import Sampler
+    from train.functional.sampler import Sampler
 
 IMAGE_BYTES, LABEL_BYTES = 28 * 28, 8  # of an example on the device: uint8 pixels and an int64
 
 
 def num_examples(config: Config) -> tuple[int, int]:
     """How many examples are trained and evaluated on; the files are not needed."""
-    from train import data
+    from train.storage import data
 
     options = config.data
     if options.name in data.FOLDERS:
@@ -40,7 +40,7 @@ def num_examples(config: Config) -> tuple[int, int]:
 
 def plan_ranks(config: Config, nodes: int, per_node: int) -> int:
     """Return the micro-batches of a step; refuse a world that is too large, naming the largest that fits."""
-    from train import models
+    from train.functional import models
     from train.run import plan_micro_batches
 
     has_norm = bool(models.norms(models.build(config.model, 0)))
@@ -64,7 +64,7 @@ def shares(sampler: "Sampler", step: int, world_size: int) -> list[tuple[range, 
 
 def check_epoch(sampler: "Sampler", world_size: int) -> str:
     """Ask every rank for its examples of every step of an epoch; raise RuntimeError unless each is used exactly once."""
-    from train.sampler import expected_ledger, ledger_sum
+    from train.functional.sampler import expected_ledger, ledger_sum
 
     total = count = 0
     for step in range(sampler.steps_per_epoch):
@@ -78,8 +78,8 @@ def check_epoch(sampler: "Sampler", world_size: int) -> str:
 
 def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[str]) -> dict[str, Any]:
     """Work everything out -> what `--json` prints; bytes in names that end in bytes."""
-    from train import optim
-    from train.sampler import Sampler
+    from train.functional import optim
+    from train.functional.sampler import Sampler
 
     per_node = max(gpus_per_node, 1)  # without GPUs: one rank per node
     world_size = nodes * per_node

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from train.cli import Parser
-from train.page import write
+from train.report.page import write
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,7 @@ from types import FrameType
 from train.cli import Parser, did_you_mean, parse, run_name
 from train.config import Config
 from train.errors import UserError
-from train.world import run_suffix
+from train.world.world import run_suffix
 
 LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
 SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved checkpoint

@@ -125,7 +125,7 @@ class Workload:
 
 def workload(name: str = "cnn") -> Workload:
     """Read a model's gradient bytes and arithmetic off its layers."""
-    from train.models import MODELS
+    from train.functional.models import MODELS
 
     layers = model_table.layers(MODELS[name](0.0))
     gradient_bytes = 4 * sum(layer.parameters for layer in layers)

@@ -49,7 +49,7 @@ def make_parser() -> Parser:
 
 def check_world(config: Config, world_size: int) -> None:
     """Raise UserError where so many ranks cannot share the training: the rule that the ranks themselves apply."""
-    from train import models
+    from train.functional import models
     from train.run import plan_micro_batches
 
     plan_micro_batches(config, world_size, bool(models.norms(models.build(config.model, config.seed))))

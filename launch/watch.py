@@ -19,7 +19,7 @@ from rich.text import Text
 
 from train.cli import Parser
 from train.errors import UserError
-from train.report import Record, parse_rows
+from train.report.records import Record, parse_rows
 
 EVERY_SECONDS = 1.0
 QUIET_SECONDS = 60.0  # without a row for longer than that, and than five rows usually take, something may be wrong

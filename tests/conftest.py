@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from train.config import TrainConfig
-from train.world import World
+from train.world.world import World
 
 if TYPE_CHECKING:
     from wandb_server import Server
 
-    from train.checkpoint import State
+    from train.storage.checkpoint import State
 
 TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,7 @@ def small_state(step: int = 10) -> "State":
     """A small state whose tensors depend on its step."""
     import torch
 
-    from train.checkpoint import SCHEMA, State
+    from train.storage.checkpoint import SCHEMA, State
 
     return State(
         model={"fc.weight": torch.arange(6.0).view(2, 3) + step, "fc.bias": torch.zeros(2)},
@@ -148,9 +148,9 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="session")
 def exported(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run of the fixture, exported to each format."""
-    from train import deploy, export
+    from launch.deploy import export, formats
 
     folder = tmp_path_factory.mktemp("exported")
-    for kind in deploy.SUFFIXES:
+    for kind in formats.SUFFIXES:
         assert export.main([str(digits_run), "--format", kind, "--output", str(folder)]) == 0
-    return {kind: folder / f"model{suffix}" for kind, suffix in deploy.SUFFIXES.items()}
+    return {kind: folder / f"model{suffix}" for kind, suffix in formats.SUFFIXES.items()}

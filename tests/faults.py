@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from ranks import crashes, endurance  # noqa: E402
 from ranks.processes import Ranks, arguments, rows  # noqa: E402
 
-from train.clock import Record  # noqa: E402
+from train.world.clock import Record  # noqa: E402
 
 EVERY_STEPS = 5  # checkpoint.every_steps
 FLAGS = (

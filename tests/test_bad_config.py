@@ -63,7 +63,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "section is a number": (b"train: 3\n", "train is 3"),
     "section is a list": (b"train: [epochs]\n", "train is ['epochs']"),
     "section is null": (b"train:\n", "train is None"),
-    "section in section": (b"train: {optim: {lr: 1}}\n", "no config field train.optim"),
+    "section in section": (b"train: {optim: {lr: 1}}\n", "no config field train.functional.optim"),
     "field is a mapping": (b"optim: {lr: {value: 1}}\n", "optim.lr"),
     "field is a list": (b"optim: {lr: [1]}\n", "optim.lr"),
     "int is true": (b"train: {epochs: true}\n", "train.epochs: Expected an int"),

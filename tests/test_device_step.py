@@ -19,12 +19,12 @@ from ranks.processes import Ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train import data
 from train.cli import parse
-from train.clock import Clock
 from train.evaluate import predict
 from train.run import Run, set_up
 from train.step import train_step
+from train.storage import data
+from train.world.clock import Clock
 
 META = torch.device("meta")
 # Operations that make a view, or no tensor at all: no kernel.
@@ -195,7 +195,8 @@ def offences(source: str, allowed: set[str]) -> list[str]:
 
 @pytest.mark.parametrize("module", DEVICE_CODE)
 def test_device_code_reads_no_number_and_says_where_tensors_lie(module: str) -> None:
-    assert offences((ROOT / "train" / f"{module}.py").read_text(), DEVICE_CODE[module] | {"__init__", "build"}) == []
+    (path,) = (ROOT / "train").rglob(f"{module}.py")
+    assert offences(path.read_text(), DEVICE_CODE[module] | {"__init__", "build"}) == []
 
 
 def test_the_rule_sees_offences() -> None:

@@ -17,8 +17,8 @@ from gpu.inside import Lab
 from gpu.plan import Machine
 from gpu.visit import CannotRun, Failed, Job, Row, Visit
 
-from train import optim
 from train.cli import parse
+from train.functional import optim
 
 HANG = ["sleep", "600"]
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from train import yamlfile
 from train.cli import did_you_mean, parse
 from train.config import Config
-from train.data import parse_idx
 from train.errors import UserError
+from train.storage.data import parse_idx
 
 VALUES = st.recursive(
     st.none()

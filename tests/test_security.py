@@ -36,7 +36,7 @@ def run_everything(place: Path, **env: str) -> Path:
     do(75, "train", *flags, "--run.time_limit", "0.000001")
     do(0, "train", *flags)
     do(0, "launch", "report", str(run))
-    do(0, "train.export", str(run))
+    do(0, "launch", "export", str(run))
     return run
 
 

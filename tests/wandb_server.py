@@ -14,7 +14,7 @@ from typing import Any
 
 from ranks.processes import launch, rows
 
-from train.mirror import MIRRORED
+from train.tracking.mirror import MIRRORED
 
 USER = "tester"
 KEY = "5ec2e7" * 7

@@ -5,7 +5,7 @@ Exit codes: 0 finished, 1 crash, 2 bad config or data, 75 preempted with a check
 
 import sys
 
-from train import preempt
+from train.world import preempt
 
 if __name__ == "__main__":
     preempt.install()  # first of all: a signal must find its handler while everything else is being imported
@@ -21,7 +21,7 @@ from pathlib import Path
 from train.cli import keep_others_from_writing, leave, parse, run_name
 from train.config import Config
 from train.errors import RunError, UserError
-from train.world import World, env_ranks, run_suffix
+from train.world.world import World, env_ranks, run_suffix
 
 OTHER_RANKS_WAIT_SECONDS = 2.0
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 def page_problem(run_dir: Path) -> str | None:
     """Write report.html; return in one line what went wrong: no run fails for its page."""
     try:
-        from train.page import write
+        from train.report.page import write
 
         write([run_dir], run_dir / "report.html")
     except Exception as error:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.augment import lay_out, normalize
-from train.data import Data
-from train.models import NUM_CLASSES
-from train.sampler import share
-from train.world import World
+from train.functional.augment import lay_out, normalize
+from train.functional.models import NUM_CLASSES
+from train.functional.sampler import share
+from train.storage.data import Data
+from train.world.world import World
 
 
 @dataclass(frozen=True)

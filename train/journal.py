@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train import fingerprint, optim, preempt
-from train.alarms import Alarms
 from train.errors import RunError
-from train.metrics import Metrics
+from train.functional import optim
+from train.functional.tables import StepResult
 from train.run import Run
 from train.step import is_left_out
-from train.tables import StepResult
+from train.tracking import fingerprint
+from train.tracking.alarms import Alarms
+from train.tracking.metrics import Metrics
+from train.world import preempt
 
 
 @dataclass(frozen=True)

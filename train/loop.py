@@ -12,22 +12,25 @@ from typing import Any, TypeVar
 
 import safetensors.torch
 
-from train import checkpoint, data, exhibits, fingerprint, preempt
-from train.alarms import Alarms
+from train import exhibits
 from train.config import Config
 from train.errors import RunError, UserError
 from train.evaluate import Result, evaluate
+from train.functional.sampler import expected_ledger
 from train.journal import Journal
-from train.lease import Lease
-from train.metrics import Metrics, read_rows
 from train.run import Ledger, Run, is_due, make_state, restore, set_up
-from train.sampler import expected_ledger
 from train.step import train_step
+from train.storage import checkpoint, data
+from train.storage.lease import Lease
 from train.summary import arithmetic, headline, phases, read_finished, summarize
-from train.tracer import Tracer
+from train.tracking import fingerprint
+from train.tracking.alarms import Alarms
+from train.tracking.metrics import Metrics, read_rows
+from train.tracking.tracer import Tracer
 from train.warmup import warm_up
-from train.watchdog import Watchdog
-from train.world import World, is_restart
+from train.world import preempt
+from train.world.watchdog import Watchdog
+from train.world.world import World, is_restart
 
 T = TypeVar("T")
 

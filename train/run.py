@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train import checkpoint, data, models, optim
 from train.config import Config
 from train.errors import UserError
-from train.graphs import leave_default_stream
+from train.functional import models, optim
+from train.functional.sampler import Sampler, ledger_sum
+from train.functional.tables import StepTables
 from train.mathematics import contract_differences, differences, mathematics
-from train.reduce import Allreduce, ExactTree
-from train.sampler import Sampler, ledger_sum
-from train.tables import StepTables
-from train.versions import versions
-from train.world import World
+from train.storage import checkpoint, data
+from train.world.graphs import leave_default_stream
+from train.world.reduce import Allreduce, ExactTree
+from train.world.versions import versions
+from train.world.world import World
 
 MOST_PENDING = 64  # steps whose examples wait to be entered in the ledger's sum
 

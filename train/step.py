@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train import models, optim, preempt, rng
-from train.augment import augment, lay_out
 from train.errors import RunError
+from train.functional import models, optim, rng
+from train.functional.augment import augment, lay_out
+from train.functional.tables import StepResult, StepStatistics
 from train.run import Run
-from train.tables import StepResult, StepStatistics
+from train.world import preempt
 
 NAMED_EXAMPLES = 8  # of a broken micro-batch, in the error
 

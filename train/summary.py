@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from train import checkpoint
-from train.clock import PHASES
 from train.evaluate import Result
 from train.mathematics import mathematics
 from train.run import Run, contract, unrecordable
-from train.versions import versions
-from train.world import World
+from train.storage import checkpoint
+from train.world.clock import PHASES
+from train.world.versions import versions
+from train.world.world import World
 
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "safetensors")
 

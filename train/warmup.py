@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from train import graphs
 from train.evaluate import predict
 from train.run import Run
 from train.step import compute
+from train.world import graphs
 
 
 def state_tensors(run: Run) -> list[Tensor]:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpu.inside import Check, Lab
-from train import optim
 from train.config import OptimConfig
-from train.reduce import ExactTree
+from train.functional import optim
 from train.run import Run
+from train.world.reduce import ExactTree
 
 LEAVES = 4
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from launch.measures import opened
-from train import checkpoint
+from launch.bench.measures import opened
+from train.functional.tables import StepResult
 from train.run import Run
 from train.step import train_step
-from train.tables import StepResult
+from train.storage import checkpoint
 
 BASE = "--data.name random --wandb.mode disabled --train.max_steps 1000000 --train.global_batch_size"
 EVERYTHING = (

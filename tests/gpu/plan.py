@@ -128,10 +128,10 @@ def correct(machine: Machine) -> list[list[Job]]:
     steps = "12" if machine.is_dry else "60"
     as_every, in_suite = (
         machine.spared("every-1 and gloo-every-2 show the same"),
-        machine.spared("tests/test_selftest.py runs it"),
+        machine.spared("tests/launch/test_selftest.py runs it"),
     )
     small = "--data.name digits --train.max_steps 8" if machine.is_dry else ""
-    gpu_tests = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    gpu_tests = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     pytest = [*module("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", "not compile"), *gpu_tests]
     doctor = f"--data.name {'digits' if machine.is_dry else 'mnist'} --train.precision bf16 --train.device {machine.device}"
     models = ("modes-cnn", "modes-vgg", "modes-tiny_bn")
@@ -155,7 +155,7 @@ def correct(machine: Machine) -> list[list[Job]]:
         accelerate(machine, "accelerate-1", 1, why_not=machine.spared("accelerate-2 shows the same")),
     ]
     gloo = [f"gloo-every-{n}" for n in WORLDS]
-    export = module("train.export", str(machine.work / "quickstart"), "--format", "onnx")
+    export = module("launch", "export", str(machine.work / "quickstart"), "--format", "onnx")
     onnx = Job("export", 60, export, why_not=machine.needs("onnx", "onnxscript", "onnxruntime"), after="quickstart")
     after = [
         Job("gloo-bits", 10, partial(compare, machine.work, ["every-1", *gloo]), why_not=no_gloo),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gpu.inside import FAST, FAST_995, Check, Lab, options, report
-from launch.measures import bare_step
+from launch.bench.measures import bare_step
 from train.step import train_step
 
 STEPS, TURNS, WARM_UP, TRACED, LONGEST = 400, 3, 12, 4, 6

@@ -16,7 +16,7 @@ import torch
 
 from gpu import buckets
 from gpu.inside import EVERYTHING, FAST, FAST_995, Check, Lab, options, report
-from launch.checks import loaded_nccl
+from launch.check.checks import loaded_nccl
 from train.config import TrainConfig
 from train.step import train_step
 

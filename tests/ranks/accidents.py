@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+import train.functional.tables
 import train.journal
 import train.loop
 import train.run
 import train.step
-import train.tables
-import train.world
+import train.world.world
 from ranks import mutants
-from train import checkpoint
-from train.sampler import Sampler
+from train.functional.sampler import Sampler
+from train.storage import checkpoint
 
 RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
 
@@ -205,7 +205,7 @@ def slow_first_call() -> None:
 
 def runs_ahead() -> None:
     """The host runs ahead, as on a GPU: rows of the log are read and written later."""
-    train.world.World.runs_ahead = True  # type: ignore[assignment, method-assign]
+    train.world.world.World.runs_ahead = True  # type: ignore[assignment, method-assign]
     if "LAGS" in os.environ:
         inner = train.journal.Journal._log
 
@@ -216,7 +216,7 @@ def runs_ahead() -> None:
 
         train.journal.Journal._log = log  # type: ignore[method-assign]
     if "MOST_ROWS" in os.environ:
-        train.tables.MOST_ROWS = int(os.environ["MOST_ROWS"])
+        train.functional.tables.MOST_ROWS = int(os.environ["MOST_ROWS"])
 
 
 def runs_ahead_with_broken_loss() -> None:

@@ -6,10 +6,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train.step
-from train import data, optim
 from train.cli import parse
+from train.functional import optim
 from train.run import set_up
-from train.world import World
+from train.storage import data
+from train.world.world import World
 
 ELEMENTWISE = ("_foreach_mul.Scalar",)  # may look at an address: no element depends on another one
 

@@ -17,8 +17,8 @@ from typing import Any
 from conftest import small_state
 
 from ranks.processes import _context
-from train import checkpoint
-from train.lease import Lease
+from train.storage import checkpoint
+from train.storage.lease import Lease
 
 OLDER, NEWER = 10, 20
 IGNORED = re.compile(r"mmap|munmap|mremap|mprotect|madvise|brk|futex|rt_sig|restart_syscall|getrandom|exit|sched|clock")

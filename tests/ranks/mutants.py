@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import train.augment
+import train.functional.augment
+import train.functional.models
 import train.loop
-import train.metrics
-import train.models
 import train.run
 import train.step
-from launch.laws import BATCH
-from train import checkpoint, optim, rng
-from train.models import Dropout
-from train.reduce import Allreduce, ExactTree
-from train.sampler import Sampler, share
+import train.tracking.metrics
+from launch.check.laws import BATCH
+from train.functional import optim, rng
+from train.functional.models import Dropout
+from train.functional.sampler import Sampler, share
+from train.storage import checkpoint
+from train.world.reduce import Allreduce, ExactTree
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 _examples = Sampler.examples
@@ -89,13 +90,13 @@ def not_reshuffled() -> None:
 def constant_dropout() -> None:
     """Dropout's mask is the same in every step: a generator seeded anew in each forward."""
     uniform = rng.uniform
-    train.models.uniform = lambda keys, num, salt=0: uniform(torch.arange(len(keys)), num, salt)  # type: ignore
+    train.functional.models.uniform = lambda keys, num, salt=0: uniform(torch.arange(len(keys)), num, salt)  # type: ignore
 
 
 def constant_augmentation() -> None:
     """Every epoch changes an image in the same way: workers that inherit one NumPy seed (pytorch 5059)."""
     uniform = rng.uniform
-    train.augment.uniform = lambda keys, num, salt=0: uniform(torch.arange(len(keys)), num, salt)  # type: ignore
+    train.functional.augment.uniform = lambda keys, num, salt=0: uniform(torch.arange(len(keys)), num, salt)  # type: ignore
 
 
 def global_stream_dropout() -> None:
@@ -147,13 +148,13 @@ def mean_of_means() -> None:
 
 def rank_local_statistics() -> None:
     """BatchNorm averages in only what this rank has seen: DDP without SyncBatchNorm, of which rank 0's are saved."""
-    merge = train.models.merge_statistics
+    merge = train.functional.models.merge_statistics
 
     def local(norms: Any, found: Tensor, shares: Tensor, is_sound: Tensor) -> None:
         own = slice(*share(len(found), WORLD_SIZE, RANK))
         merge(norms, found[own], shares[own] / shares[own].sum(), is_sound)
 
-    train.models.merge_statistics = local
+    train.functional.models.merge_statistics = local
 
 
 def clip_by_shard() -> None:
@@ -244,7 +245,7 @@ def oldest_checkpoint() -> None:
 
 def rows_kept_on_resume() -> None:
     """The log goes on after the rows of steps that are computed again (wandb, TensorBoard)."""
-    train.metrics.drop_after = lambda path, step, staging: train.metrics.read_rows(path)
+    train.tracking.metrics.drop_after = lambda path, step, staging: train.tracking.metrics.read_rows(path)
 
 
 # Checkpoints
@@ -296,13 +297,13 @@ def slow_steps() -> None:
 
 def other_pixel() -> None:
     """One pixel of the digits is another; use it with a cache of its own."""
-    import train.data
+    import train.storage.data
 
-    read_digits = train.data.read_digits
+    read_digits = train.storage.data.read_digits
 
     def changed() -> dict[str, Tensor]:
         tensors = read_digits()
         tensors["train_images"][7, 14, 14] ^= 1
         return tensors
 
-    train.data.read_digits = changed
+    train.storage.data.read_digits = changed

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from train import data
 from train.cli import parse
 from train.run import set_up
 from train.step import train_step
-from train.world import World
+from train.storage import data
+from train.world.world import World
 
 
 def main(argv: list[str]) -> int:

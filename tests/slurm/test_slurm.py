@@ -237,7 +237,7 @@ def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
     assert cluster.finish(job, "silent")["weights_sha256"] == undisturbed
     assert cluster.ranks(job, 0)[0]["host"] == "node1"
     assert cluster.ranks(job, 1)[0]["host"] != "node1"
-    while "train.lease.Fenced: fenced: " not in cluster.log(job):  # at its next save
+    while "train.storage.lease.Fenced: fenced: " not in cluster.log(job):  # at its next save
         assert time.monotonic() < deadline, cluster.log(job)
         time.sleep(0.3)
     assert cluster.summary("silent")["weights_sha256"] == undisturbed

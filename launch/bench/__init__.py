@@ -1,0 +1,1 @@
+"""Measurements of speed, each with its command, number of repetitions and hardware."""

@@ -1,0 +1,163 @@
+"""`python -m launch bench WHAT`: measure, and print a table that says on what, with which versions and by which command.
+
+Every figure is a list of repeats: what is compared is measured in turns, so that a noisy machine disturbs all alike, and a ratio
+is taken within a turn before its median. The measuring itself is in measures.py (in this process) and trainings.py.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.cli import Parser
+from train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was measured: a value per turn; `base` names the row that it is compared with."""
+
+    name: str
+    unit: str
+    values: list[float]
+    base: str | None = None
+
+
+MEASURES = {  # name: (module, default repeats, what it measures)
+    "throughput": ("measures", 100, "our loop against a bare PyTorch loop of the same model, data in memory, in one process"),
+    "data": ("measures", 15, "augmentations of a batch, and the evaluation of the test split"),
+    "sampler": ("measures", 15, "cost of a step's indices against the size of the data set"),
+    "checkpoint": ("measures", 15, "encode, write, read and verify a checkpoint"),
+    "peers": ("peers", 5, "the same model in the idioms of other trainers (pip install 'lockstep[bench]')"),
+    "exact": ("trainings", 5, "exact against fast mode, on 1 and 2 processes (on 1 where there is one GPU)"),
+    "scaling": ("trainings", 3, "1 to N processes: strong (one global batch) and weak (one share per process)"),
+    "wandb": ("trainings", 5, "what W&B's mirror costs, offline, at log.every_steps 10"),
+    "startup": ("trainings", 5, "the whole command: help, an error, a training of one step"),
+    "time-to-accuracy": ("trainings", 10, "a recipe's accuracy and seconds, over as many seeds as repeats"),
+}
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def gpu_names() -> list[str]:
+    """Each GPU's name and power limit, as nvidia-smi says them; empty without one."""
+    command = ("nvidia-smi", "--query-gpu=name,power.limit", "--format=csv,noheader")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip().splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def facts(argv: list[str], repeats: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    from train.summary import git_commit
+    from train.world.versions import versions
+
+    found = {"python": platform.python_version(), **versions("torch", "accelerate", "lightning", "lockstep")}
+    command = shlex.join(["python", "-m", "launch", "bench", *argv])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu_name(), "cores": cores, "gpus": gpu_names(), "n": repeats, "versions": found, "commit": git_commit(),
+        "command": command,
+    }  # fmt: skip
+
+
+def ratios(row: Row, rows: list[Row]) -> list[float]:
+    """The row's values over its base's, turn by turn."""
+    base = next(other for other in rows if other.name == row.base)
+    return [value / reference for value, reference in zip(row.values, base.values, strict=True)]
+
+
+def number(value: float) -> str:
+    """A figure with three or more significant digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def table(rows: list[Row], about: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    versions = ", ".join(f"{name} {text}" for name, text in about["versions"].items())
+    hardware = ", ".join([f"{about['cpu']}, {about['cores']} cores", *about["gpus"]])
+    commit = about["commit"] or "no commit"
+    lines = [
+        f"`{about['command']}`; {hardware}; {versions}; commit {commit[:12]}{'+' * commit.endswith('+')}; n = {about['n']}",
+        "",
+        "| what | unit | median | min | max | mean ± sd | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        deviation = f" ± {number(statistics.stdev(row.values))}" if len(row.values) > 1 else ""
+        ratio = f"{statistics.median(ratios(row, rows)):.3f} of {row.base}" if row.base else ""
+        shown = [number(found(row.values)) for found in (statistics.median, min, max, statistics.fmean)]
+        lines.append(f"| {row.name} | {row.unit} | {' | '.join(shown)}{deviation} | {ratio} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], about: dict[str, Any], output: Path) -> None:
+    """Draw the medians with their ranges as bars, SVG or PNG by the name of `output`, one panel per unit."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    units = list(dict.fromkeys(row.unit for row in rows))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "lockstep"}):
+        figure = Figure(figsize=(9, 0.9 + 0.45 * len(rows) + 0.5 * len(units)), layout="constrained")
+        heights = [sum(row.unit == unit for row in rows) + 0.8 for unit in units]
+        panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for panel, unit in zip(panels, units, strict=True):
+            shown = [row for row in rows if row.unit == unit]
+            middles = [statistics.median(row.values) for row in shown]
+            below = [middle - min(row.values) for middle, row in zip(middles, shown, strict=True)]
+            above = [max(row.values) - middle for middle, row in zip(middles, shown, strict=True)]
+            bars = panel.barh([row.name for row in shown], middles, xerr=[below, above], color="#4d6c8f", ecolor="#22272e")
+            panel.bar_label(bars, [number(middle) for middle in middles], padding=8)
+            panel.invert_yaxis()
+            panel.set_xlabel(unit)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.margins(x=0.12)
+        figure.suptitle(f"{about['command']}, n = {about['n']}, {about['cpu']}, {about['cores']} cores", fontsize=9)
+        metadata = {"Date": None} if output.suffix == ".svg" else None
+        figure.savefig(output, metadata=metadata)
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print."""
+    listed = "\n".join(f"  {name:17} {text}" for name, (_, _, text) in MEASURES.items())
+    parser = Parser(
+        prog="python -m launch bench",
+        description=f"Measure one of:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=MEASURES, metavar="WHAT", help="what to measure, see above")
+    parser.add_argument("--repeats", type=int, help="turns (or seeds); default depends on WHAT")
+    parser.add_argument("--recipe", default="configs/quickstart.yaml", help="config of time-to-accuracy (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures too, .svg or .png")
+    options = parser.parse_args(argv)
+    module, repeats, _ = MEASURES[options.what]
+    repeats = options.repeats if options.repeats is not None else repeats
+    if repeats < 1:
+        raise UserError(f"--repeats is {repeats}. Use 1 or more.")
+    if options.what == "time-to-accuracy" and not Path(options.recipe).is_file():
+        raise UserError(f"--recipe {options.recipe} is no file. Give a config, such as configs/quickstart.yaml.")
+    if options.plot and options.plot.suffix not in (".svg", ".png"):
+        raise UserError(f"--plot is {options.plot}. Expected a name that ends in .svg or .png.")
+    measure = getattr(importlib.import_module(f"launch.{module}"), options.what.replace("-", "_"))
+    rows: list[Row] = measure(repeats, *([options.recipe] if options.what == "time-to-accuracy" else []))
+    about = facts(argv, repeats)
+    if options.plot:
+        plot(rows, about, options.plot)
+    shown = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
+    sys.stdout.write((json.dumps(shown, indent=1) if options.json else table(rows, about)) + "\n")
+    return 0

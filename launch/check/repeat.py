@@ -1,0 +1,64 @@
+"""Does a training repeat? A few exact steps of a config on noise, trained again and again in this process (`launch doctor`).
+
+Invariant: torch's settings and the environment are afterwards what they were before.
+"""
+
+import dataclasses
+
+from launch.dryrun import environment
+from train.config import Config, DataConfig
+
+STEPS, MOST_EXAMPLES = 3, 512  # of a step
+
+
+def weights(config: Config, times: int) -> tuple[list[str], str]:
+    """Train a fresh run `times` times; return the SHA-256 of the weights after each, and the device: cpu or cuda."""
+    import torch
+
+    from train.world.device import choose_device
+
+    device = choose_device(config.train, 0, 1).type
+    num_threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        with environment():
+            return [train(short(config, device)) for _ in range(times)], device
+    finally:
+        torch.set_num_threads(num_threads)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(was_deterministic)
+
+
+def short(config: Config, device: str) -> Config:
+    """Return the config of a few exact steps on noise with the same model, optimizer and arithmetic."""
+    parts = config.train.micro_batches or 1
+    size = parts * max(1, min(config.train.global_batch_size, MOST_EXAMPLES) // parts)
+    changes = {
+        "device": device,
+        "exact": True,
+        "max_steps": STEPS,
+        "global_batch_size": size,
+        "micro_batches": parts,
+        "micro_batch_limit": 0,
+        "compile": False,
+        "cuda_graphs": "off",
+    }
+    data = DataConfig(name="random", random_examples=6 + STEPS * size)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes), data=data)  # type: ignore[arg-type]
+
+
+def train(config: Config) -> str:
+    """Train to the end, without checkpoints or logs; return the SHA-256 of the weights."""
+    from train.run import set_up
+    from train.step import train_step
+    from train.storage import checkpoint, data
+    from train.world.world import World
+
+    world = World.open(config.train)
+    try:
+        run = set_up(config, world, data.load(config.data, world))
+        for _ in range(config.train.max_steps):
+            train_step(run)
+        return checkpoint.tensors_sha256(run.module.state_dict())
+    finally:
+        world.close()

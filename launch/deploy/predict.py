@@ -1,0 +1,87 @@
+"""`python -m launch predict MODEL IMAGES...`: say which digit PNG or JPEG images show.
+
+MODEL is a file of launch export or the directory of a run; an image of `-` is read from standard input. Invariant: all images
+are read and checked before anything is printed, so what is printed is complete.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from launch.deploy import formats, image
+from launch.deploy.formats import Deployed
+from train.cli import Parser
+from train.errors import UserError
+
+
+def read_bytes(name: str) -> bytes:
+    """Return the content of an image file, or of standard input for `-`; raise UserError that names it."""
+    try:
+        if name == "-":
+            content = sys.stdin.buffer.read(image.MAX_BYTES + 1)
+        else:
+            path = Path(name)
+            if not path.is_file():  # a pipe would block
+                kind = "a directory" if path.is_dir() else "not a file" if path.exists() else "missing"
+                raise UserError(f"{name} is {kind}. Expected a PNG or JPEG image.")
+            with path.open("rb") as file:
+                content = file.read(image.MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}.") from None
+    if len(content) > image.MAX_BYTES:
+        raise UserError(f"{name} has more than {image.MAX_BYTES:,} bytes. Make it smaller.")
+    return content
+
+
+def predict(deployed: Deployed, names: list[str]) -> list[dict[str, Any]]:
+    """Classify image files -> per image its name, label, probability, and the probability of each class."""
+    facts = deployed.facts
+    images = [image.read(read_bytes(name), "standard input" if name == "-" else name, facts.data) for name in names]
+    probabilities = deployed.scores(torch.from_numpy(np.stack(images))[:, None]).softmax(1)
+    return [
+        {
+            "image": name,
+            "label": facts.class_names[int(row.argmax())],
+            "probability": float(row.max()),
+            "probabilities": dict(zip(facts.class_names, row.tolist(), strict=True)),
+        }
+        for name, row in zip(names, probabilities, strict=True)
+    ]
+
+
+def open_model(path: Path) -> Deployed:
+    """Read an exported file, or take the best checkpoint of a run directory."""
+    if path.is_dir():
+        return formats.from_run(path, lambda line: print(line, file=sys.stderr))
+    return formats.read(path)
+
+
+def main(argv: list[str]) -> int:
+    """Predict as the command line says; return the exit code."""
+    parser = Parser(prog="python -m launch predict", description=__doc__.split("\n")[0])
+    parser.add_argument("model", metavar="MODEL", type=Path, help="file of launch export, or directory of a run")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="PNG or JPEG file; - is standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of lines")
+    try:
+        options = parser.parse_args(argv)
+        if options.images.count("-") > 1:
+            raise UserError("- stands twice among the images. Standard input can be read once.")
+        found = predict(open_model(options.model), options.images)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for row in found:
+        ranking = sorted(row["probabilities"].items(), key=lambda item: -item[1])
+        print(f"{row['image']}: {row['label']}  ({', '.join(f'{name} {share:.2%}' for name, share in ranking)})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

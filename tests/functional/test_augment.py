@@ -1,0 +1,155 @@
+"""train.augment: normalization alone when off; otherwise a function of the rows' keys."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.config import AugmentConfig
+from train.functional.augment import affine, augment, erase, normalize, shift
+from train.functional.rng import row_keys
+from train.functional.sampler import key
+
+CPU = torch.device("cpu")
+MEAN, STD = 33.3, 78.6
+EVERY = [
+    {"shift": 3},
+    {"rotate": 15.0},
+    {"scale": 0.2},
+    {"shear": 10.0},
+    {"erase": 0.5},
+    {"rotate": 10.0, "scale": 0.1, "shear": 5.0, "shift": 2, "erase": 0.5, "erase_size": 12},
+]
+
+
+def batch(num: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random images without a zero pixel, uint8 [num,1,28,28], and their keys."""
+    images = torch.randint(1, 256, (num, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return images, row_keys(key(seed, "augment", 0), 0, num, CPU)
+
+
+def blob() -> Tensor:
+    """One smooth image off its centre, float [1,1,28,28] in 0..255."""
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    return 255 * torch.exp(-((y - 9) ** 2 + (x - 13.5) ** 2) / 18)[None, None]
+
+
+def centre(images: Tensor) -> Tensor:
+    """Centres of mass relative to the images' middle, float [B,2] (y, x)."""
+    weights = images[:, 0] / images.sum((1, 2, 3))[:, None, None]
+    axis = torch.arange(28.0) - 13.5
+    return torch.stack(((weights.sum(2) * axis).sum(1), (weights.sum(1) * axis).sum(1)), 1)
+
+
+def test_augment_that_is_off_is_normalization_alone() -> None:
+    images, keys = batch()
+    found = augment(images, keys, AugmentConfig(), MEAN, STD)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, normalize(images, MEAN, STD))
+    assert torch.allclose(found, (images.double() - MEAN).div(STD).float(), atol=1e-6)
+
+
+def test_normalize_gives_mean_zero_and_deviation_one() -> None:
+    images, _ = batch(64)
+    values = images.double()
+    found = normalize(images, float(values.mean()), float(values.std(unbiased=False)))
+    assert abs(float(found.double().mean())) < 1e-5
+    assert abs(float(found.double().std(unbiased=False)) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("options", EVERY)
+@pytest.mark.parametrize("cut", [1, 13, 16, 31])
+def test_augment_is_the_same_bits_however_the_batch_is_cut(options: dict[str, Any], cut: int) -> None:
+    config = AugmentConfig(**options)
+    images, keys = batch()
+    whole = augment(images, keys, config, MEAN, STD)
+    parts = [augment(images[at], keys[at], config, MEAN, STD) for at in (slice(0, cut), slice(cut, None))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("options", EVERY)
+def test_augment_depends_on_its_keys_only_and_changes_images(options: dict[str, Any]) -> None:
+    config = AugmentConfig(**options)
+    images, keys = batch()
+    original = images.clone()
+    state = torch.get_rng_state()
+    first = augment(images, keys, config, MEAN, STD)
+    torch.rand(3)
+    assert torch.equal(augment(images, keys, config, MEAN, STD), first)
+    assert torch.equal(images, original)
+    assert not torch.equal(first, normalize(images, MEAN, STD))
+    assert not torch.equal(augment(images, row_keys(key(0, "augment", 1), 0, 32, CPU), config, MEAN, STD), first)
+    torch.set_rng_state(state)
+    augment(images, keys, config, MEAN, STD)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("pixels", "num"), [(1, 400), (2, 400), (14, 24)])
+def test_shift_moves_by_whole_pixels_within_its_range(pixels: int, num: int) -> None:
+    images, keys = batch(num)
+    moved = shift(images, keys, pixels)
+    assert moved.dtype == torch.uint8
+    seen = set()
+    padded = torch.nn.functional.pad(images, (pixels,) * 4)
+    candidates = [(dy, dx) for dy in range(2 * pixels + 1) for dx in range(2 * pixels + 1)]
+    matched = torch.zeros(num, dtype=torch.int64)
+    for dy, dx in candidates:
+        hits = (padded[:, :, dy : dy + 28, dx : dx + 28] == moved).all(-1).all(-1)[:, 0]
+        matched += hits
+        if hits.any():
+            seen.add((dy, dx))
+    assert (matched == 1).all()
+    if pixels <= 2:
+        assert seen == set(candidates)
+
+
+def test_affine_without_any_change_is_the_identity() -> None:
+    images, keys = batch()
+    assert torch.allclose(affine(images, keys, AugmentConfig()), images.float(), atol=0.01)
+
+
+def test_affine_turns_by_at_most_its_angle_to_both_sides() -> None:
+    keys = row_keys(key(0, "augment", 0), 0, 400, CPU)
+    found = centre(affine(blob().expand(400, -1, -1, -1), keys, AugmentConfig(rotate=30.0)))
+    angles = torch.rad2deg(torch.atan2(found[:, 1], -found[:, 0]))
+    assert float(angles.abs().max()) < 30.5
+    assert angles.max() > 25
+    assert angles.min() < -25
+    assert torch.allclose(found.norm(dim=1), torch.tensor(4.5), atol=0.1)
+
+
+def test_affine_scales_within_its_range() -> None:
+    keys = row_keys(key(0, "augment", 0), 0, 400, CPU)
+    found = -centre(affine(blob().expand(400, -1, -1, -1), keys, AugmentConfig(scale=0.2)))[:, 0] / 4.5
+    assert 0.79 < found.min() < 0.85
+    assert 1.15 < found.max() < 1.21
+
+
+def test_affine_shifts_within_its_range() -> None:
+    keys = row_keys(key(0, "augment", 0), 0, 400, CPU)
+    config = AugmentConfig(scale=1e-6, shift=3)
+    found = centre(affine(blob().expand(400, -1, -1, -1), keys, config)) - torch.tensor([-4.5, 0.0])
+    assert 2.7 < float(found.abs().max()) < 3.05
+
+
+@pytest.mark.parametrize("size", [1, 8, 28])
+@pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
+def test_erase_blanks_one_square_with_its_probability(size: int, probability: float) -> None:
+    images, keys = batch(1000)
+    blank = erase(images, keys, probability, size)[:, 0] == 0
+    erased = blank.flatten(1).any(1)
+    assert abs(float(erased.float().mean()) - probability) <= 4 * (probability * (1 - probability) / 1000) ** 0.5
+    sides = set()
+    for mask in blank[erased]:
+        rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
+        assert len(rows) == len(columns) == rows[-1] - rows[0] + 1 == columns[-1] - columns[0] + 1
+        assert int(mask.sum()) == len(rows) ** 2
+        sides.add(len(rows))
+    assert sides <= set(range(1, size + 1))
+    if probability == 1:
+        assert sides == set(range(1, size + 1))
+        assert blank.any(0).float().mean() > 0.7  # squares lie everywhere
+        assert all(edge.any() for edge in (blank[:, 0], blank[:, -1], blank[:, :, 0], blank[:, :, -1]))
+    kept = erase(images, keys, probability, size)[:, 0][~blank]
+    assert torch.equal(kept, images[:, 0][~blank])

@@ -1,0 +1,190 @@
+"""launch compare on real runs: equal ones are equal, another seed or rate is named at its first step; and the fingerprints."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks.processes import Ranks, arguments, launch, rows, train, wait_for_step
+
+from launch.check.compare import apart
+from launch.report import main as report
+from train.errors import UserError
+from train.tracking import fingerprint
+
+EXACT = "--model.name tiny_bn --train.exact true --train.micro_batches 4 --optim.ema 0.9 --model.dropout 0.2"
+SHORT = "--train.max_steps 30 --log.every_steps 7 --checkpoint.every_steps 5 --eval.every_steps 12 --optim.lr 0.02"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same exact run on 1 and on 2 processes, one with another seed and one with another rate, and a fast one."""
+    directory = tmp_path_factory.mktemp("runs")
+    train(1, directory / "one", EXACT, SHORT)
+    train(2, directory / "two", EXACT, SHORT, "--log.every_steps 4 --checkpoint.every_steps 10")
+    train(1, directory / "seed", EXACT, SHORT, "--seed 1")
+    train(1, directory / "rate", EXACT, SHORT, "--optim.lr 0.03")
+    train(1, directory / "fast", EXACT, SHORT, "--train.exact false")
+    return directory
+
+
+def compare(runs: Path, first: str, second: str, *options: str) -> tuple[int, str]:
+    return launch(runs / "log", "compare", str(runs / first), str(runs / second), *options)
+
+
+def stretches(run: Path) -> list[tuple[int, int]]:
+    return [(row["first"], row["step"]) for row in rows(run, "fingerprint")]
+
+
+def test_every_step_has_one_fingerprint_and_every_save_its_weights(runs: Path) -> None:
+    written = stretches(runs / "one")
+    assert [step for first, last in written for step in range(first, last + 1)] == list(range(1, 31))
+    ends = {row["step"] for event in ("train", "saved") for row in rows(runs / "one", event)}
+    assert {last for _, last in written} == ends >= {5, 7, 10, 14, 15, 20, 21, 25, 28, 30}
+    assert written != stretches(runs / "two")
+    assert fingerprint.of_rows(rows(runs / "one")) == fingerprint.of_rows(rows(runs / "two"))
+    found = fingerprint.of_rows(rows(runs / "one"))
+    for row in rows(runs / "one", "train"):
+        assert fingerprint.decode(found["loss"][row["step"]]) == row["loss"]
+        assert fingerprint.decode(found["grad_norm"][row["step"]]) == row["grad_norm"]
+    summary = json.loads((runs / "one" / "summary.json").read_text())
+    saved = rows(runs / "one", "saved")
+    assert [row["step"] for row in saved] == sorted({5, 10, 15, 20, 25, 30, *(row["step"] for row in saved)})
+    assert saved[-1]["weights_sha256"] == summary["weights_sha256"]
+    assert not rows(runs / "fast", "fingerprint")
+    assert rows(runs / "fast", "saved")
+
+
+def test_summary_is_a_receipt(runs: Path) -> None:
+    one, two, fast = (json.loads((runs / name / "summary.json").read_text()) for name in ("one", "two", "fast"))
+    assert one["fingerprints"] == two["fingerprints"] == fingerprint.receipt(rows(runs / "one"))
+    assert (one["fingerprints"]["first"], one["fingerprints"]["last"]) == (1, 30)
+    assert fast["fingerprints"] is None
+    assert one["ledger"] == two["ledger"] == fast["ledger"]
+    assert (one["ledger"]["step"], one["ledger"]["count"]) == (23, 1438)
+    assert (one["config"]["optim.lr"], one["config"]["seed"], one["config"]["train.exact"]) == (0.02, 0, True)
+    assert one["contract"]["num_threads"] == 1
+    assert one["contract"]["versions"]["torch"] == one["versions"]["torch"]
+
+
+def test_equal_runs_are_equal(runs: Path) -> None:
+    code, said = compare(runs, "one", "two", "--assert-equal")
+    assert code == 0, said
+    for line in ("config +the same mathematics", "loss +the same bits at 30 rec", "grad_norm +the same bits at 30 rec",
+                 "final weights +the same bits after step 30: [0-9a-f]{64}", "last common step +30"):  # fmt: skip
+        assert re.search(f"^{line}", said, re.MULTILINE), (line, said)
+
+
+@pytest.mark.parametrize(
+    ("other", "config", "loss", "norm"),
+    [("seed", "seed 0 -> 1", 1, 1), ("rate", "optim.lr 0.02 -> 0.03", 2, 2), ("fast", "train.exact True -> False", 0, 0)],
+)
+def test_other_runs_are_told_apart_at_their_first_step(runs: Path, other: str, config: str, loss: int, norm: int) -> None:
+    code, said = compare(runs, "one", other)
+    assert code == 0, said
+    assert f"  {config}\n" in said
+    lines = {line.split("  ")[0]: line for line in said.splitlines()}
+    for name, step in (("loss", loss), ("grad_norm", norm)):
+        assert not step or f"first differs at step {step}: " in lines[name]
+        assert not step or " ulps of float" in lines[name]
+    assert "first differs at step 5: " in lines["weights"]
+    assert "they differ after step 30" in lines["final weights"]
+    assert compare(runs, "one", other, "--assert-equal")[0] == 1
+
+
+def test_first_step_with_another_rate_starts_from_the_same_weights(runs: Path) -> None:
+    one, rate = (fingerprint.of_rows(rows(runs / name)) for name in ("one", "rate"))
+    assert one["loss"][1] == rate["loss"][1]
+    assert one["loss"][2] != rate["loss"][2]
+
+
+def test_distance_is_absolute_and_in_ulps(runs: Path) -> None:
+    def bits(value: float) -> str:
+        return fingerprint.encode("loss", value)
+
+    assert fingerprint.ulps(bits(1.0), bits(1 + 2**-52)) == 1
+    assert fingerprint.ulps(bits(-0.0), bits(0.0)) == 0
+    assert fingerprint.ulps(bits(-5e-324), bits(5e-324)) == 2
+    single = fingerprint.encode("grad_norm", 1.0)
+    assert fingerprint.ulps(single, fingerprint.encode("grad_norm", 1 + 2**-23)) == 1
+    assert "1.19e-07 apart (1 ulps of float32)" in apart(single, fingerprint.encode("grad_norm", 1 + 2**-23))
+    assert len(fingerprint.encode("grad_norm", math.inf)) == 8
+    assert struct.pack(">d", 0.1).hex() == bits(0.1)
+
+
+@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)])
+def test_resumed_run_has_each_fingerprint_once(tmp_path: Path, world_size: int, number: signal.Signals) -> None:
+    flags = (EXACT, "--train.epochs 4 --log.every_steps 7 --checkpoint.every_steps 10 --optim.lr 0.02")
+    train(1, tmp_path / "whole", *flags)
+    ranks = Ranks(world_size, arguments(tmp_path / "hit", *flags), tmp_path / "logs")
+    wait_for_step(tmp_path / "hit", 35)
+    ranks.signal(number)
+    ranks.wait()
+    train(3 - world_size, tmp_path / "hit", *flags)
+    assert len(rows(tmp_path / "hit", "start")) == 2
+    assert fingerprint.of_rows(rows(tmp_path / "hit")) == fingerprint.of_rows(rows(tmp_path / "whole"))
+    assert sorted(fingerprint.of_rows(rows(tmp_path / "hit"))["loss"]) == list(range(1, 93))
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "hit")]
+    for name in ("fingerprints", "ledger", "weights_sha256", "config"):
+        assert summaries[0][name] == summaries[1][name]
+    code, said = compare(tmp_path, "whole", "hit", "--assert-equal")
+    assert code == 0, said
+
+
+def test_unfinished_run_agrees_as_far_as_it_goes_but_is_not_equal(runs: Path, tmp_path: Path) -> None:
+    part = shutil.copytree(runs / "one", tmp_path / "part")
+    (part / "summary.json").unlink()
+    lines = [line for line in (part / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 15]
+    (part / "metrics.jsonl").write_text("\n".join(lines) + '\n{"event": "tra')
+    code, said = compare(runs, "one", str(part))
+    assert (code, "last common step             15\n" in said) == (0, True), said
+    assert "the runs are at steps 30 and 15" in said
+    assert "loss                         the same bits at 15 recorded steps" in said
+    assert compare(runs, "one", str(part), "--assert-equal")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda run: shutil.rmtree(run), "is not a directory"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "has no metrics.jsonl"),
+        (lambda run: (run / "metrics.jsonl").write_text("\0\0\n7\n"), "has no train or eval rows"),
+        (lambda run: (run / "config.yaml").write_text("a: [\n"), "config.yaml is damaged"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"event": "train", "step": 3, "loss": "x"}\n'), "that no run writes"),
+    ],
+)
+def test_bad_input_is_one_line(runs: Path, tmp_path: Path, change: Callable[[Path], object], says: str) -> None:
+    change(shutil.copytree(runs / "one", tmp_path / "bad"))
+    code, said = compare(runs, "one", str(tmp_path / "bad"), "--assert-equal")
+    assert (code, said.count("\n")) == (2, 1), said
+    assert said.startswith("error: ")
+    assert says in said
+
+
+def test_doubled_fingerprint_is_refused() -> None:
+    row = {"event": "fingerprint", "step": 2, "first": 1, "loss": ["0" * 16] * 2, "grad_norm": ["0" * 8] * 2}
+    assert fingerprint.of_rows([row])["loss"] == {1: "0" * 16, 2: "0" * 16}
+    for damaged in ([row, row], [{**row, "loss": ["0" * 16]}], [row, {**row, "step": 3, "first": 2}]):
+        with pytest.raises(UserError, match="damaged"):
+            fingerprint.of_rows(damaged)
+
+
+def test_report_draws_a_run_with_fingerprints(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert report([str(runs / "one"), str(runs / "two"), "--output", str(tmp_path / "two.html")]) == 0
+    assert "2 runs, the same weights bit for bit" in (tmp_path / "two.html").read_text()
+
+
+def test_compare_imports_no_torch(runs: Path, python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    script = (
+        "import sys; from launch.__main__ import main; code = main(sys.argv[1:])\n"
+        "assert not {'torch', 'numpy', 'accelerate'} & set(sys.modules), 'heavy'; sys.exit(code)"
+    )
+    done = python("-c", script, "compare", str(runs / "one"), str(runs / "two"), "--assert-equal")
+    assert done.returncode == 0, done.stderr

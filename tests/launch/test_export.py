@@ -1,0 +1,208 @@
+"""Exported files: one file that says what it is, gives the checkpoint's predictions, and unpickles nothing."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launch.deploy import export, formats
+from launch.deploy.formats import SUFFIXES
+from train.config import DataConfig
+from train.storage import checkpoint, data
+
+KINDS = list(SUFFIXES)
+
+
+def export_to(run: Path, folder: Path, kind: str = "safetensors", *flags: str) -> Path:
+    """Export a run into a folder; return the file."""
+    assert export.main([str(run), "--format", kind, "--output", str(folder), *flags]) == 0
+    return folder / f"model{SUFFIXES[kind]}"
+
+
+@pytest.fixture
+def run(digits_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return shutil.copytree(digits_run, tmp_path / "run")
+
+
+def refusal(argv: list[Any], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """Export what must be refused -> the one line."""
+    assert export.main([str(argument) for argument in argv]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def images_of_the_test_split() -> torch.Tensor:
+    return data.prepare(DataConfig(name="digits"))[0]["t10k_images"][:, None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_card_says_data_accuracy_commit_and_config(kind: str, exported: dict[str, Path], digits_run: Path) -> None:
+    card = exported[kind].with_name(f"{exported[kind].name}.md").read_text()
+    summary = json.loads((digits_run / "summary.json").read_text())
+    correct = round(summary["best"]["accuracy"] * 359)
+    words = (
+        f"({correct} of 359)", summary["data"]["sha256"], formats.read(exported[kind]).facts.weights_sha256, "3,786 parameters",
+        f"step {summary['best']['step']} of run `digits`", str(summary["git_commit"] or "unknown"), "optim.lr: 0.05",
+        exported[kind].name, "gives the checkpoint's prediction for each of 359", f"{exported[kind].stat().st_size:,} bytes",
+    )  # fmt: skip
+    assert [word for word in words if word not in card] == []
+    assert "{" not in card.split("## Use")[0]
+
+
+def test_raw_weights_and_another_checkpoint_are_taken_when_asked(digits_run: Path, tmp_path: Path) -> None:
+    newest = checkpoint.directories(digits_run / "checkpoints")[0]
+    path = export_to(digits_run, tmp_path, "safetensors", "--weights", "raw", "--checkpoint", str(newest))
+    facts = formats.read(path).facts
+    assert (facts.weights, facts.step) == ("raw", checkpoint.step_of(newest))
+    assert facts.weights_sha256 == json.loads((digits_run / "summary.json").read_text())["weights_sha256"]
+
+
+def change_states(run: Path, change: Callable[[checkpoint.State], checkpoint.State]) -> None:
+    """Write all checkpoints of a run anew, each a whole one."""
+    for path in checkpoint.directories(run / "checkpoints"):
+        state = change(checkpoint.decode(checkpoint.read(path)))
+        shutil.rmtree(path)
+        checkpoint.write(path.parent, checkpoint.step_of(path), checkpoint.encode(state), path.parent.parent)
+
+
+def test_best_checkpoint_is_taken_and_the_newest_where_it_is_damaged(run: Path, tmp_path: Path, capsys: Any) -> None:
+    newest, *_, oldest = [checkpoint.step_of(path) for path in checkpoint.directories(run / "checkpoints")]
+
+    def oldest_is_best(state: checkpoint.State) -> checkpoint.State:
+        return checkpoint.State(state.model, state.optimizer, state.ema, state.meta | {"best": {"step": oldest, "accuracy": 1.0}})
+
+    change_states(run, oldest_is_best)
+    assert formats.read(export_to(run, tmp_path)).facts.step == oldest < newest
+    assert f"step {oldest}, ema weights" in capsys.readouterr().out
+    (run / "checkpoints" / f"step-{oldest:08d}" / "ema.safetensors").write_bytes(b"x")
+    assert formats.read(export_to(run, tmp_path)).facts.step == newest
+    assert "ema.safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ([], "run/export/model.safetensors"),
+        (["--format", "torch-export"], "run/export/model.pt2"),
+        (["--output", "{}/a/b.pt2"], "a/b.pt2"),
+        (["--output", "{}", "--format", "torch-export"], "model.pt2"),
+    ],
+)
+def test_file_lands_where_output_says_and_nothing_else_stays(flags: list[str], name: str, run: Path, tmp_path: Path) -> None:
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert export.main([str(run), *(flag.format(tmp_path) for flag in flags)]) == 0
+    new = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} - {
+        str(path.relative_to(tmp_path)) for path in before
+    }
+    assert new == {name, f"{name}.md"}
+
+
+@pytest.mark.parametrize(("offset", "wrong"), [(0.3, ""), (float("nan"), " 359 of 359")])
+def test_file_that_predicts_something_else_is_void(
+    offset: float,
+    wrong: str,
+    digits_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = formats.write
+
+    def other(deployed: formats.Deployed, kind: str, path: Path) -> None:
+        tensors = {name: tensor + offset for name, tensor in checkpoint.model_tensors(deployed.logits).items()}  # type: ignore
+        facts = formats.dataclasses.replace(deployed.facts, weights_sha256=checkpoint.tensors_sha256(tensors))
+        write(formats.Deployed(facts, formats.build(facts, tensors)), kind, path)
+
+    monkeypatch.setattr(formats, "write", other)
+    message = refusal([digits_run, "--output", tmp_path / "m.safetensors"], capsys, code=1)
+    assert f"{wrong or 'of 359'} images other than its checkpoint" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def change_json(path: Path, change: Callable[[dict], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_checkpoint_that_predicts_other_than_its_run_did_is_not_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = checkpoint.directories(run / "checkpoints")[0]
+    flags = [run, "--checkpoint", newest]
+    change_json(run / "summary.json", lambda summary: summary.update(ema_test_predictions_sha256="0" * 64))
+    message = refusal(flags, capsys, code=1)
+    assert "summary.json says 000000000000" in message
+    assert not (run / "export").exists()
+    change_json(run / "summary.json", lambda summary: summary["contract"].update(num_threads=64))
+    assert export.main([str(flag) for flag in flags]) == 0
+    assert "num_threads 64 -> " in capsys.readouterr().out
+
+
+def test_metrics_that_count_otherwise_are_noticed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        if row["event"] == "eval":
+            row["correct"] -= 1
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert "metrics.jsonl says" in refusal([run], capsys, code=1)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_onnx_without_its_packages_says_what_to_install(
+    package: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    message = refusal([run, "--format", "onnx"], capsys)
+    assert message == f'error: ONNX needs the package {package}: pip install "lockstep[export]".'
+
+
+REFUSALS: dict[str, tuple[list[str], str]] = {
+    "no run": (["{}/absent"], "config.yaml is missing"),
+    "not a run": (["{}"], "config.yaml is missing"),
+    "format": (["{}/run", "--format", "onyx"], "Did you mean onnx?"),
+    "option": (["{}/run", "--ouput", "x"], "Did you mean --output?"),
+    "weights": (["{}/run", "--weights", "emma"], "Did you mean ema?"),
+    "suffix": (["{}/run", "--output", "{}/m.pickle"], "ends in .pickle"),
+    "suffix of another format": (["{}/run", "--format", "onnx", "--output", "{}/m.pt2"], "is no onnx file"),
+    "checkpoint": (["{}/run", "--checkpoint", "{}/absent"], "absent is not whole"),
+    "output in a file": (["{}/run", "--output", "{}/run/config.yaml/m.pt2"], "cannot be written"),
+    "train argument": (["{}/run", "--", "--optim.lrr", "1"], "Did you mean optim.lr?"),
+    "other data": (["{}/run", "--", "--data.name", "random"], "The data are not the run's"),
+    "data": (["{}/run", "--", "--data.name", "kmnist", "--data.download", "false"], "kmnist cannot be had"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_export_refuses_in_one_line(case: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, words = REFUSALS[case]
+    assert words in refusal([argument.format(tmp_path) for argument in argv], capsys)
+    assert not list(tmp_path.rglob("*.pt2"))
+
+
+def test_run_without_averages_or_checkpoints_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_states(run, lambda state: checkpoint.State(state.model, state.optimizer, {}, state.meta))
+    assert "Use --weights raw" in refusal([run, "--weights", "ema"], capsys)
+    shutil.rmtree(run / "checkpoints")
+    assert "has no checkpoint" in refusal([run], capsys)
+
+
+def test_command_line_exports_and_predicts(digits_run: Path, tmp_path: Path, python: Callable) -> None:
+    """The two programs as a person starts them."""
+    from PIL import Image
+
+    Image.fromarray(images_of_the_test_split()[0, 0].numpy()).save(tmp_path / "0.png")
+    done = python("-m", "launch", "export", str(digits_run), "--output", str(tmp_path / "m.safetensors"))
+    assert (done.returncode, done.stderr) == (0, "")
+    done = python("-m", "launch", "predict", str(tmp_path / "m.safetensors"), str(tmp_path / "0.png"), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = json.loads(done.stdout)
+    assert row["label"] == str(data.prepare(DataConfig(name="digits"))[0]["t10k_labels"][0].item())
+    assert sum(row["probabilities"].values()) == pytest.approx(1)
+    assert np.argmax(list(row["probabilities"].values())) == int(row["label"])

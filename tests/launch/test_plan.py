@@ -1,0 +1,223 @@
+"""What `launch plan` says is what a run does: shares, lr, bytes and refusals, compared with real runs and with other sums."""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from ranks.processes import Ranks, arguments, rows, train
+
+from launch import dryrun, plan, slurm
+from train.cli import parse
+from train.functional.models import MODELS
+from train.functional.sampler import Sampler
+from train.run import set_up
+from train.step import train_step
+
+SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.num_threads", "1"]
+
+
+def make(nodes: int, per_node: int, *flags: str) -> dict[str, Any]:
+    argv = " ".join(flags).split()
+    return plan.make_plan(parse(argv), nodes, per_node, argv)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "flags"),
+    [
+        (1, 1, ""),
+        (1, 8, ""),
+        (1, 7, "--train.global_batch_size 100"),
+        (2, 4, "--train.exact true --train.micro_batches 8"),
+        (3, 2, "--train.exact true --train.micro_batches 10 --train.global_batch_size 500 --model.name vgg"),
+        (512, 8, "--train.global_batch_size 6000"),
+        (512, 8, "--train.exact true --train.micro_batches 4096 --train.global_batch_size 8192"),
+        (512, 8, "--train.micro_batches 4096 --train.global_batch_size 4096 --model.name tiny_bn"),
+    ],
+)
+def test_ranks_share_each_step_and_bytes_follow_from_the_parameters(nodes: int, per_node: int, flags: str) -> None:
+    made = make(nodes, per_node, flags)
+    world_size, size = nodes * per_node, made["global_batch_size"]
+    assert made["world_size"] == world_size == len(made["ranks"])
+    for what, total in (("rows", size), ("micro_batches", made["micro_batches"])):
+        bounds = [rank[what] for rank in made["ranks"]]
+        assert bounds[0][0] == 0
+        assert bounds[-1][1] == total
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
+        sizes = [stop - start for start, stop in bounds]
+        # contiguous shares of micro-batches that differ by a row differ by a micro-batch and its row at most
+        assert max(sizes) - min(sizes) <= (1 if what == "micro_batches" else -(-size // made["micro_batches"]))
+    gradient_bytes = 4 * made["num_parameters"]
+    sent = {
+        name: [item["bytes"] for item in made["traffic"] if item["what"] == name] for name in ("gradients", "exchange", "gather")
+    }
+    if world_size == 1:
+        assert made["traffic"] == []
+    elif not made["exact"]:
+        assert sum(sent["gradients"]) == gradient_bytes
+    elif made["micro_batches"] & (made["micro_batches"] - 1) == 0:
+        assert sum(sent["exchange"]) == gradient_bytes * (world_size.bit_length() - 1)
+    else:
+        assert sum(sent["gather"]) == gradient_bytes * 2  # 10 leaves on 6 ranks: a rank owns two subtrees at most
+    assert made["last_batch"]["rows"] == 60000 - (made["steps_per_epoch"] - 1) * size
+
+
+@pytest.mark.parametrize("flags", ["", "--optim.name adamw --optim.ema 0.9 --model.name tiny_bn --train.micro_batches 4"])
+def test_checkpoint_steps_and_lr_are_those_of_a_real_run(tmp_path: Path, flags: str) -> None:
+    limits = "--train.max_steps 7 --log.every_steps 1"
+    train(2, tmp_path / "run", limits, flags)
+    argv = arguments(tmp_path / "run", limits, flags)
+    made = plan.make_plan(parse(argv), 2, 1, argv)
+    written = {path.name: path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / "step-00000007").iterdir()}
+    assert made["checkpoint_files"].keys() == written.keys()
+    for name, size in written.items():
+        # numbers in the JSON have more digits than the dry run's
+        assert abs(made["checkpoint_files"][name] - size) <= (0 if name.endswith("safetensors") else 300), name
+    rates = {str(row["step"] - 1): row["lr"] for row in rows(tmp_path / "run", "train")}
+    assert made["total_steps"] == len(rates) == 7
+    assert {step: rates[step] for step in made["lr"]} == made["lr"]
+    assert max(rates.values()) in made["lr"].values()
+
+
+@pytest.mark.parametrize("model", ["tiny", "vgg_wide"])
+def test_gradient_bytes_are_those_that_a_hook_sees_on_two_real_ranks(tmp_path: Path, model: str) -> None:
+    flags = f"--model.name {model} --train.micro_batches 2 --train.global_batch_size 8"
+    argv = arguments(tmp_path / "run", flags)
+    ranks = Ranks(2, argv, tmp_path / "logs", module="ranks.traffic")
+    assert ranks.wait() == [0, 0], ranks.output()
+    made = plan.make_plan(parse(argv), 1, 2, argv)
+    planned = [item["bytes"] for item in made["traffic"] if item["what"] == "gradients"]
+    for log in ranks.logs:
+        assert json.loads(log.read_text().splitlines()[-1]) == planned
+
+
+def test_activations_are_what_the_layers_must_keep() -> None:
+    """By hand: each layer's input or output that its backward needs, in float32, and the pooling's int64 indices."""
+    floats = 28 * 28 + 24 * 24 * 24 + 12 * 12 * 24 + 10 * 10 * 32 + 5 * 5 * 32 + 256 + 10
+    indices = 12 * 12 * 24 + 5 * 5 * 32
+    labels = 1
+    sizes = dryrun.measure(parse(["--train.global_batch_size", "8"]), 0, 1, 1, 1, (100, 10))
+    assert sizes.saved_per_example == 4 * floats + 8 * (indices + labels)
+    assert sizes.optimizer == sizes.parameters == 4 * 215194
+
+
+def test_activations_grow_by_the_same_bytes_for_each_example() -> None:
+    config = parse([*SMALL, "--model.dropout", "0.2", "--train.precision", "bf16"])
+    with dryrun.fake_world(config, 0, 4, 2) as world:
+        run = set_up(config, world, dryrun.blank_data(config, 1000, 100))
+        two, four, many = (dryrun.saved_bytes(run, num) for num in (2, 4, 64))
+    assert many == two + (four - two) // 2 * 62
+
+
+@pytest.mark.parametrize(("precision", "same"), [("fp32", "no"), ("tf32", "no"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_precision_of_a_gpu_is_planned_in_one_of_the_same_sizes(precision: str, same: str) -> None:
+    with dryrun.fake_world(parse([*SMALL, "--train.precision", precision]), 0, 2, 2) as world:
+        assert world.accelerator.mixed_precision == same
+
+
+def test_memory_counts_the_sums_that_exact_mode_keeps() -> None:
+    one, perfect, uneven = (
+        make(1, ranks, "--train.exact true --train.global_batch_size 24", f"--train.micro_batches {parts}", *SMALL)
+        for ranks, parts in ((1, 8), (2, 8), (3, 8))
+    )
+    gradients = 4 * one["num_parameters"]
+    kept = [made["memory_bytes"]["gradients of the exact tree"] / gradients for made in (one, perfect, uneven)]
+    # seven leaves: three subtrees. Three leaves and the partner's sum: two and one. Two, and 3 ranks' two subtrees each.
+    assert kept == [3, 2 + 1, 2 + 3 * 2]
+
+
+def test_every_rank_can_be_run_dry() -> None:
+    config = parse([*SMALL, "--train.exact", "true", "--train.micro_batches", "6", "--train.global_batch_size", "12"])
+    found = [dryrun.measure(config, rank, 4, 2, 6, (1000, 100)) for rank in range(4)]
+    # the ledger's sum in state.json has a few digits more or less
+    assert len({str(dataclasses.replace(sizes, checkpoint={})) for sizes in found}) == 1
+    with dryrun.fake_world(config, 3, 4, 2) as world:
+        assert (world.rank, world.local_rank, world.world_size) == (3, 1, 4)
+        run = set_up(config, world, dryrun.blank_data(config, 1000, 100))
+        with dryrun.counted(run) as traffic:
+            train_step(run)
+            train_step(run)
+        assert [what for what, _ in traffic] == ["gather", "table"] * 2
+
+
+def test_a_sampler_that_repeats_an_example_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler(100, 10, 5, 0)
+    assert len(plan.check_epoch(sampler, 5)) == 16
+    original = Sampler.rank_examples
+
+    def repeating(self: Sampler, step: int, rank: int, world_size: int) -> Any:
+        return original(self, step, 0 if (step, rank) == (3, 4) else rank, world_size)
+
+    monkeypatch.setattr(Sampler, "rank_examples", repeating)
+    with pytest.raises(RuntimeError, match="not an epoch"):
+        plan.check_epoch(sampler, 5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--nodes 512 --gpus-per-node 8", "512, fewer than 4096 ranks. Use 4096 or more. The largest that fits here: --nodes 64"),
+        ("--gpus-per-node 8 -- --train.global_batch_size 6", "The largest that fits here: --gpus-per-node 6."),
+        ("--nodes 3 --gpus-per-node 8 -- --model.name vgg --train.micro_batches 8", "fits here: --nodes 1 --gpus-per-node 8."),
+        ("--nodes 3 -- --model.name vgg", "Set it to the largest world size"),
+        ("--nodes 2 -- --train.exact true --train.micro_batches 7", "Use 511 or 518, or train.micro_batches 4."),
+        ("--nodes 2 -- --optim.lrr 1", "Did you mean optim.lr?"),
+        ("--nodes 2 -- --data.validation 60000", "60000 training examples"),
+        ("--nodes 0", "--nodes is 0"),
+        ("--nodse 2", "no option --nodse"),
+    ],
+)
+def test_refusals_are_one_line(argv: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.__main__ import main
+
+    assert main(["plan", *argv.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert expected in error
+
+
+def test_command_line(python: Callable[..., Any]) -> None:
+    flags = [*SMALL, "--train.micro_batches", "8", "--wandb.notes", "a b"]
+    done = python("-m", "launch", "plan", "--nodes", "2", "--gpus-per-node", "3", "--", *flags)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "6 rank(s) = 2 node(s) x 3; ",
+        "2 rank(s) compute 2 micro-batch(es), 128 example(s) each",
+        "4 rank(s) compute 1 micro-batch(es), 64 example(s) each",
+        "uneven: 33.3% of all ranks' time is waiting",
+        "communicated  per step and rank: gradients 1 x ",
+        "python -m launch slurm --nodes 2 --gpus-per-node 3 -- --data.name digits",
+        "sbatch --nodes 2 --gpus-per-node 3 slurm/train.sbatch --data.name digits",
+        "--wandb.notes 'a b'",
+    ):
+        assert line in done.stdout
+    done = python("-m", "launch", "plan", "--json", "--gpus-per-node", "0", "--", *SMALL, "--data.name", "random")
+    made = json.loads(done.stdout)
+    assert made["commands"][1].startswith("sbatch --nodes 1 slurm/train.sbatch")
+    assert made["num_parameters"] == sum(parameter.numel() for parameter in MODELS["tiny"](0.0).parameters())
+
+
+def test_tables_of_the_scaling_page_are_the_generated_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--scaling"]) == 0
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    written = page.split("<!-- tables: python -m launch plan --scaling -->\n")[1].split("\n<!-- end of tables -->")[0]
+    assert written == capsys.readouterr().out.rstrip("\n"), "paste the output of `python -m launch plan --scaling`"
+
+
+def test_cluster_commands_of_the_docs_name_trainings_that_so_many_ranks_can_share() -> None:
+    """Each `launch slurm`, `launch plan` and `sbatch` line of the docs and scripts, with its own ranks and config."""
+    found = 0
+    for name in ("README.md", "docs/scaling.md", "slurm/README.md", "slurm/train.sbatch", "slurm/sweep.sbatch"):
+        for line in (ROOT / name).read_text().splitlines():
+            config = re.search(r"--config (configs/[\w.]+)", line)
+            counts = dict(re.findall(r"--(nodes|gpus-per-node|ntasks-per-node)[ =](\d+)", line))
+            if config and counts:
+                nodes = int(counts.pop("nodes", 1))
+                slurm.check_world(parse(["--config", str(ROOT / config[1])]), nodes * int(*counts.values()))
+                found += 1
+    assert found >= 8

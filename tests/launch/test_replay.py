@@ -1,0 +1,185 @@
+"""launch replay: a run's steps computed again agree; whatever was changed in its config, data or checkpoints is named."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks.processes import launch, rows, train
+
+from launch.check.replay import span
+from train.errors import UserError
+
+FLAGS = (
+    "--model.name tiny_bn --train.exact true --train.micro_batches 4 --optim.ema 0.9 --model.dropout 0.2 --optim.lr 0.02 "
+    "--optim.clip_norm 2 --augment.shift 2 --train.max_steps 30 --checkpoint.every_steps 5 --checkpoint.keep 2"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run on 2 processes; checkpoints of steps 25 and 30, and the best."""
+    run = tmp_path_factory.mktemp("made") / "run"
+    train(2, run, FLAGS)
+    return run
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def replay(run: Path, steps: str, *options: str, **env: str) -> tuple[int, str]:
+    return launch(run.parent / "log", "replay", str(run), "--steps", steps, *options, **env)
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new))
+
+
+def steps_of(said: str) -> list[int]:
+    return [int(found) for found in re.findall(r"^step (\d+): ", said, re.MULTILINE)]
+
+
+def test_steps_from_scratch_and_from_a_checkpoint_agree(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code, said = replay(run, "0:30")
+    assert code == 0, said
+    assert "from scratch" in said
+    assert steps_of(said) == list(range(1, 31))
+    saves = len(rows(run, "saved"))
+    assert f"30 of 30 steps agree bit for bit, {saves} saved weights among them\n" in said
+    code, said = replay(run, "27:29")
+    assert (code, steps_of(said)) == (0, [28, 29]), said
+    assert "from " + str(run / "checkpoints" / "step-00000025") in said
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_damaged_checkpoint_is_named_and_not_used(run: Path) -> None:
+    file = run / "checkpoints" / "step-00000025" / "optimizer.safetensors"
+    flip(file)
+    code, said = replay(run, "26:28")
+    assert code == 1, said
+    assert f"damaged: Checkpoint file {file} has SHA-256" in said
+    assert "2 of 2 steps agree bit for bit" in said
+    assert "1 damaged" in said
+    assert "step-00000025\n" not in said
+
+
+def test_checkpoint_that_was_signed_again_is_named(run: Path) -> None:
+    """Other weights with a manifest that fits them."""
+    from train.storage import checkpoint
+
+    path = run / "checkpoints" / "step-00000025"
+    state = checkpoint.decode(checkpoint.read(path))
+    for tensor in state.model.values():  # all of them: one value alone may sit in a filter that never fires
+        tensor += 0.01
+    shutil.rmtree(path)
+    checkpoint.write(path.parent, 25, checkpoint.encode(state), path.parent.parent)
+    code, said = replay(run, "25:27")
+    assert code == 1, said
+    assert f"damaged: Checkpoint {path} holds other weights than the run saved at step 25." in said
+    assert "step 26: loss" in said
+    assert "DIFFERS" in said
+
+
+def test_edited_config_is_named(run: Path) -> None:
+    edit(run / "config.yaml", "lr: 0.02", "lr: 0.03")
+    for steps in ("0:3", "25:27"):
+        code, said = replay(run, steps)
+        assert (code, said.count("\n")) == (2, 1), said
+        assert f"error: {run / 'config.yaml'} is not what {run}" in said
+        assert "optim.lr 0.02 -> 0.03" in said
+
+
+def test_other_data_are_named(run: Path, tmp_path: Path) -> None:
+    code, said = replay(run, "0:3", MUTANT="other_pixel", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "error: The data are not what " in said
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    code, said = replay(run, "0:3", MUTANT="other_pixel", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert (code, "error: The data are not the run's: SHA-256 " in said) == (2, True), said
+
+
+def test_changed_fingerprint_is_named(run: Path) -> None:
+    bits = rows(run, "fingerprint")[0]["loss"][3]
+    edit(run / "metrics.jsonl", bits, bits[:-1] + format(int(bits[-1], 16) ^ 1, "x"))
+    code, said = replay(run, "0:6")
+    assert code == 1, said
+    assert f"damaged: The fingerprints in {run / 'metrics.jsonl'} are not those of its summary.json." in said
+    assert re.search(r"^step 4: loss \S+ DIFFERS from \S+ by 1 ulps, grad_norm \S+ agrees$", said, re.MULTILINE)
+    assert "5 of 6 steps agree bit for bit" in said
+    assert "1 damaged" in said
+
+
+def test_changed_weights_of_a_save_are_found(run: Path) -> None:
+    saved = rows(run, "saved")[0]
+    edit(run / "metrics.jsonl", saved["weights_sha256"], "0" * 64)
+    code, said = replay(run, "0:6")
+    assert (code, "step 5: " in said, "weights DIFFER" in said) == (1, True, True), said
+
+
+def test_other_threads_are_said_and_flags_fit_the_run_to_a_machine(run: Path) -> None:
+    code, said = replay(run, "0:1", "-- --train.num_threads 2")
+    assert "The bits may differ: num_threads 1 -> 2." in said
+    assert code in (0, 1)
+    code, said = replay(run, "0:1", "-- --seed 3")
+    assert (code, "seed 0 -> 3" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "says"),
+    [
+        (None, "3:3", "--steps is 3:3. Use A:B"),
+        (None, "3", "--steps is 3. Use A:B"),
+        (None, "-1:3", "--steps"),
+        (None, "20:31", "recorded the steps 1 to 30"),
+        (lambda run: shutil.rmtree(run), "0:3", "is not a directory"),
+        (lambda run: (run / "config.yaml").unlink(), "0:3", "config.yaml is missing"),
+        (lambda run: edit(run / "config.yaml", "lr: 0.02", "lrr: 0.02"), "0:3", "optim.lrr"),
+        (lambda run: edit(run / "config.yaml", "exact: true", "exact: false"), "0:3", "It was changed"),
+        (lambda run: edit(run / "metrics.jsonl", '"fingerprint"', '"other"'), "0:3", "only a run with train.exact true"),
+    ],
+)
+def test_bad_input_exits_2(run: Path, change: Callable[[Path], object] | None, steps: str, says: str) -> None:
+    if change:
+        change(run)
+    code, said = replay(run, steps)
+    assert code == 2, said
+    assert says in said
+    assert steps == "-1:3" or (said.startswith("error: ") and said.count("\n") == 1)
+
+
+def test_run_that_began_elsewhere_needs_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    train(1, other, FLAGS, f"--run.resume {run / 'checkpoints' / 'step-00000025'}")
+    assert replay(other, "25:30")[0] == 2  # saved at 30 only
+    shutil.copytree(run / "checkpoints" / "step-00000025", other / "checkpoints" / "step-00000025")
+    code, said = replay(other, "25:30")
+    assert code == 0, said
+
+
+def test_span_needs_every_step() -> None:
+    recorded = dict.fromkeys([1, 2, 3, 5, 6], "")
+    assert span("0:3", recorded, Path("r")) == (0, 3)
+    with pytest.raises(UserError, match="recorded the steps"):
+        span("2:5", recorded, Path("r"))
+    with pytest.raises(UserError, match="no fingerprints"):
+        span("2:5", {}, Path("r"))
+
+
+def test_summary_says_what_replay_needs(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"config", "contract", "data", "fingerprints", "ledger", "weights_sha256"} <= summary.keys()

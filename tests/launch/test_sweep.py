@@ -1,0 +1,97 @@
+"""`launch sweep`, and what `launch slurm` refuses or prints without a cluster (with one: tests/slurm)."""
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from launch import slurm
+from launch.sweep import table
+from train.errors import UserError
+
+SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.exact", "true", "--train.micro_batches", "8"]
+
+
+def finished(run: Path, **values: object) -> None:
+    run.mkdir(parents=True)
+    summary = {"outcome": "finished", "step": 9, "weights_sha256": "ab" * 32, **values}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_table_has_mean_and_standard_deviation(tmp_path: Path) -> None:
+    finished(tmp_path / "seed-1", test_accuracy=0.90)
+    finished(tmp_path / "seed-2", test_accuracy=0.10, ema_test_accuracy=0.94)
+    finished(tmp_path / "seed-3", test_accuracy=0.5, outcome="preempted")
+    (tmp_path / "seed-4").mkdir()
+    lines = table(tmp_path).splitlines()
+    assert lines[-1] == "2 of 4 runs: mean 92.00% +- 2.83% (standard deviation)"
+    assert [line.split()[:2] for line in lines[1:-1]] == [["seed-1", "90.00%"], ["seed-2", "94.00%"]] + [
+        [f"seed-{n}", "not"] for n in (3, 4)
+    ]
+
+
+def test_table_of_nothing_is_refused(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match="holds no runs"):
+            table(directory)
+
+
+def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "--wandb.notes=a 'b' \"c\" $(d)\ne,f"
+    options = ["--nodes", "4", "--gpus-per-node", "2", "--time=1:00", "--no-requeue", "--signal-seconds", "60", "--dry-run"]
+    assert slurm.main([*options, "--", *SMALL, odd]) == 0
+    wanted = shlex.split(
+        "sbatch --parsable --nodes 4 --gpus-per-node 2 --signal=USR2@60 --time=1:00 --no-requeue slurm/train.sbatch"
+    )
+    assert shlex.split(capsys.readouterr().out) == [*wanted, *SMALL, odd]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--", *SMALL, "--seeed", "1"], "There is no config field seeed"),
+        (["--nodes", "2", "--gpus-per-node", "8", "--", *SMALL], "16 processes cannot share train.micro_batches 8"),
+        (["--time", "5", "--", *SMALL], "'5' stands alone"),
+        (["--gpus-per-node", "-1", "--", *SMALL], "--gpus-per-node is -1"),
+        (["--signal-seconds", "-1", "--", *SMALL], "--signal-seconds is -1"),
+        (["--sweep", "seeds", "--", *SMALL], "--sweep needs --array"),
+        (["--sweep", "seeds", "--array=1-2", "--follow", "--", *SMALL], "cannot be followed"),
+        (["--sweep", "nothing.txt", "--array=1-2", "--", *SMALL], "--sweep nothing.txt cannot be read"),
+        (["--sweep", "tests/launch/test_sweep.py", "--array=1-2", "--", *SMALL], "tests/launch/test_sweep.py, line 1: "),
+        (["--print-run", "--", *SMALL], "--print-run is for the job"),
+    ],
+)
+def test_refusals_are_one_line(argv: list[str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        slurm.main([*argv[: argv.index("--")], "--dry-run", *argv[argv.index("--") :]])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_task_beyond_the_last_line_trains_nothing(tmp_path: Path) -> None:
+    """An empty line is a run without overrides; no line is a slip in --array."""
+    (tmp_path / "overrides.txt").write_text("--seed 1\n\n--seed 3")
+    command = ["bash", "slurm/sweep.sbatch", str(tmp_path / "overrides.txt")]
+    env = os.environ | {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_JOB_ID": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1)
+    assert "has 3 lines, and no line 4" in done.stdout
+
+
+def test_follow_waits_for_a_silent_controller_and_then_leaves_the_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["", "JobState=RUNNING Reason=None ExitCode=0:0", "", "JobState=COMPLETED Reason=None ExitCode=0:0"])
+
+    def run(*command: str) -> str:
+        if answer := next(answers, ""):
+            return answer
+        raise UserError("scontrol says: Unable to contact slurm controller")
+
+    monkeypatch.setattr(slurm, "run", run)
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
+    assert slurm.follow("7", Path("/no/log")) == 0
+    monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 0.05)
+    assert slurm.follow("7", Path("/no/log")) == slurm.LOST

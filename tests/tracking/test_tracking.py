@@ -1,0 +1,218 @@
+"""train.tracking, train.mirror, launch sync: W&B shows what metrics.jsonl says, whatever happens to the server or the run.
+
+Against a local server (wandb_server.py), with wandb's own processes: its protocol is not ours to fake on this side.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks.processes import Ranks, arguments, launch, rows, train, wait_for_step
+from wandb_server import PATIENT, SHORT, Server, expected, is_end, numbers, sync
+
+from train.config import Config, WandbConfig
+from train.tracking.mirror import end_row, wandb_id
+from train.tracking.tracker import Tail, histograms, mode_of
+
+MEDIUM = "--train.max_steps 1000 --log.every_steps 10 --eval.every_steps 500 --checkpoint.every_steps 500"
+LONG = "--train.max_steps 100000 --log.every_steps 5 --eval.every_steps 1000 --checkpoint.every_steps 50"
+
+
+def followers(run: Path) -> list[int]:
+    """The processes that mirror a run."""
+    command = f"train.tracking.tracker\0{run}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [int(path.parent.name)] if command in path.read_bytes() else []
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Wait for a condition; fail if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def leet(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of an offline run, as wandb itself reads them, by type."""
+    wandb = shutil.which("wandb", path=str(Path(sys.executable).parent))
+    assert wandb is not None
+    shown = subprocess.run([wandb, "leet", "inspect", "--json", str(directory)], capture_output=True, text=True, check=True)
+    records = [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
+
+
+def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
+    tmp_path: Path, server: Server, env: dict[str, str]
+) -> None:
+    run = tmp_path / "runs" / "r"
+    no_key = {name: value for name, value in env.items() if name != "WANDB_API_KEY"}
+    ranks = Ranks(1, arguments(run, LONG, PATIENT), tmp_path / "logs", **no_key)
+    wait_for_step(run, 60)
+    until(lambda: "wandb: offline" in ranks.output())
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait() == [75]
+    assert "(No API key configured" in ranks.output()
+    last = rows(run)[-1]["step"]
+    config = run / "config.yaml"
+    ranks = Ranks(1, arguments(run, LONG, PATIENT, "--wandb.histograms false"), tmp_path / "logs-2", **no_key)
+    wait_for_step(run, last + 50)
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait() == [75]
+    first, second = sorted((run / "wandb").glob(f"offline-run-*-{wandb_id(run)}"))
+    records = [leet(first), leet(second)]
+    kept = [
+        {name: value for name, value in row["item"].items() if name[0] != "_"} for found in records for row in found["history"]
+    ]
+    assert numbers(kept) == expected(run)
+    steps = [row["item"]["_step"] for found in records for row in found["history"]]
+    assert steps == list(range(len(expected(run))))  # the second life goes on behind the first, so that both can be merged
+    assert records[0]["run"][0]["config"]["update"]["seed"] == 0
+    assert [alert["title"] for found in records for alert in found["alert"]] == ["r preempted"] * 2
+    assert [found["exit"][0]["exit_code"] for found in records] == [75, 75]
+    assert server.runs == {}
+    assert "seed: 0" in config.read_text()
+    assert f"{len(kept)} of {len(kept)} rows sent" in sync(run, env)
+    assert numbers(server.run.rows()) == expected(run)
+    assert (server.run.exit_code, server.run.preempting, server.alerts) == (75, True, [])
+    assert "0 of" in sync(run, env)
+    assert numbers(server.run.rows()) == expected(run)
+
+
+def test_a_sigkilled_run_leaves_no_process_and_is_sent_later(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
+    run = tmp_path / "runs" / "r"
+    ranks = Ranks(1, arguments(run, LONG, PATIENT), tmp_path / "logs", **env)
+    until(lambda: "wandb: online" in ranks.output())
+    until(lambda: server.run.history)
+    assert len(followers(run)) == 1
+    ranks.signal(signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL]
+    until(lambda: not followers(run))
+    had = len(server.run.history)
+    assert 0 < had < len(expected(run))
+    assert f"{len(expected(run)) - had} of {len(expected(run))} rows sent" in sync(run, env)
+    assert numbers(server.run.rows()) == expected(run)
+    assert server.run.exit_code == 1
+    assert "0 of" in sync(run, env)
+    assert numbers(server.run.rows()) == expected(run)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights of the same run without W&B."""
+    return train(1, tmp_path_factory.mktemp("runs") / "r", MEDIUM)["weights_sha256"]
+
+
+@pytest.mark.parametrize("fate", ["silent from the start", "silent later", "gone later", "wandb dies"])
+def test_a_server_that_fails_is_not_in_the_way(
+    fate: str, undisturbed: str, tmp_path: Path, server: Server, env: dict[str, str]
+) -> None:
+    run = tmp_path / "runs" / "r"
+    patience = "--wandb.start_seconds 100"
+    if fate == "silent from the start":
+        server.awake.clear()
+        patience = "--wandb.finish_seconds 100"
+    ranks = Ranks(1, arguments(run, MEDIUM, patience), tmp_path / "logs", **env)
+    if fate != "silent from the start":
+        until(lambda: "wandb: online" in ranks.output())
+        assert not (run / "summary.json").exists()
+    if fate == "silent later":
+        server.awake.clear()
+    elif fate == "gone later":
+        server.stop()
+    elif fate == "wandb dies":
+        (follower,) = followers(run)
+        core = int(Path(f"/proc/{follower}/task/{follower}/children").read_text().split()[0])
+        os.kill(core, signal.SIGKILL)
+    assert ranks.wait() == [0]
+    said = {"silent from the start": "wandb: offline (", "wandb dies": "wandb: stopped ("}.get(fate, "wandb: not done after 5 s")
+    assert said in ranks.output()
+    assert f"`python -m launch sync {run}`" in ranks.output()
+    assert json.loads((run / "summary.json").read_text())["weights_sha256"] == undisturbed
+    until(lambda: not followers(run))
+    if fate == "gone later":
+        code, shown = launch(tmp_path / "sync.log", f"sync {run}", **env)
+        assert (code, "nothing is lost" in shown, "Traceback" in shown) == (1, True, False)
+        server.start()
+    server.awake.set()
+    assert "rows sent" in sync(run, env)
+    assert numbers(server.run.rows()) == expected(run)
+    assert is_end(server.run.rows()[-1])
+    assert server.run.exit_code == 0
+
+
+def test_disabled_starts_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "r"
+    train(1, run, SHORT, "--wandb.mode disabled", WANDB_MODE="online")
+    assert not list(run.glob("wandb*"))
+    assert rows(run, "weights") == []
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "mode"),
+    [("auto", None, "auto"), ("auto", "", "auto"), ("auto", "offline", "offline"), ("offline", "online", "offline")],
+)
+def test_mode(config: Any, environment: str | None, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    if environment is not None:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    assert mode_of(Config(wandb=WandbConfig(mode=config))) == mode
+
+
+def test_wandb_id_is_made_once_or_by_the_agent_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [tmp_path / name for name in "abc"]
+    for run in runs:
+        run.mkdir()
+    assert wandb_id(runs[0]) == wandb_id(runs[0]) != wandb_id(runs[1])
+    monkeypatch.setenv("WANDB_RUN_ID", "sweep123")
+    assert wandb_id(runs[2]) == "sweep123"
+    assert wandb_id(runs[0]) != "sweep123"
+
+
+def test_tail_gives_whole_rows_only(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert Tail(path).rows() == []
+    path.write_text('{"step": 1}\n{"ste')
+    tail = Tail(path)
+    assert tail.rows() == [{"step": 1}]
+    with path.open("a") as file:
+        file.write('p": 2}\ntorn\n')
+    assert (tail.rows(), tail.rows()) == ([{"step": 2}], [])
+
+
+def test_histograms_count_every_value_and_leave_out_what_has_none() -> None:
+    tensors = {"a": torch.tensor([[0.0, 1.0], [1.0, 0.5]]), "constant": torch.zeros(3), "bad": torch.tensor([1.0, float("nan")])}
+    ((name, (low, high, counts)),) = histograms(tensors).items()
+    assert (name, low, high, sum(counts), counts[0], counts[32], counts[-1]) == ("a", 0.0, 1.0, 4, 1, 1, 2)
+
+
+def test_a_summary_that_is_older_than_the_rows_is_not_the_end(tmp_path: Path) -> None:
+    assert end_row(tmp_path, 20) is None
+    (tmp_path / "summary.json").write_text('{"outcome": "finished", "step": 20, "test_accuracy": 0.5}')
+    assert end_row(tmp_path, 20) == {"event": "finished", "step": 20, "test_accuracy": 0.5}
+    assert end_row(tmp_path, 10) is None
+    (tmp_path / "summary.json").write_text('{"outcome": "preempted", "step": 20}')
+    assert end_row(tmp_path, 20) is None
+
+
+def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:
+    code, shown = launch(tmp_path / "log", f"sync {tmp_path}")
+    assert (code, shown.count("\n")) == (2, 1)
+    assert "is no run with rows" in shown

@@ -1,0 +1,284 @@
+"""What ranks do on GPUs, without one: devices, events and packages are stand-ins."""
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+
+from train import run
+from train.config import TrainConfig
+from train.mathematics import contract_differences
+from train.summary import PACKAGES
+from train.world import meter, reduce, world
+from train.world.clock import Clock, Record
+from train.world.meter import DeviceMeter
+from train.world.versions import versions
+from train.world.watchdog import verdict
+from train.world.world import World
+
+GPU = torch.device("cuda", 1)
+
+
+def on_gpus(opened: World) -> World:
+    """The world as rank 1 of two on GPUs sees it."""
+    return dataclasses.replace(opened, rank=1, world_size=2, device=GPU, clock=Clock())
+
+
+# The exact tree's thread
+
+
+def exact_tree(opened: World, monkeypatch: pytest.MonkeyPatch, backend: str) -> tuple[reduce.ExactTree, list[Any]]:
+    model, started = torch.nn.Linear(2, 2), []
+    model.register_comm_hook = lambda *_: None  # type: ignore[operator,assignment]
+    monkeypatch.setattr(reduce, "ThreadPoolExecutor", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(reduce.dist, "get_backend", lambda: backend)
+    return reduce.ExactTree(model, opened, 4, [range(2), range(2, 4)]), started
+
+
+def test_thread_of_the_exact_tree_is_on_the_device_of_its_rank(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    tree, (arguments,) = exact_tree(on_gpus(world), monkeypatch, "nccl")
+    assert tree.is_perfect
+    assert ThreadPoolExecutor(*arguments).submit(lambda: list(chosen)).result(10) == [GPU]
+    _, (arguments,) = exact_tree(dataclasses.replace(world, world_size=2), monkeypatch, "gloo")
+    assert len(chosen) == 1 == ThreadPoolExecutor(*arguments).submit(lambda: len(chosen)).result(10)
+
+
+def test_exact_tree_sends_no_tensor_of_a_gpu_through_gloo(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not exact_tree(on_gpus(world), monkeypatch, "gloo")[0].is_perfect
+    assert exact_tree(dataclasses.replace(world, world_size=2), monkeypatch, "gloo")[0].is_perfect
+
+
+# Whom the watchdog blames
+
+
+def record_in_wait(ranks: World, monkeypatch: pytest.MonkeyPatch, rank: int, phase: str) -> Record:
+    """The record of a rank that waits for its device, as other ranks would read it."""
+    found: list[Record] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: found.append(Record.unpack(rank, bytes(ranks.clock.record))))
+    ranks.clock.enter(phase)
+    ranks.wait()
+    assert ranks.clock.phase == phase
+    return found[0]
+
+
+@pytest.mark.parametrize("phase", ["log", "evaluate", "save"])
+def test_ranks_that_wait_for_their_devices_blame_nobody(world: World, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    """Two hosts that read the result of a collective which hangs on the devices: neither rank is at fault."""
+    ranks = [on_gpus(world), on_gpus(world)]
+    for each in ranks:
+        each.clock.step = 20
+        each.clock.announce("all_reduce")
+    records = [record_in_wait(each, monkeypatch, rank, phase) for rank, each in enumerate(ranks)]
+    asleep, now = {0: "asleep", 1: "asleep"}, time.time()
+    assert verdict(records, asleep, 2, now) == ([], "all ranks wait in all_reduce 1 of step 20 for 0 s")
+    unmarked = [dataclasses.replace(record, phase=phase) for record in records]
+    assert verdict(unmarked, asleep, 2, now)[0] == unmarked  # as if both were busy
+
+
+@pytest.mark.parametrize("phase", ["data", "forward_backward"])
+def test_rank_that_is_behind_on_the_host_is_blamed_by_one_that_waits_for_its_device(
+    world: World, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    ahead, behind = on_gpus(world), Clock()
+    for clock in (ahead.clock, behind):
+        clock.step = 12
+        clock.announce("all_reduce")
+    behind.enter(phase)
+    ahead.clock.step = 20  # its host ran ahead
+    for _ in range(16):
+        ahead.clock.announce("all_reduce")
+    waiting, stuck = record_in_wait(ahead, monkeypatch, 0, "log"), Record.unpack(1, bytes(behind.record))
+    guilty, line = verdict([waiting, stuck], {0: "asleep", 1: "asleep"}, 2, time.time())
+    assert guilty == [stuck]
+    assert f"did not reach all_reduce 17 of step 20: it is in {phase}" in line
+
+
+def test_only_several_gpus_wait_in_reduce_and_a_cpu_not_at_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert record_in_wait(dataclasses.replace(on_gpus(world), world_size=1), monkeypatch, 0, "log").phase == "log"
+    assert record_in_wait(on_gpus(world), monkeypatch, 0, "log").phase == "reduce"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("waits"))
+    dataclasses.replace(world, world_size=2).wait()
+
+
+class Read:
+    """A tensor whose numbers the host reads: it notes the phase in which it is read."""
+
+    def __init__(self, clock: Clock, value: int) -> None:
+        self.clock, self.value, self.phases = clock, value, []  # type: ignore[var-annotated]
+
+    def __int__(self) -> int:
+        self.phases.append(self.clock.phase)
+        return self.value
+
+    def cpu(self) -> torch.Tensor:
+        self.phases.append(self.clock.phase)
+        return torch.zeros(self.value, dtype=torch.uint8)
+
+
+def test_results_of_collectives_are_read_in_reduce(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = dataclasses.replace(world, rank=1, world_size=2, clock=Clock())
+    number, content = Read(ranks.clock, 2), Read(ranks.clock, 2)
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_: None)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **options: number)
+    monkeypatch.setattr(torch, "empty", lambda *_, **options: content)
+    ranks.agree(None)
+    assert number.phases == ["reduce"]
+    assert ranks.broadcast_bytes(b"") == b"\0\0"
+    assert {*number.phases, *content.phases} == {"reduce"}
+    assert content.phases
+
+
+# Own work, measured on the device
+
+
+class Device:
+    """A device that does its work when told: `done` is how far it is, in ms."""
+
+    def __init__(self) -> None:
+        self.queued, self.done = 0.0, -1.0
+
+    def work(self, milliseconds: float) -> None:
+        self.queued += milliseconds
+
+    def record(self) -> SimpleNamespace:
+        at = self.queued
+        return SimpleNamespace(at=at, query=lambda: self.done >= at, elapsed_time=lambda end: end.at - at)
+
+
+def step(clock: Clock, device: Device, own: float, wait: float) -> float:
+    """One step as train_step marks it -> its lap."""
+    clock.enter("data")
+    clock.enter("forward_backward")
+    device.work(own)
+    clock.enter("reduce")
+    device.work(wait)
+    clock.enter("forward_backward")
+    clock.enter("optimizer")
+    lap = clock.lap()
+    with clock.collective("all_reduce"):
+        device.work(wait)
+    device.work(1.0)
+    clock.enter("log")
+    device.work(100.0)  # an evaluation
+    return lap
+
+
+def test_own_work_is_the_seconds_of_the_device_without_waiting_and_comes_late() -> None:
+    device, clock = Device(), Clock()
+    clock.meter = DeviceMeter(device.record)
+    laps = [step(clock, device, 5.0, 40.0) for _ in range(2)]
+    device.done = device.queued
+    laps += [step(clock, device, 9.0, 40.0) for _ in range(2)]
+    device.done = device.queued
+    laps.append(step(clock, device, 9.0, 40.0))
+    # the last millisecond of a step counts in the next one; unknown, unknown, the mean of 2, nothing new, the mean of 2
+    assert laps == pytest.approx([0.0, 0.0, 0.0055, 0.0055, 0.010])
+    assert clock.seconds["forward_backward"] < 0.1  # phases stay the host's
+
+
+def test_seconds_of_a_warm_up_are_forgotten() -> None:
+    """They would stand for the first steps, whose own are not known yet, and name a rank that is not slow."""
+    device, clock = Device(), Clock()
+    clock.meter = DeviceMeter(device.record)
+    step(clock, device, 3000.0, 40.0)
+    device.done = device.queued
+    clock.forget()
+    assert [step(clock, device, 5.0, 40.0) for _ in range(2)] == [0.0, 0.0]
+    device.done = device.queued
+    assert step(clock, device, 5.0, 40.0) == pytest.approx(0.0055)
+
+
+def test_clock_without_a_meter_measures_the_host() -> None:
+    clock = Clock()
+    clock.enter("data")
+    time.sleep(0.01)
+    assert clock.lap() >= 0.01
+
+
+def test_captured_events_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert meter.record_event() is None
+    events = iter([None, "end", "begin", None])
+    measured = DeviceMeter(lambda: next(events))
+    for _ in range(2):
+        measured.begin()
+        measured.end()
+    assert measured.stretches == []
+    assert measured.lap() == 0.0
+
+
+@pytest.fixture
+def opened_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Open a world whose ranks and device are made up."""
+
+    def open_world(world_size: int, device: torch.device, config: TrainConfig) -> World:
+        found = SimpleNamespace(process_index=0, local_process_index=0, num_processes=world_size, device=device)
+        monkeypatch.setattr(world, "choose_device", lambda *_: device)
+        monkeypatch.setattr(world, "make_accelerator", lambda *_: found)
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        return World.open(config)
+
+    threads = torch.get_num_threads()
+    yield open_world
+    torch.set_num_threads(threads)
+
+
+def test_several_gpus_have_a_meter(opened_on: Any) -> None:
+    assert isinstance(opened_on(2, GPU, TrainConfig()).clock.meter, DeviceMeter)
+    assert opened_on(1, GPU, TrainConfig()).clock.meter is None
+    assert opened_on(2, torch.device("cpu"), TrainConfig()).clock.meter is None
+
+
+# Exact mode's switches, and what must stay the same
+
+
+def test_exact_mode_switches_on_and_off_what_it_needs(opened_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    deterministic: Any = torch.utils.deterministic
+    exact = opened_on(1, torch.device("cpu"), TrainConfig(exact=True, micro_batches=2, compile=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch._inductor.config.deterministic  # else compiled kernels are chosen by how long they take
+    assert not deterministic.fill_uninitialized_memory
+    exact.close()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch._inductor.config.deterministic
+    assert deterministic.fill_uninitialized_memory
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: pytest.fail("imports Inductor's config"))
+    opened_on(1, torch.device("cpu"), TrainConfig()).close()
+
+
+def test_contract_names_cuda_and_cudnn_on_a_gpu(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    contract = run.contract(on_gpus(world))
+    assert contract["versions"].items() >= {"cuda": "13.0", "cudnn": 91900}.items()
+    assert contract["versions"].keys() == {"torch", "accelerate", "cuda", "cudnn"}
+    assert (contract["device"], contract["num_threads"]) == ("H100", None)
+    assert run.contract(world)["versions"].keys() == {"torch", "accelerate"}
+    old = {**contract, "versions": {"torch": contract["versions"]["torch"]}}
+    assert contract_differences(old, contract) == contract_differences(contract, old) == []  # it was not recorded
+    other = {**contract, "versions": contract["versions"] | {"cudnn": 92000}}
+    assert contract_differences(contract, other) == ["cudnn 91900 -> 92000"]
+
+
+def test_packages_without_metadata_are_left_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name in ("wandb", "lockstep", "accelerate"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr("train.world.versions.version", version)
+    assert versions(*PACKAGES, "lockstep").keys() == {"torch", "torchvision", "numpy", "safetensors"}
+    assert run.contract(world)["versions"].keys() == {"torch"}

@@ -1,0 +1,112 @@
+"""What train.world makes of a launcher's variables."""
+
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.__main__ import main
+from train.world.world import env_ranks, run_suffix, slurm_variables
+
+STEP = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_NODELIST": "node[1-4]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "3",
+}
+
+
+def test_rank_that_srun_started() -> None:
+    assert slurm_variables(STEP) == {
+        "RANK": "6",
+        "WORLD_SIZE": "7",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": str(15000 + 16 * 1234567 % 15000),
+    }
+    assert slurm_variables(STEP | {"SLURM_PROCID": "3", "SLURM_NODEID": "1"})["LOCAL_WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("alone", "alone"),
+        ("a,b", "a"),
+        ("node[01-03,07],x", "node01"),
+        ("gpu[7,9]", "gpu7"),
+        ("rack[1-2]-n[04-05]", "rack1-n04"),
+        ("n[1-2].site.org", "n1.site.org"),
+    ],
+)
+def test_first_node_has_rank_0(nodes: str, first: str) -> None:
+    assert slurm_variables(STEP | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+
+
+def test_site_may_set_address_and_port() -> None:
+    found = slurm_variables(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "29500")
+
+
+def test_port_is_another_for_each_job_life_and_step() -> None:
+    changes = [{}, {"SLURM_JOB_ID": "1234568"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_STEP_ID": "1"}]
+    assert len({slurm_variables(STEP | change)["MASTER_PORT"] for change in changes}) == 4
+
+
+def test_other_launchers_are_left_alone() -> None:
+    assert slurm_variables({}) == {}
+    assert slurm_variables(STEP | {"RANK": "0"}) == {}  # torchrun inside of srun
+    assert slurm_variables(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+
+
+def test_run_has_the_same_name_after_a_requeue(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert env_ranks()[0] == 6
+    assert run_suffix() == "1234567.0"
+    monkeypatch.setenv("SLURM_PTY_PORT", "1")  # srun --pty bash: two commands at one prompt are two runs
+    assert run_suffix() != "1234567.0"
+
+
+@pytest.mark.parametrize(("local_rank", "line"), [("0", f"error: rank 8 on {socket.gethostname()}: "), ("1", "")])
+def test_what_only_another_machine_finds_wrong_is_said_there(
+    local_rank: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before there is a world nobody can agree on an error: rank 0 may have none, or wait for this rank."""
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("train.__main__.OTHER_RANKS_WAIT_SECONDS", 0.0)
+    assert main(["--config", "/only/on/other/machines.yaml"]) == 2
+    found = capsys.readouterr().err
+    assert found.startswith(line)
+    assert found.count("\n") == bool(line)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """Tensors of all sizes that a step frees stay with the process: what the kernel takes back it hands out anew, zeroed."""
+    program = """
+import sys, torch
+from train.world import keep_memory
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+if sys.argv[1] == "kept":
+    keep_memory()
+before = resident()
+tensors = [torch.ones(size) for size in (10**5, 10**6, 10**7)]
+del tensors
+print(resident() - before)
+"""
+    root = Path(__file__).parents[2]
+    left = [
+        int(subprocess.run([sys.executable, "-c", program, how], cwd=root, capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    ]
+    assert left[0] > 4 * 10**7 > 2 * left[1]

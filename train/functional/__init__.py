@@ -1,0 +1,1 @@
+"""Pure functions of (config, step): order, random numbers, augmentation, models, optimizer. No ranks and no files."""

@@ -1,0 +1,84 @@
+"""uint8 images -> normalized float inputs, for whole batches on the device, each change a function of the row's key.
+
+Deliberately not here: file reading, and any random stream (see rng.py).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.config import AugmentConfig
+from train.functional.rng import uniform
+
+ERASE_SALT, AFFINE_SALT, SHIFT_SALT = 0, 8, 16  # columns of a row's random numbers
+
+
+def normalize(images: Tensor, mean: float, std: float) -> Tensor:
+    """Turn images, uint8 or float [B,1,28,28] in 0..255, into inputs, float32 of mean 0 and standard deviation 1."""
+    return (images - mean) * (1.0 / std)  # uint8 minus a number is float32
+
+
+def lay_out(images: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return images [B,C,H,W] in a memory format. One channel lies the same in both, so that only the strides change."""
+    if images.shape[1] == 1 and memory_format == torch.channels_last:
+        return images.contiguous().view(-1, *images.shape[2:], 1).permute(0, 3, 1, 2)
+    return images.to(memory_format=memory_format)
+
+
+def shift(images: Tensor, keys: Tensor, pixels: int) -> Tensor:
+    """Move each image by up to `pixels` in x and y, filling with 0; uint8 [B,1,H,W] in and out."""
+    height, width = images.shape[-2:]
+    offsets = (uniform(keys, 2, SHIFT_SALT) * (2 * pixels + 1)).long()
+    padded = F.pad(images, (pixels,) * 4)
+    rows = torch.arange(height, device=images.device) + offsets[:, :1]
+    columns = torch.arange(width, device=images.device) + offsets[:, 1:]
+    batch = torch.arange(len(images), device=images.device)
+    return padded[batch[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def affine(images: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
+    """Rotate, scale, shear and shift each image about its centre (bilinear, 0 outside); float [B,1,H,W] in 0..255."""
+    height, width = images.shape[-2:]
+    rotate, scale, shear, dx, dy = (uniform(keys, 5, AFFINE_SALT) * 2 - 1).unbind(1)
+    angle, slant = rotate * math.radians(config.rotate), torch.tan(shear * math.radians(config.shear))
+    size = 1 / (1 + scale * config.scale)
+    cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
+    x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device)[None, None, :]
+    y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device)[None, :, None]
+
+    def wide(values: Tensor) -> Tensor:
+        return values[:, None, None]
+
+    sheared = x + wide(slant) * y
+    grid_x = wide(cos) * sheared - wide(sin) * y + wide(dx * (2 * config.shift / width))
+    grid_y = wide(sin) * sheared + wide(cos) * y + wide(dy * (2 * config.shift / height))
+    grid = torch.stack((grid_x, grid_y), dim=-1)
+    return F.grid_sample(images.to(torch.float32), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def erase(images: Tensor, keys: Tensor, probability: float, size: int) -> Tensor:
+    """Blank a square of side 1..size in some images (random erasing; Zhong et al., 2017); [B,1,H,W] in and out."""
+    height, width = images.shape[-2:]
+    chance, side, top, left = uniform(keys, 4, ERASE_SALT).unbind(1)
+    side = (side * size).long() + 1
+    top, left = ((position * (height + 1 - side)).long() for position in (top, left))
+    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    in_rows = (y >= top[:, None]) & (y < (top + side)[:, None])
+    in_columns = (x >= left[:, None]) & (x < (left + side)[:, None])
+    blank = in_rows[:, :, None] & in_columns[:, None, :] & (chance < probability)[:, None, None]
+    return images.masked_fill(blank[:, None], 0)
+
+
+def augment(images: Tensor, keys: Tensor | None, config: AugmentConfig, mean: float, std: float) -> Tensor:
+    """Turn images uint8 [B,1,28,28] with row keys int64 [B] into inputs float32 [B,1,28,28]; without keys unchanged."""
+    if keys is None:
+        return normalize(images, mean, std)
+    if config.rotate or config.scale or config.shear:
+        images = affine(images, keys, config)
+    elif config.shift:
+        images = shift(images, keys, config.shift)
+    if config.erase:
+        images = erase(images, keys, config.erase, config.erase_size)
+    return normalize(images, mean, std)
