@@ -4,8 +4,9 @@ import importlib
 import sys
 
 from train import __version__
-from train.cli import did_you_mean, keep_others_from_writing
-from train.errors import UserError
+from train.cli import did_you_mean
+from train.errors import BAD_INPUT, FINISHED, UserError
+from train.world.process import keep_others_from_writing
 
 ROOMS = {  # where a subcommand's module lies, unless beside this file
     "bench": "launch.bench.harness",
@@ -45,10 +46,10 @@ def main(argv: list[str]) -> int:
     if name in ("-h", "--help"):
         print("usage: python -m launch SUBCOMMAND ... (each has --help)\n")
         print("\n".join(f"  {subcommand:10} {text}" for subcommand, text in SUBCOMMANDS.items()))
-        return 0
+        return FINISHED
     if name == "--version":
         print(f"lockstep {__version__}")
-        return 0
+        return FINISHED
     try:
         keep_others_from_writing()
         if name not in SUBCOMMANDS:
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         return importlib.import_module(ROOMS.get(name, f"launch.{name}")).main(argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from launch import dryrun
-from train.cli import Parser, parse
+from train.cli import Parser, parse, split_arguments
 from train.config import Config
 from train.errors import UserError
 
@@ -195,8 +195,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpus-per-node", type=int, default=1, help="GPUs and ranks of each; 0: one rank on its CPU (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON, with every rank's micro-batches and rows")
     parser.add_argument("--scaling", action="store_true", help="print the modelled tables of docs/scaling.md instead")
-    end = argv.index("--") if "--" in argv else len(argv)
-    options, wrong = parser.parse_known_args(argv[:end])
+    own, arguments = split_arguments(argv)
+    options, wrong = parser.parse_known_args(own)
     if wrong:
         raise UserError(f"launch plan has no option {wrong[0]}. The training's arguments stand behind `--`.")
     if options.scaling:
@@ -206,7 +206,6 @@ def main(argv: list[str]) -> int:
         return 0
     if options.nodes < 1 or options.gpus_per_node < 0:
         raise UserError(f"--nodes is {options.nodes} and --gpus-per-node {options.gpus_per_node}. Use 1 and 0 or more.")
-    arguments = argv[end + 1 :]
     plan = make_plan(parse(arguments), options.nodes, options.gpus_per_node, arguments)
     print(json.dumps(plan, indent=1) if options.json else text(plan, options.nodes, max(options.gpus_per_node, 1)))
     return 0

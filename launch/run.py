@@ -5,7 +5,6 @@ no orphan when it is killed itself, and restarts a run whose rank died. Delibera
 Slurm). torch is not imported: the launcher is up at once and stays small.
 """
 
-import ctypes
 import functools
 import os
 import signal
@@ -16,15 +15,15 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from train.cli import Parser, did_you_mean, parse, run_name
+from train.cli import Parser, did_you_mean, parse, run_name, split_arguments
 from train.config import Config
-from train.errors import UserError
+from train.errors import BAD_INPUT, PREEMPTED, UserError
+from train.world.process import die_with_parent
 from train.world.world import run_suffix
 
 LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
 SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved checkpoint
 POLL_SECONDS = 0.05
-PREEMPTED, BAD_INPUT = 75, 2
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 DEV = Path("/dev")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -43,15 +42,6 @@ def count_gpus() -> int:
         return 0
     command = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def die_with_parent(parent: int) -> None:
-    """In a child: be killed when the process `parent` is, so that no rank is orphaned (Linux only)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
 
 
 class Ranks:
@@ -146,8 +136,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, one on a machine without GPU")
     parser.add_argument("--max-restarts", type=int, default=0, help="how often a training whose rank died is resumed (default 0)")
     parser.add_argument("--min-nproc", type=int, help="resume with one process fewer each time, down to this (default: --nproc)")
-    end = argv.index("--") if "--" in argv else len(argv)
-    options, wrong = parser.parse_known_args(argv[:end])
+    own, arguments = split_arguments(argv)
+    options, wrong = parser.parse_known_args(own)
     if wrong:
         hint = did_you_mean(wrong[0], list(parser._option_string_actions), "The training's arguments stand behind `--`.")
         raise UserError(f"launch run has no option {wrong[0]}. {hint}")
@@ -155,8 +145,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--nproc is {options.nproc}. Use 1 or more.")
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts is {options.max_restarts}. Use 0 or more.")
-    config = parse(argv[end + 1 :])
-    arguments = named(config, argv[end + 1 :])
+    config = parse(arguments)
+    arguments = named(config, arguments)
     nproc = options.nproc or (config.train.device != "cpu" and count_gpus()) or 1
     min_nproc = options.min_nproc or nproc
     if not 1 <= min_nproc <= nproc:

@@ -14,7 +14,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from train.cli import Parser, parse, run_name
+from train.cli import Parser, parse, run_name, split_arguments
 from train.config import Config
 from train.errors import UserError
 
@@ -121,9 +121,8 @@ def follow(job: str, log: Path) -> int:
 
 def main(argv: list[str]) -> int:
     """Submit, or show what would be submitted; return 0, 2 for what Slurm or the config refuses, 3, or the job's exit code."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    options, extra = make_parser().parse_known_args(argv[:end])
-    arguments = argv[end + 1 :]
+    own, arguments = split_arguments(argv)
+    options, extra = make_parser().parse_known_args(own)
     if stray := [word for word in extra if not word.startswith("-")]:
         raise UserError(f"{stray[0]!r} stands alone. Write sbatch's options as --name=value; the training's stand behind `--`.")
     config = parse(arguments)

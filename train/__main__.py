@@ -5,10 +5,10 @@ Exit codes: 0 finished, 1 crash, 2 bad config or data, 75 preempted with a check
 
 import sys
 
-from train.world import preempt
+from train.world import signals
 
 if __name__ == "__main__":
-    preempt.install()  # first of all: a signal must find its handler while everything else is being imported
+    signals.install()  # first of all: a signal must find its handler while everything else is being imported
 
 import contextlib
 import faulthandler
@@ -18,9 +18,10 @@ import time
 import traceback
 from pathlib import Path
 
-from train.cli import keep_others_from_writing, leave, parse, run_name
+from train.cli import parse, run_name
 from train.config import Config
-from train.errors import RunError, UserError
+from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, UserError
+from train.world.process import die_with_launcher, keep_others_from_writing, leave
 from train.world.world import World, env_ranks, run_suffix
 
 OTHER_RANKS_WAIT_SECONDS = 2.0
@@ -38,7 +39,7 @@ def complain(error: UserError | RunError, world: World | None) -> int:
         print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
-    return 2 if isinstance(error, UserError) else 1
+    return BAD_INPUT if isinstance(error, UserError) else CRASHED
 
 
 def run_directory(config: Config, argv: list[str], world: World) -> Path:
@@ -48,14 +49,14 @@ def run_directory(config: Config, argv: list[str], world: World) -> Path:
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; return the exit code."""
-    preempt.install()
-    preempt.die_with_launcher()
+    signals.install()
+    die_with_launcher()
     keep_others_from_writing()
     with contextlib.suppress(io.UnsupportedOperation):  # where somebody has put another stderr in place
         faulthandler.enable()
     try:
         config = parse(argv)
-        preempt.leave_after(config.run.time_limit)
+        signals.leave_after(config.run.time_limit)
         world = World.open(config.train)
     except UserError as error:
         return complain(error, None)
@@ -69,13 +70,13 @@ def main(argv: list[str]) -> int:
     except Exception:
         if world.world_size > 1:  # NCCL would wait in close() for collectives that the other ranks may never join
             traceback.print_exc()
-            leave(1)
+            leave(CRASHED)
         raise
     finally:
         world.close()
     if world.is_main:
         report(run_dir, outcome, summary, write_page=config.log.report)
-    return 0 if outcome == "finished" else preempt.EXIT_CODE
+    return FINISHED if outcome == "finished" else PREEMPTED
 
 
 def page_problem(run_dir: Path) -> str | None:

@@ -4,14 +4,10 @@ Light on purpose: `--help` and a config error answer before torch would have bee
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import functools
-import os
 import re
-import stat
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -45,21 +41,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{' '.join(message.split())[:MAX_MESSAGE]}. {hint}")
 
 
-def keep_others_from_writing() -> None:
-    """Take from other users the right to change what this process writes, whatever the caller's umask allows."""
-    os.umask(os.umask(0o002) | stat.S_IWOTH)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process at once, without the interpreter's clean-up: all is closed and written.
-
-    In the clean-up a thread of gloo still lets go of tensors, and one of some thirty runs of two ranks ended in SIGABRT after
-    correct work, with the process group destroyed.
-    """
-    with contextlib.suppress(OSError):  # nobody reads any more
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line at the first `--` into a command's own options and the arguments of the training."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:end]), list(argv[end + 1 :])
 
 
 def did_you_mean(wrong: str, names: Sequence[str], otherwise: str) -> str:

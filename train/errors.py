@@ -1,9 +1,20 @@
-"""The two kinds of errors that a person is told in one line; whatever else is raised is a bug and shows its traceback."""
+"""Exit codes, and the two kinds of errors that a person reads as one line.
+
+Anything else raised is a bug and keeps its traceback.
+"""
+
+FINISHED, CRASHED, BAD_INPUT = 0, 1, 2
+PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL. A checkpoint was saved; the same command continues the run.
 
 
 class UserError(ValueError):
-    """A mistake in what a person gave us (config, data, checkpoint): got, expected, do this. Exit code 2."""
+    """Bad config, data or checkpoint. The message says what was got, what was expected and what to do. Exit code 2."""
 
 
 class RunError(RuntimeError):
-    """What went wrong on the way although config and data are good. Exit code 1."""
+    """A failure during the run, although config and data are good. Exit code 1."""
+
+
+def one_line(error: BaseException, max_length: int = 200) -> str:
+    """Return an error's message as one line, or the name of its type if it has none."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:max_length]

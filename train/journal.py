@@ -20,7 +20,7 @@ from train.step import is_left_out
 from train.tracking import fingerprint
 from train.tracking.alarms import Alarms
 from train.tracking.metrics import Metrics
-from train.world import preempt
+from train.world import signals
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Journal:
     def _process(self, keep: int) -> bool:
         """Check and log all pending results but the newest `keep`; return whether any rank was asked to stop."""
         run = self.run
-        stop_requested = run.world.world_size == 1 and preempt.requested() is not None
+        stop_requested = run.world.world_size == 1 and signals.requested() is not None
         while len(self.pending) > keep:
             pending = self.pending.pop(0)
             run.world.wait(pending.mark if keep else None)

@@ -28,7 +28,7 @@ from train.tracking.alarms import Alarms
 from train.tracking.metrics import Metrics, read_rows
 from train.tracking.tracer import Tracer
 from train.warmup import warm_up
-from train.world import preempt
+from train.world import signals
 from train.world.watchdog import Watchdog
 from train.world.world import World, is_restart
 
@@ -239,6 +239,6 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
             results = finish_step(run, metrics, lease, journal, stop_requested=stop_requested)
             journal.resume()
         if stop_requested and run.step < run.total_steps:
-            metrics.record("preempted", run.step, signal=preempt.requested() or "a signal to another rank")
+            metrics.record("preempted", run.step, signal=signals.requested() or "a signal to another rank")
             return "preempted", None
     return "finished", results

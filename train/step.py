@@ -16,7 +16,7 @@ from train.functional import models, optim, rng
 from train.functional.augment import augment, lay_out
 from train.functional.tables import StepResult, StepStatistics
 from train.run import Run
-from train.world import preempt
+from train.world import signals
 
 NAMED_EXAMPLES = 8  # of a broken micro-batch, in the error
 
@@ -56,7 +56,7 @@ def compute(run: Run, step: int) -> None:
     _gradients(run, step, statistics)
     run.world.clock.enter("optimizer")
     if not is_alone:
-        if preempt.requested() is not None:
+        if signals.requested() is not None:
             statistics.stop_flags.fill_(1)
         statistics.rank_seconds[run.world.rank] = run.world.clock.lap()
         run.world.sum_(statistics.summed)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from launch.run import ON_LOOPBACK, die_with_parent
-from train.cli import Parser, leave
+from train.cli import Parser
 from train.config import TrainConfig
 from train.errors import UserError
 from train.world.device import choose_backend, choose_device
+from train.world.process import leave
 from train.world.world import slurm_variables
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from launch.check import checks, cluster
 from launch.check.checks import Finding
-from train.cli import Parser, parse
+from train.cli import Parser, parse, split_arguments
 from train.config import Config
 from train.errors import UserError
 
@@ -46,13 +46,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nodes", type=int, default=2, help="nodes that the probe runs on (default 2)")
     parser.add_argument("--partition", help="partition of the probe (default: the cluster's)")
     parser.add_argument("--account", help="account of the probe (default: yours)")
-    end = argv.index("--") if "--" in argv else len(argv)
-    options, wrong = parser.parse_known_args(argv[:end])
+    own, arguments = split_arguments(argv)
+    options, wrong = parser.parse_known_args(own)
     if wrong:
         raise UserError(f"launch doctor has no option {wrong[0]}. The training's arguments stand behind `--`.")
     if options.nodes < 1:
         raise UserError(f"--nodes is {options.nodes}. Use 1 or more.")
-    config = parse(argv[end + 1 :])
+    config = parse(arguments)
     todo: list[tuple[str, Check]] = [(check.__name__, check) for check in checks.CHECKS]
     if options.slurm:
         where = [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(options, name))]

@@ -7,7 +7,7 @@ where the run saved. Before that the config, the data and every checkpoint are h
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.cli import Parser, parse
+from train.cli import Parser, parse, split_arguments
 from train.config import Config, read_steps
 from train.errors import UserError
 from train.mathematics import contract_differences, differences, mathematics
@@ -156,14 +156,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run with train.exact true")
     parser.add_argument("--steps", metavar="A:B", required=True, help="compute A+1 to B, from the newest checkpoint until A")
-    end = argv.index("--") if "--" in argv else len(argv)
-    options = parser.parse_args(argv[:end])
+    own, arguments = split_arguments(argv)
+    options = parser.parse_args(own)
     record = records.read(options.run, options.run.name)
     first, last = span(options.steps, fingerprint.of_rows(record.rows)["loss"], options.run)
     config_file = options.run / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{config_file} is missing. It is part of the run: nothing can be computed again without it.")
-    config = parse(["--config", str(config_file), *argv[end + 1 :]])
+    config = parse(["--config", str(config_file), *arguments])
     if not config.train.exact:
         raise UserError(f"{config_file} says train.exact false, and the run has fingerprints of exact mode. It was changed.")
     return 0 if replay(options.run, record, config, first, last) else 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from launch.deploy import formats
 from launch.deploy.formats import SUFFIXES, Deployed
 from train import __version__
-from train.cli import Parser, keep_others_from_writing, parse
+from train.cli import Parser, parse, split_arguments
 from train.config import Config
 from train.errors import UserError
 from train.evaluate import Result, evaluate, predictions_sha256
@@ -214,7 +214,6 @@ def place(output: Path | None, kind: str | None, run_dir: Path) -> tuple[str, Pa
 
 def main(argv: list[str]) -> int:
     """Export as the command line says; return the exit code."""
-    keep_others_from_writing()
     parser = Parser(
         prog="python -m launch export",
         usage="%(prog)s RUN [OPTIONS] [-- TRAIN ARGUMENTS]",
@@ -226,16 +225,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="PATH", help="file or directory (default: RUN/export/model.*)")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: averaged (ema) if the run averages")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="one checkpoint of the run (default: the best)")
-    end = argv.index("--") if "--" in argv else len(argv)
+    own, arguments = split_arguments(argv)
     try:
-        options = parser.parse_args(argv[:end])
+        options = parser.parse_args(own)
         kind, path = place(options.output, options.format, options.run)
         if kind == "onnx":
             formats.needs_onnx()
         config_file = options.run / "config.yaml"
         if not config_file.is_file():
             raise UserError(f"{config_file} is missing. Expected the directory of a run, such as runs/mnist.")
-        config = parse(["--config", str(config_file), *argv[end + 1 :]])
+        config = parse(["--config", str(config_file), *arguments])
         print(export(options.run, config, options, kind, path))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from train.config import AugmentConfig
 from train.functional.augment import affine, augment, erase, normalize, shift
+from train.functional.hashing import key
 from train.functional.rng import row_keys
-from train.functional.sampler import key
 
 CPU = torch.device("cpu")
 MEAN, STD = 33.3, 78.6

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config import ModelConfig
+from train.functional.hashing import key
 from train.functional.models import MODELS, BatchNorm2d, Dropout, build, merge_statistics, norms
 from train.functional.rng import row_keys
-from train.functional.sampler import Sampler, key
+from train.functional.sampler import Sampler
 from train.step import _shares
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.functional import sampler
+from train.functional import hashing
 from train.functional.rng import mix64, row_keys, uniform
 
 PINNED = [[12744771, 3692426], [11102799, 8369788]]  # seed 0, step 0, rows 0 and 1
@@ -19,7 +19,7 @@ def test_mix64_gives_numpys_bits() -> None:
     values = np.random.default_rng(0).integers(0, 2**64, 10_000, dtype=np.uint64)
     values[:4] = [0, 1, 2**63, 2**64 - 1]
     found = mix64(torch.from_numpy(values.view(np.int64))).numpy().view(np.uint64)
-    assert np.array_equal(found, sampler.mix64(values))
+    assert np.array_equal(found, hashing.mix64(values))
 
 
 @given(key=st.integers(0, 2**64 - 1), start=st.integers(0, 10**6), cuts=st.lists(st.integers(0, 40), max_size=3))
@@ -33,19 +33,19 @@ def test_row_keys_do_not_depend_on_how_the_batch_is_cut(key: int, start: int, cu
 
 
 def test_row_keys_are_numpys() -> None:
-    rows = np.arange(1, 9, dtype=np.uint64) * np.uint64(sampler.GOLDEN)
-    expected = sampler.mix64(rows + np.uint64(2**64 - 5))
+    rows = np.arange(1, 9, dtype=np.uint64) * np.uint64(hashing.GOLDEN)
+    expected = hashing.mix64(rows + np.uint64(2**64 - 5))
     assert row_keys(2**64 - 5, 0, 8, CPU).numpy().view(np.uint64).tolist() == expected.tolist()
 
 
 def test_uniform_is_pinned() -> None:
     """A change of these numbers changes every run that was ever made."""
-    found = uniform(row_keys(sampler.key(0, "augment", 0), 0, 2, CPU), 2) * 2**24
+    found = uniform(row_keys(hashing.key(0, "augment", 0), 0, 2, CPU), 2) * 2**24
     assert found.to(torch.int64).tolist() == PINNED
 
 
 def test_uniform_is_uniform() -> None:
-    values = uniform(row_keys(sampler.key(1, "test"), 0, 4000, CPU), 25).double()
+    values = uniform(row_keys(hashing.key(1, "test"), 0, 4000, CPU), 25).double()
     assert values.dtype == torch.float64
     assert 0 <= values.min() < 0.001
     assert 0.999 < values.max() < 1
@@ -66,15 +66,15 @@ def test_uniform_stays_below_one_when_it_is_scaled_to_integers() -> None:
 
 @pytest.mark.parametrize("lag", [1, 2, 7])
 def test_uniform_rows_and_columns_are_independent(lag: int) -> None:
-    values = uniform(row_keys(sampler.key(2, "test"), 0, 3000, CPU), 30).numpy()
+    values = uniform(row_keys(hashing.key(2, "test"), 0, 3000, CPU), 30).numpy()
     limit = 4 / values.size**0.5
     assert abs(np.corrcoef(values[:-lag].ravel(), values[lag:].ravel())[0, 1]) < limit * 1.1
     assert abs(np.corrcoef(values[:, :-lag].ravel(), values[:, lag:].ravel())[0, 1]) < limit * 1.2
 
 
 def test_uniform_salts_steps_and_purposes_draw_other_numbers() -> None:
-    keys = row_keys(sampler.key(0, "augment", 0), 0, 100, CPU)
-    others = [row_keys(sampler.key(0, *name), 0, 100, CPU) for name in (("augment", 1), ("dropout", 0))]
+    keys = row_keys(hashing.key(0, "augment", 0), 0, 100, CPU)
+    others = [row_keys(hashing.key(0, *name), 0, 100, CPU) for name in (("augment", 1), ("dropout", 0))]
     drawn = [uniform(keys, 4, salt) for salt in (0, 8, 16)] + [uniform(other, 4) for other in others]
     for number, left in enumerate(drawn):
         for right in drawn[:number]:

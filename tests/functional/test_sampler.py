@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from train.functional.sampler import Sampler, expected_ledger, key, ledger_sum, mix64, permute, share
+from train.functional.hashing import key, mix64
+from train.functional.sampler import Sampler, expected_ledger, ledger_sum, permute, share
 
 PINNED = ([9306, 53218, 21082, 21579], [54210, 22312, 48372, 26207])  # the first rows of epochs 0 and 1 of seed 0
 WORLD_SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 60, 64, 100, 1000, 4095, 4096)

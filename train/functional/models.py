@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config import ModelConfig
+from train.functional.hashing import key
 from train.functional.rng import uniform
-from train.functional.sampler import key
 
 NUM_CLASSES = 10
 

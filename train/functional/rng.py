@@ -7,7 +7,7 @@ state to save and nothing to skip; no global generator is ever read.
 import torch
 from torch import Tensor
 
-from train.functional.sampler import GOLDEN
+from train.functional.hashing import GOLDEN
 
 
 def _signed(value: int) -> int:
@@ -17,7 +17,7 @@ def _signed(value: int) -> int:
 
 
 def mix64(values: Tensor) -> Tensor:
-    """Scramble int64 values bijectively; the same bits as `sampler.mix64` (splitmix64's finalizer)."""
+    """Scramble int64 values bijectively; the same bits as `hashing.mix64` (splitmix64's finalizer)."""
 
     def shift(bits: Tensor, count: int) -> Tensor:  # logical, where torch's >> on int64 is arithmetic
         return (bits >> count) & ((1 << (64 - count)) - 1)
@@ -30,7 +30,7 @@ def mix64(values: Tensor) -> Tensor:
 def row_keys(key: int | Tensor, start: int, stop: int, device: torch.device) -> Tensor:
     """Return one key, int64 [stop - start], per row [start, stop) of the global batch.
 
-    `key` holds seed, purpose and step (`sampler.key`); as a tensor it is int64 [] with the same bits.
+    `key` holds seed, purpose and step (`hashing.key`); as a tensor it is int64 [] with the same bits.
     """
     rows = torch.arange(start + 1, stop + 1, dtype=torch.int64, device=device)
     return mix64(rows * _signed(GOLDEN) + (key if isinstance(key, Tensor) else _signed(key)))

@@ -6,31 +6,15 @@ any epoch of any data set costs the same: nothing is shuffled or skipped. Of a s
 is kept, which is faster than to compute it batch by batch. Numpy only: no torch, no ranks' state.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-GOLDEN = 0x9E3779B97F4A7C15
+from train.functional.hashing import GOLDEN, key, mix64
+
 ROUNDS = 8  # of the Feistel network; 4 are secure for large domains (Luby and Rackoff, 1988), small ones want more
-
-
-def key(seed: int, *names: str | int) -> int:
-    """Hash a seed and the names of a purpose to 64 bits: the root of every random number of a run.
-
-    Unlike `seed + epoch`, no two (seed, purpose, epoch) share a stream.
-    """
-    text = "/".join(str(part) for part in (seed, *names))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble uint64 values bijectively (splitmix64's finalizer; Steele, Lea and Flood, 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def permute(positions: NDArray[np.uint64], num_examples: int, order_key: int) -> NDArray[np.uint64]:

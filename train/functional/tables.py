@@ -14,7 +14,8 @@ from torch import Tensor
 
 from train.config import Config
 from train.functional import optim
-from train.functional.sampler import Sampler, key
+from train.functional.hashing import key
+from train.functional.sampler import Sampler
 
 MOST_ROWS, MOST_STEPS = 1 << 17, 4096  # of the global batches in a stretch, and its steps
 

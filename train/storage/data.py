@@ -28,7 +28,7 @@ from torch import Tensor
 
 from train.config import DataConfig
 from train.errors import UserError
-from train.functional.sampler import GOLDEN, mix64
+from train.functional.hashing import GOLDEN, mix64
 from train.labels import class_names
 from train.world.world import World
 

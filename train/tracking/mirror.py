@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from train.config import Config
+from train.errors import PREEMPTED
 from train.labels import class_names
 
 MIRRORED = ("train", "eval", "weights")  # the events of the rows that W&B shows
 PATIENT_START_SECONDS, FINISH_SECONDS, TRANSMIT_SECONDS = 10, 120, 5
-PREEMPTED = 75
 MOST_MISTAKES = 24  # each is two files to upload
 
 Row = dict[str, Any]

@@ -4,11 +4,10 @@ Rank 0 alone is traced: it is the one that writes. What the profiler costs at st
 ranks know which steps are traced, since they read results together before and after.
 """
 
-import os
-
 import torch
 
 from train.config import TrainConfig, read_steps
+from train.rundir import RunDir, replacing
 from train.storage.lease import Lease
 
 
@@ -42,11 +41,10 @@ class Tracer:
         if self.profiler is None:
             return ""
         self.profiler.stop()
-        path = self.lease.run_dir / "trace.json.gz"
+        path = RunDir(self.lease.run_dir).trace
         try:
-            with self.lease.writing() as staging:
-                self.profiler.export_chrome_trace(str(staging / path.name))
-                os.replace(staging / path.name, path)
+            with self.lease.writing() as staging, replacing(path, staging) as temporary:
+                self.profiler.export_chrome_trace(str(temporary))
         except OSError as error:
             return f"warning: {path} cannot be written: {error.strerror}. Training goes on."
         assert self.began is not None

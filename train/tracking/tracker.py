@@ -18,7 +18,7 @@ from typing import Any
 from train.cli import parse
 from train.config import Config
 from train.tracking.mirror import MIRRORED, Mirror, Row, brief, end_row, remedy
-from train.world import preempt
+from train.world import signals
 
 POLL_SECONDS = 0.5
 BINS = 64
@@ -151,7 +151,7 @@ def sync(run_dir: Path) -> str:
 
 def main(run_dir: Path, mode: str) -> None:
     """Be the process that follows a run. Training decides when it ends, so signals to all processes of a job do not end it."""
-    for number in preempt.SIGNALS:
+    for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
         follow(run_dir, mode)

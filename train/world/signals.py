@@ -3,15 +3,10 @@
 Deliberately not here: saving. A handler that saves would deadlock in a collective that it interrupted.
 """
 
-import os
-import re
 import signal
-import sys
-from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-EXIT_CODE = 75  # EX_TEMPFAIL: preempted with a checkpoint saved; start again to go on
 
 _received: list[int] = []
 
@@ -39,15 +34,3 @@ def leave_after(minutes: float) -> None:
 def requested() -> str | None:
     """The name of the first signal that this rank received (SIGALRM: its time is up), or None."""
     return signal.Signals(_received[0]).name if _received else None
-
-
-def die_with_launcher() -> None:
-    """Be killed when the launcher is, if one started this rank (Linux): torchrun, when killed, leaves its workers behind."""
-    if sys.platform != "linux" or not {"TORCHELASTIC_RUN_ID", "LOCKSTEP_RESTART"} & os.environ.keys():
-        return
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1 and not re.search(rb"python|torchrun|accelerate", Path("/proc/1/cmdline").read_bytes()):
-        os.kill(os.getpid(), signal.SIGKILL)  # it died before we asked, and init has adopted us

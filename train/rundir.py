@@ -1,0 +1,246 @@
+"""What a run directory holds: the names of its files, its rows and its summary. No other module spells them.
+
+metrics.jsonl has one JSON object per line, a row. Each row has an `event`, the `step` after which it was written and the
+`time` in seconds since 1970. A kill can leave a torn last line, which is not a row. summary.json is a Summary.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import yamlfile
+from train.errors import UserError
+
+Row = dict[str, Any]
+SCHEMA = 2  # of summary.json
+EXAMPLE = "runs/mnist-20260101-120000"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over a split, and what proves which predictions were made."""
+
+    accuracy: float  # share of examples whose label was predicted, 0..1
+    loss: float  # mean cross entropy
+    correct: int
+    predictions_sha256: str
+    confusion: list[list[int]]  # [label][prediction]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run says at its end, or when it was preempted."""
+
+    outcome: str  # finished | preempted
+    step: int
+    total_steps: int
+    world_size: int
+    split: str  # test | validation: the split that was evaluated
+    num_examples: int  # of that split
+    results: dict[str, Evaluation]  # of the weights, "raw", and of their average, "ema"; of the last step, else empty
+    weights_sha256: str
+    ema_weights_sha256: str | None
+    train_seconds: float
+    warm_up_seconds: float
+    wall_seconds: float
+    images_per_second: float | None
+    best: dict[str, Any] | None  # step and accuracy of the best evaluation
+    skipped_steps: int
+    closed_epoch: dict[str, Any] | None  # coverage checksum of the last finished epoch
+    exact: bool
+    num_micro_batches: int
+    precision: str
+    device: str  # cpu | cuda
+    data: dict[str, Any]
+    config: dict[str, Any]  # the fields that decide the weights
+    environment: dict[str, Any]  # what exact mode depends on besides the config
+    versions: dict[str, str]
+    git_commit: str | None
+    phases: dict[str, list[float]]  # where the time went, by rank
+    fingerprints: dict[str, Any] | None  # first and last step, SHA-256; in exact mode
+    schema: int = SCHEMA
+
+    @property
+    def final(self) -> Evaluation | None:
+        """The evaluation that counts: of the averaged weights, if the run averages them."""
+        return self.results.get("ema") or self.results.get("raw")
+
+    @property
+    def final_weights_sha256(self) -> str:
+        """SHA-256 of the weights that are the run's result."""
+        return self.ema_weights_sha256 or self.weights_sha256
+
+    def to_json(self) -> str:
+        """Return the text of summary.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Summary":
+        """Read the text of summary.json. Raises ValueError if a run of this version did not write it."""
+        try:
+            content = json.loads(text)
+            if content.get("schema") != SCHEMA:
+                version = content.get("versions", {}).get("lockstep", "another version")
+                raise ValueError(f"it was written by lockstep {version}, in format {content.get('schema', 1)}, not {SCHEMA}")
+            results = {name: Evaluation(**result) for name, result in content["results"].items()}
+            return cls(**{**content, "results": results})
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"it is damaged: {type(error).__name__} {error}"[:200]) from None
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run. Only `remove_rows_after` writes; whoever writes more must hold the lease."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        """The config of the run, all fields."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """The rows."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The summary."""
+        return self.path / "summary.json"
+
+    @property
+    def samples(self) -> Path:
+        """Images and filters to look at."""
+        return self.path / "samples.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def trace(self) -> Path:
+        """The profiler's trace."""
+        return self.path / "trace.json.gz"
+
+    @property
+    def lock(self) -> Path:
+        """The lock of the process that may write here."""
+        return self.path / ".lock"
+
+    @property
+    def heartbeats(self) -> Path:
+        """The directory in which ranks show that they are alive."""
+        return self.path / ".ranks"
+
+    @property
+    def exports(self) -> Path:
+        """The directory of exported models."""
+        return self.path / "export"
+
+    @property
+    def wandb(self) -> Path:
+        """What W&B keeps of an offline run."""
+        return self.path / "wandb"
+
+    def read_rows(self) -> list[Row]:
+        """Return the whole rows; none if there is no file."""
+        return parse_rows(self.metrics.read_text(errors="replace")) if self.metrics.is_file() else []
+
+    def read_summary(self) -> Summary | None:
+        """Return the summary, or None if there is none. Raises UserError if it cannot be read."""
+        return _read(self.summary, Summary.from_json)
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the content of config.yaml, or None if there is none. Raises UserError if it cannot be read."""
+        return _read(self.config, _mapping)
+
+    def require_config(self) -> Path:
+        """Return the path of config.yaml. Raises UserError if there is none."""
+        if not self.config.is_file():
+            raise UserError(f"{self.config} is missing. Expected the directory of a run, such as {EXAMPLE}.")
+        return self.config
+
+
+def parse_rows(text: str) -> list[Row]:
+    """Return the whole rows of a text of lines."""
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and {"event", "step"} <= row.keys() else []
+    return rows
+
+
+class Tail:
+    """The rows of a growing metrics.jsonl, each returned once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0
+
+    def rows(self) -> list[Row]:
+        """Return the whole rows since the last call; none if there is no file."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self.offset += len(whole + newline)
+        return parse_rows(whole.decode(errors="replace"))
+
+
+def write_atomically(path: Path, content: bytes, staging: Path | None = None, *, should_sync: bool = False) -> None:
+    """Write a file under a temporary name, in `staging` or next to it, and rename it into place.
+
+    `should_sync` puts the content on the disk first, so that the file is whole after a loss of power too.
+    """
+    with replacing(path, staging) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        if should_sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
+    """Give a temporary path, in `staging` or next to `path`; rename it to `path` unless the block raises."""
+    temporary = (staging or path.parent) / f".writing-{path.name}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    content = yamlfile.load(text)
+    if not isinstance(content, dict):
+        raise ValueError("it is no mapping")
+    return content
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text()) if path.exists() else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {str(error).rstrip('.')}. Delete it to continue without it.") from None
