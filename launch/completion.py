@@ -50,8 +50,12 @@ def choices(action: Any) -> tuple[str, ...]:
 
 def script(subcommands: list[str]) -> str:
     """Return the script, for bash; zsh runs it too."""
-    sections = {field.name for field in dataclasses.fields(Config)} - {"seed"}  # --optim takes a mapping: not worth a TAB
-    actions = [action for action in make_parser()._actions if action.help != argparse.SUPPRESS and action.dest not in sections]
+    sections = {field.name for field in dataclasses.fields(Config)} - {
+        "seed"
+    }  # --optim takes a mapping: not worth a TAB
+    actions = [
+        action for action in make_parser()._actions if action.help != argparse.SUPPRESS and action.dest not in sections
+    ]
     flags = [action.option_strings[-1] for action in actions]
     lines = [
         f"      {action.option_strings[-1]}) words={shlex.quote(' '.join(values))} ;;"

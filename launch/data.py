@@ -12,7 +12,9 @@ def main(argv: list[str]) -> int:
     names = get_args(get_type_hints(DataConfig)["name"])
     parser = Parser(prog="python -m launch data", description=__doc__)
     parser.add_argument("--name", choices=names, default="mnist", help="data set (default mnist)")
-    parser.add_argument("--root", help="directory to look in and download to (default: $MNIST_ROOT and a cache; the cache)")
+    parser.add_argument(
+        "--root", help="directory to look in and download to (default: $MNIST_ROOT and a cache; the cache)"
+    )
     parser.add_argument("--no-download", action="store_true", help="only look")
     options = parser.parse_args(argv)
     from train.storage import data

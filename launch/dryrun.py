@@ -25,8 +25,15 @@ Traffic = list[tuple[str, int]]  # (what, bytes of its payload) of each communic
 @contextlib.contextmanager
 def environment(rank: int = 0, world_size: int = 1, local_world_size: int = 1) -> Iterator[None]:
     """Give this process the environment of a rank, without what its own launcher has set, and put the old one back."""
-    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local_world_size, "LOCAL_WORLD_SIZE": local_world_size}
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": socket.gethostname()}):
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": rank % local_world_size,
+        "LOCAL_WORLD_SIZE": local_world_size,
+    }
+    with mock.patch.dict(
+        os.environ, {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": socket.gethostname()}
+    ):
         for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "SLURM_", "LOCKSTEP_"))]:
             del os.environ[name]
         yield
@@ -60,7 +67,8 @@ def blank_data(config: Config, num_examples: int, num_test_examples: int) -> "Da
 
     def blank(num: int) -> Split:
         return Split(
-            torch.zeros(1, 1, 28, 28, dtype=torch.uint8).expand(num, 1, 28, 28), torch.zeros(1, dtype=torch.int64).expand(num)
+            torch.zeros(1, 1, 28, 28, dtype=torch.uint8).expand(num, 1, 28, 28),
+            torch.zeros(1, dtype=torch.int64).expand(num),
         )
 
     return Data(config.data.name, blank(num_examples), blank(num_test_examples), "test", "0" * 64, 0.0, 1.0, False)
@@ -118,7 +126,9 @@ def saved_bytes(run: "Run", num_examples: int) -> int:
     inputs = torch.zeros(num_examples, 1, 28, 28).to(memory_format=run.memory_format)
     labels = torch.zeros(num_examples, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = F.cross_entropy(run.module(inputs, labels).float(), labels, reduction="sum")  # labels serve as dropout's keys
+        loss = F.cross_entropy(
+            run.module(inputs, labels).float(), labels, reduction="sum"
+        )  # labels serve as dropout's keys
     kept[loss.data_ptr()] = loss.nbytes  # and holds the graph, so that no address above was used twice
     return sum(size for address, size in kept.items() if address not in weights)
 
@@ -137,14 +147,20 @@ class Sizes:
     num_parameters: int
 
 
-def measure(config: Config, rank: int, world_size: int, local_world_size: int, micro_batches: int, num: tuple[int, int]) -> Sizes:
+def measure(
+    config: Config, rank: int, world_size: int, local_world_size: int, micro_batches: int, num: tuple[int, int]
+) -> Sizes:
     """Let one rank make one step, of two examples per micro-batch, and count; `num` are train and test examples."""
     from train.run import make_state, set_up
     from train.step import train_step
     from train.storage import checkpoint
 
     train = dataclasses.replace(
-        config.train, micro_batches=micro_batches, global_batch_size=2 * micro_batches, micro_batch_limit=0, compile=False
+        config.train,
+        micro_batches=micro_batches,
+        global_batch_size=2 * micro_batches,
+        micro_batch_limit=0,
+        compile=False,
     )
     config = dataclasses.replace(config, train=train)
     with fake_world(config, rank, world_size, local_world_size) as world:

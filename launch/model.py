@@ -63,7 +63,9 @@ class Walk:
         depth, depth_in, side = weight.shape[0], weight.shape[1], weight.shape[2]
         volume = (out.shape[3], out.shape[2], depth)
         per_kernel = f"{side} x {side} x {depth_in}"
-        kernel = f"{side} x {side}{f', stride {stride}' if stride > 1 else ''}{f', padding {padding}' if padding else ''}"
+        kernel = (
+            f"{side} x {side}{f', stride {stride}' if stride > 1 else ''}{f', padding {padding}' if padding else ''}"
+        )
         self.layers.append(
             Layer(
                 self.title("convolution", given),
@@ -156,7 +158,9 @@ def table(model: "nn.Module") -> str:
         parameters = cost(layer.parameters, layer.parameters_formula)
         side, multiply_adds = layer.receptive_field, cost(layer.multiply_adds, layer.multiply_adds_formula)
         rows.append((layer.title, layer.kernel, shape(layer.volume), parameters, f"{side} x {side}", multiply_adds))
-    sums = [f"**{sum(numbers):,}**" for numbers in zip(*((row.parameters, row.multiply_adds) for row in found), strict=True)]
+    sums = [
+        f"**{sum(numbers):,}**" for numbers in zip(*((row.parameters, row.multiply_adds) for row in found), strict=True)
+    ]
     rows.append(("**sum**", "", "", sums[0], "", sums[1]))
     return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows)
 

@@ -51,7 +51,9 @@ def plan_ranks(config: Config, nodes: int, per_node: int) -> int:
         if not largest:
             raise
         fits = (
-            f"--nodes {largest // per_node} --gpus-per-node {per_node}" if largest >= per_node else f"--gpus-per-node {largest}"
+            f"--nodes {largest // per_node} --gpus-per-node {per_node}"
+            if largest >= per_node
+            else f"--gpus-per-node {largest}"
         )
         raise UserError(f"{error} The largest that fits here: {fits}.") from None
 
@@ -72,7 +74,9 @@ def check_epoch(sampler: "Sampler", world_size: int) -> str:
             examples = sampler.rank_examples(step, rank, world_size)
             total, count = (total + ledger_sum(examples)) % 2**64, count + len(examples)
     if (total, count) != expected_ledger(sampler.num_examples, 1 << 20):
-        raise RuntimeError(f"The ledger over all {world_size} ranks has {count} examples, sum {total:016x}: not an epoch.")
+        raise RuntimeError(
+            f"The ledger over all {world_size} ranks has {count} examples, sum {total:016x}: not an epoch."
+        )
     return f"{total:016x}"
 
 
@@ -97,7 +101,10 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[st
         "micro_batches": micro_batches,
         "exact": config.train.exact,
         "ranks": [{"micro_batches": [own.start, own.stop], "rows": [rows.start, rows.stop]} for own, rows in ranks],
-        "last_batch": {"rows": sampler.batch_rows(sampler.steps_per_epoch - 1), "idle_ranks": idle_ranks(sampler, world_size)},
+        "last_batch": {
+            "rows": sampler.batch_rows(sampler.steps_per_epoch - 1),
+            "idle_ranks": idle_ranks(sampler, world_size),
+        },
         "eval_portions": -(-num[1] // config.eval.batch_size),
         "num_train_examples": num[0],
         "ledger": check_epoch(sampler, world_size),
@@ -123,12 +130,16 @@ def idle_ranks(sampler: "Sampler", world_size: int) -> int:
     return sum(not rows for _, rows in shares(sampler, sampler.steps_per_epoch - 1, world_size))
 
 
-def memory(config: Config, sizes: dryrun.Sizes, ranks: list[tuple[range, range]], num: tuple[int, int]) -> dict[str, int]:
+def memory(
+    config: Config, sizes: dryrun.Sizes, ranks: list[tuple[range, range]], num: tuple[int, int]
+) -> dict[str, int]:
     """What the rank with most to do keeps in its device's memory when its last backward pass begins."""
     micro_batch = max(-(-len(rows) // max(len(own), 1)) for own, rows in ranks)
     most, rows = max(len(own) for own, _ in ranks), max(len(rows) for _, rows in ranks)
     gradients = 4 * sizes.num_parameters
-    received = [size * (len(ranks) if what == "gather" else 1) for what, size in sizes.traffic if what in ("exchange", "gather")]
+    received = [
+        size * (len(ranks) if what == "gather" else 1) for what, size in sizes.traffic if what in ("exchange", "gather")
+    ]
     return {
         "weights": sizes.parameters,
         "gradients": gradients,
@@ -179,7 +190,9 @@ def text(plan: dict[str, Any], nodes: int, per_node: int) -> str:
     payloads = ", ".join(f"{what} {count} x {size:,} bytes" for (what, size), count in sent.items())
     lines.append(f"communicated  per step and rank: {payloads or 'nothing'}")
     kept = plan["checkpoints_kept_bytes"]
-    lines.append(f"checkpoint    {plan['checkpoint_bytes']:,} bytes; {kept:,} on the disk at most (kept, best, being written)")
+    lines.append(
+        f"checkpoint    {plan['checkpoint_bytes']:,} bytes; {kept:,} on the disk at most (kept, best, being written)"
+    )
     held = plan["memory_bytes"]
     parts_text = ", ".join(f"{name} {amount / 1e6:,.1f}" for name, amount in held.items() if amount)
     lines.append(f"memory        {sum(held.values()) / 1e6:,.1f} MB per rank beside torch itself: {parts_text}")
@@ -192,7 +205,9 @@ def main(argv: list[str]) -> int:
         prog="python -m launch plan", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=1, help="GPUs and ranks of each; 0: one rank on its CPU (default 1)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=1, help="GPUs and ranks of each; 0: one rank on its CPU (default 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every rank's micro-batches and rows")
     parser.add_argument("--scaling", action="store_true", help="print the modelled tables of docs/scaling.md instead")
     own, arguments = split_arguments(argv)

@@ -66,7 +66,12 @@ class Ranks:
             for rank in range(nproc):
                 env = ON_LOOPBACK | dict(os.environ, LOCKSTEP_RESTART=str(restart))
                 if nproc > 1:
-                    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+                    env |= {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(nproc),
+                        "LOCAL_WORLD_SIZE": str(nproc),
+                    }
                     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
                     env |= {"LOCKSTEP_STORE_FD": str(store.fileno())}
                 handed = [store.fileno()] if nproc > 1 and rank == 0 else []
@@ -101,7 +106,9 @@ class Ranks:
         if not failed:
             return 0
         first = first or failed[0]
-        if first[1] == PREEMPTED:  # all ranks have agreed on it and saved; one that was killed since hung in its last words
+        if (
+            first[1] == PREEMPTED
+        ):  # all ranks have agreed on it and saved; one that was killed since hung in its last words
             return PREEMPTED
         crashes = [pair for pair in failed if pair[1] not in (PREEMPTED, BAD_INPUT)]
         if not crashes:
@@ -134,12 +141,18 @@ def main(argv: list[str]) -> int:
         prog="python -m launch run", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, one on a machine without GPU")
-    parser.add_argument("--max-restarts", type=int, default=0, help="how often a training whose rank died is resumed (default 0)")
-    parser.add_argument("--min-nproc", type=int, help="resume with one process fewer each time, down to this (default: --nproc)")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, help="how often a training whose rank died is resumed (default 0)"
+    )
+    parser.add_argument(
+        "--min-nproc", type=int, help="resume with one process fewer each time, down to this (default: --nproc)"
+    )
     own, arguments = split_arguments(argv)
     options, wrong = parser.parse_known_args(own)
     if wrong:
-        hint = did_you_mean(wrong[0], list(parser._option_string_actions), "The training's arguments stand behind `--`.")
+        hint = did_you_mean(
+            wrong[0], list(parser._option_string_actions), "The training's arguments stand behind `--`."
+        )
         raise UserError(f"launch run has no option {wrong[0]}. {hint}")
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc is {options.nproc}. Use 1 or more.")
@@ -161,5 +174,7 @@ def main(argv: list[str]) -> int:
         if code != 1 or told or restart == options.max_restarts:
             return code
         nproc = max(min_nproc, nproc - 1)
-        print(f"launch: restart {restart + 1} of {options.max_restarts}, {nproc} process(es)", file=sys.stderr, flush=True)
+        print(
+            f"launch: restart {restart + 1} of {options.max_restarts}, {nproc} process(es)", file=sys.stderr, flush=True
+        )
     raise AssertionError("the loop returns")

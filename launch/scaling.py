@@ -62,7 +62,9 @@ def ring(num_bytes: int, world_size: int, cluster: Cluster = H100) -> float:
     latency = cluster.ring_base + (hops - crossing) * cluster.ring_nvlink + crossing * cluster.ring_network
     # as many rings as GPUs of a node, each with a network card of its own
     whole = cluster.nvlink_bytes_per_second if nodes == 1 else cluster.per_node * cluster.network_bytes_per_second
-    return latency + hops / world_size * num_bytes / (min(whole, cluster.nvlink_bytes_per_second) * cluster.protocol_share)
+    return latency + hops / world_size * num_bytes / (
+        min(whole, cluster.nvlink_bytes_per_second) * cluster.protocol_share
+    )
 
 
 def tree(num_bytes: int, world_size: int, cluster: Cluster = H100) -> float:
@@ -73,7 +75,11 @@ def tree(num_bytes: int, world_size: int, cluster: Cluster = H100) -> float:
     chain = math.ceil(world_size / nodes) - 1
     hops = chain * cluster.tree_nvlink + math.ceil(math.log2(nodes)) * cluster.tree_network
     whole = cluster.nvlink_bytes_per_second if nodes == 1 else cluster.per_node * cluster.network_bytes_per_second
-    return cluster.tree_base + 2 * hops + 2 * num_bytes / (min(whole, cluster.nvlink_bytes_per_second) * cluster.protocol_share)
+    return (
+        cluster.tree_base
+        + 2 * hops
+        + 2 * num_bytes / (min(whole, cluster.nvlink_bytes_per_second) * cluster.protocol_share)
+    )
 
 
 def doubling(num_bytes: int, world_size: int, cluster: Cluster = H100) -> float:
@@ -103,7 +109,9 @@ class Workload:
         table = min(ring(table_bytes, world_size, cluster), tree(table_bytes, world_size, cluster))
         if exact:
             return doubling(self.gradient_bytes, world_size, cluster) + table
-        return min(ring(self.gradient_bytes, world_size, cluster), tree(self.gradient_bytes, world_size, cluster)) + table
+        return (
+            min(ring(self.gradient_bytes, world_size, cluster), tree(self.gradient_bytes, world_size, cluster)) + table
+        )
 
     def step(self, world_size: int, batch: float, *, exact: bool = False, cluster: Cluster = H100) -> float:
         """Seconds of a step of `batch` examples over all ranks."""
@@ -119,7 +127,11 @@ class Workload:
     def strong_batch(self, world_size: int, *, exact: bool = False, cluster: Cluster = H100) -> int:
         """The least global batch that W GPUs do 0.9 W times as fast as one GPU does it."""
         image = self.flop_per_image / cluster.flops
-        lost = EFFICIENCY * world_size * (cluster.step_overhead + self.communication(world_size, exact=exact, cluster=cluster))
+        lost = (
+            EFFICIENCY
+            * world_size
+            * (cluster.step_overhead + self.communication(world_size, exact=exact, cluster=cluster))
+        )
         return max(world_size, math.ceil((lost - cluster.step_overhead) / ((1 - EFFICIENCY) * image)))
 
 
@@ -146,8 +158,12 @@ def page() -> str:
         times = (ring(size, world), tree(size, world), doubling(size, world), tree(8 * (world + 1), world))
         communication.append([f"{world:,}", *(f"{seconds / US:,.0f}" for seconds in times)])
         faster = [work.step(1, batch) / work.step(world, batch) for batch in BATCHES]
-        cells = [f"{1e3 * work.step(world, batch):.2f} ({gain:.1f} x)" for batch, gain in zip(BATCHES, faster, strict=True)]
-        steps.append([f"{world:,}", *(cell if batch >= world else "-" for batch, cell in zip(BATCHES, cells, strict=True))])
+        cells = [
+            f"{1e3 * work.step(world, batch):.2f} ({gain:.1f} x)" for batch, gain in zip(BATCHES, faster, strict=True)
+        ]
+        steps.append(
+            [f"{world:,}", *(cell if batch >= world else "-" for batch, cell in zip(BATCHES, cells, strict=True))]
+        )
         least = [find(world, exact=exact) for exact in (False, True) for find in (work.weak_batch, work.strong_batch)]
         batches.append([f"{world:,}", *(f"{batch:,}" for batch in least)])
     return "\n\n".join(

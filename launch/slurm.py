@@ -35,15 +35,21 @@ def make_parser() -> Parser:
         "--qos, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
     )
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=0, help="GPUs and ranks per node; 0: CPU ranks (default 0)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=0, help="GPUs and ranks per node; 0: CPU ranks (default 0)"
+    )
     parser.add_argument("--ntasks-per-node", type=int, default=1, help="CPU ranks per node (default 1)")
-    parser.add_argument("--signal-seconds", type=int, default=300, help="save and leave so long before the limit (default 300)")
+    parser.add_argument(
+        "--signal-seconds", type=int, default=300, help="save and leave so long before the limit (default 300)"
+    )
     parser.add_argument(
         "--sweep", help="'seeds', or a file with one line of flags per run; needs --array, such as --array=1-5%%2"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and do not submit")
     parser.add_argument("--follow", action="store_true", help="show the log and the job's states until it ends")
-    parser.add_argument("--print-run", action="store_true", help="check the arguments, print the run's directory (for the job)")
+    parser.add_argument(
+        "--print-run", action="store_true", help="check the arguments, print the run's directory (for the job)"
+    )
     return parser
 
 
@@ -73,11 +79,24 @@ def check_lines(path: Path, arguments: list[str]) -> None:
 def command(options: Namespace, extra: list[str], arguments: list[str]) -> list[str]:
     """The sbatch command line."""
     ranks = (
-        ("--gpus-per-node", options.gpus_per_node) if options.gpus_per_node else ("--ntasks-per-node", options.ntasks_per_node)
+        ("--gpus-per-node", options.gpus_per_node)
+        if options.gpus_per_node
+        else ("--ntasks-per-node", options.ntasks_per_node)
     )
     signal = f"--signal=USR2@{options.signal_seconds}"
     script = [SCRIPTS[1], options.sweep] if options.sweep else [SCRIPTS[0]]
-    return ["sbatch", "--parsable", "--nodes", str(options.nodes), ranks[0], str(ranks[1]), signal, *extra, *script, *arguments]
+    return [
+        "sbatch",
+        "--parsable",
+        "--nodes",
+        str(options.nodes),
+        ranks[0],
+        str(ranks[1]),
+        signal,
+        *extra,
+        *script,
+        *arguments,
+    ]
 
 
 def run(*argv: str) -> str:
@@ -111,7 +130,10 @@ def follow(job: str, log: Path) -> int:
                 print(file.read(), end="", flush=True)
                 position = file.tell()
         if now != shown:
-            print(f"{time.strftime('%H:%M:%S')} job {job}: {now} {fields.get('NodeList', '').replace('(null)', '')}", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} job {job}: {now} {fields.get('NodeList', '').replace('(null)', '')}",
+                flush=True,
+            )
             shown = now
         if state not in GOING_ON or "held" in reason.lower():
             code = int(fields["ExitCode"].split(":")[0])
@@ -124,7 +146,9 @@ def main(argv: list[str]) -> int:
     own, arguments = split_arguments(argv)
     options, extra = make_parser().parse_known_args(own)
     if stray := [word for word in extra if not word.startswith("-")]:
-        raise UserError(f"{stray[0]!r} stands alone. Write sbatch's options as --name=value; the training's stand behind `--`.")
+        raise UserError(
+            f"{stray[0]!r} stands alone. Write sbatch's options as --name=value; the training's stand behind `--`."
+        )
     config = parse(arguments)
     if options.print_run:
         if "SLURM_JOB_ID" not in os.environ:
@@ -135,7 +159,9 @@ def main(argv: list[str]) -> int:
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Use {least} or more.")
     if options.sweep and (options.follow or not any(word.startswith("--array=") for word in extra)):
-        raise UserError("--sweep needs --array=FIRST-LAST, such as --array=1-5%2, and cannot be followed: each task has its log.")
+        raise UserError(
+            "--sweep needs --array=FIRST-LAST, such as --array=1-5%2, and cannot be followed: each task has its log."
+        )
     if options.sweep and options.sweep != "seeds":
         check_lines(Path(options.sweep), arguments)
     check_world(config, options.nodes * (options.gpus_per_node or options.ntasks_per_node))

@@ -23,7 +23,9 @@ def table(directory: Path) -> str:
             lines.append(f"{run.name:24} {'not finished':>9}")
             continue
         # the averaged weights are what a run with optim.ema is for
-        accuracy = next(v for name, v in sorted(summary.items()) if name.endswith(("test_accuracy", "validation_accuracy")))
+        accuracy = next(
+            v for name, v in sorted(summary.items()) if name.endswith(("test_accuracy", "validation_accuracy"))
+        )
         values.append(accuracy)
         lines.append(f"{run.name:24} {accuracy:9.2%} {summary['step']:7}  {summary['weights_sha256'][:16]}")
     spread = f" +- {statistics.stdev(values):.2%}" if len(values) > 1 else ""

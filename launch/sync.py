@@ -10,7 +10,9 @@ from train.errors import UserError
 def main(argv: list[str]) -> int:
     """Send each run, and say what was sent; return the exit code: 0, 1 if W&B could not be reached, 2 for bad input."""
     parser = Parser(prog="python -m launch sync", description=__doc__)
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run that has ended, such as runs/mnist")
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="directory of a run that has ended, such as runs/mnist"
+    )
     options = parser.parse_args(argv)
     from train.tracking import tracker
 
@@ -23,6 +25,9 @@ def main(argv: list[str]) -> int:
         try:
             print(tracker.sync(run_dir), flush=True)
         except ConnectionError as error:
-            print(f"error: {run_dir} was not sent: {str(error).rstrip('.')}. Try again later: nothing is lost.", file=sys.stderr)
+            print(
+                f"error: {run_dir} was not sent: {str(error).rstrip('.')}. Try again later: nothing is lost.",
+                file=sys.stderr,
+            )
             return 1
     return 0

@@ -47,7 +47,9 @@ def read(run_dir: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{run_dir / 'metrics.jsonl'} cannot be read: {error.strerror}. Expected a run's directory.") from error
+        raise UserError(
+            f"{run_dir / 'metrics.jsonl'} cannot be read: {error.strerror}. Expected a run's directory."
+        ) from error
     return Record(run_dir, run_dir.resolve().name, rows, {}, {}) if rows else None
 
 
@@ -140,13 +142,17 @@ def main(argv: list[str]) -> int:
     """Show the run; return exit code 0. Raises UserError."""
     parser = Parser(prog="python -m launch watch", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run; may come into being later")
-    parser.add_argument("--once", action="store_true", help="print one picture and leave; so it is where there is no terminal")
+    parser.add_argument(
+        "--once", action="store_true", help="print one picture and leave; so it is where there is no terminal"
+    )
     options = parser.parse_args(argv)
     console = Console(highlight=False)
     if options.once or not console.is_terminal:
         record = read(options.run)
         if record is None:
-            raise UserError(f"{options.run} has no rows in metrics.jsonl. Expected a run's directory, such as runs/mnist.")
+            raise UserError(
+                f"{options.run} has no rows in metrics.jsonl. Expected a run's directory, such as runs/mnist."
+            )
         console.print(frame(options.run, record, time.time()))
         return 0
     with contextlib.suppress(KeyboardInterrupt):  # leaving is no failure

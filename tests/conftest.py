@@ -74,7 +74,9 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        )
 
     return run
 
@@ -126,7 +128,9 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ranks.processes import train
 
     run = tmp_path_factory.mktemp("runs") / "digits"
-    flags = "--model.dropout 0.1 --augment.shift 1 --augment.rotate 5 --optim.lr 0.05 --optim.ema 0.95 --optim.clip_norm 5"
+    flags = (
+        "--model.dropout 0.1 --augment.shift 1 --augment.rotate 5 --optim.lr 0.05 --optim.ema 0.95 --optim.clip_norm 5"
+    )
     train(1, run, flags, "--train.epochs 20 --checkpoint.keep 9 --eval.every_steps 115")
     return run
 

@@ -117,7 +117,11 @@ class Training:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
                 words = path.read_bytes().split(b"\0")
-                if name in words and b"train" in words and int(path.parent.name) != (self.launcher and self.launcher.pid):
+                if (
+                    name in words
+                    and b"train" in words
+                    and int(path.parent.name) != (self.launcher and self.launcher.pid)
+                ):
                     found.add(int(path.parent.name))
         return found
 
@@ -195,7 +199,9 @@ def examine(training: Training, expected: dict[str, Any], steps: int) -> dict[st
     deadline = time.monotonic() + 5
     while training.pids() and time.monotonic() < deadline:
         time.sleep(0.05)
-    left = [path.name for path in training.run.rglob("*") if "writing" in path.name or path.name in (".ranks", "verdict")]
+    left = [
+        path.name for path in training.run.rglob("*") if "writing" in path.name or path.name in (".ranks", "verdict")
+    ]
     logged = Counter(row["step"] for row in rows(training.run, "train"))
     names = ("weights_sha256", "ema_weights_sha256", "test_predictions_sha256")
     found = json.loads((training.run / "summary.json").read_text())
@@ -218,7 +224,9 @@ def kills(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         steps = STEPS[way]
         key = f"{world_size(way)}-{steps}"
         if key not in expected:
-            whole = Training("two ranks" if world_size(way) == 2 else "one process", place / f"undisturbed-{key}", steps)
+            whole = Training(
+                "two ranks" if world_size(way) == 2 else "one process", place / f"undisturbed-{key}", steps
+            )
             whole.wait()
             expected[key] = json.loads((whole.run / "summary.json").read_text())
         number = 0
@@ -245,9 +253,15 @@ def kills_table(result: dict[str, Any]) -> str:
     for (way, moment), found in sorted(groups.items()):
         seconds = [row["seconds"] for row in found]
         again = max(row["recomputed"] for row in found)
-        lines.append(f"| {way} | {moment} | {len(found)} | {again} | {statistics.median(seconds):.1f}, {max(seconds):.1f} |")
+        lines.append(
+            f"| {way} | {moment} | {len(found)} | {again} | {statistics.median(seconds):.1f}, {max(seconds):.1f} |"
+        )
     return "\n".join(
-        [*lines, "", f"{len(result['kills'])} kills; " + ", ".join(f"{n} {what}" for what, n in result["totals"].items())]
+        [
+            *lines,
+            "",
+            f"{len(result['kills'])} kills; " + ", ".join(f"{n} {what}" for what, n in result["totals"].items()),
+        ]
     )
 
 
@@ -284,7 +298,9 @@ def elastic_table(result: dict[str, Any]) -> str:
     lines = [f"{sum(s <= 10 for s in seconds)} of {len(seconds)} killed workers: training again within 10 s "
              f"(median {statistics.median(seconds):.1f} s, most {max(seconds):.1f} s)"]  # fmt: skip
     if ends:
-        lines += [f"{sum(s <= 5 for s in ends)} of {len(ends)} killed agents: no orphan after 5 s (most {max(ends):.2f} s)"]
+        lines += [
+            f"{sum(s <= 5 for s in ends)} of {len(ends)} killed agents: no orphan after 5 s (most {max(ends):.2f} s)"
+        ]
     return "\n".join(lines)
 
 
@@ -325,7 +341,9 @@ def main(argv: list[str]) -> int:
             os.environ.setdefault("XDG_CACHE_HOME", str(Path(place).parent / "lockstep-faults-cache"))
             results[what] = campaign(options, Path(place))
         good &= is_good(what, results[what])
-        print(f"## {what}, seed {options.seed}, {time.monotonic() - began:.0f} s\n\n{table(results[what])}\n", flush=True)
+        print(
+            f"## {what}, seed {options.seed}, {time.monotonic() - began:.0f} s\n\n{table(results[what])}\n", flush=True
+        )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if good else 1

@@ -59,13 +59,26 @@ def confusion(correct: int, mistakes: dict[tuple[int, int], int]) -> list[list[i
 
 def make_rows(*, restarts: tuple[int, ...] = (), final_loss: float = 0.01) -> list[dict[str, Any]]:
     """Rows as metrics.jsonl has them: training every 10 steps, evaluations at 30 and 60, preempted and started again."""
-    start = {"event": "start", "world_size": 4, "total_steps": STEPS, "command": ["--seed", "1"], "data": {"name": "mnist"}}
+    start = {
+        "event": "start",
+        "world_size": 4,
+        "total_steps": STEPS,
+        "command": ["--seed", "1"],
+        "data": {"name": "mnist"},
+    }
     rows: list[dict[str, Any]] = [{**start, "step": 0, "time": 1e9}]
     for step in range(10, STEPS + 1, 10):
         at = {"step": step, "time": 1e9 + step}
         loss = 2.3 * (final_loss / 2.3) ** (step / STEPS)
-        numbers = {"lr": 0.1 * (1 - step / 61), "grad_norm": 0.5 + step / 50, "images_per_second": 1e4, "train_seconds": step / 9}
-        rows.append({"event": "train", **at, "epoch": step / 30, "loss": loss, **numbers, "seconds_left": float(STEPS - step)})
+        numbers = {
+            "lr": 0.1 * (1 - step / 61),
+            "grad_norm": 0.5 + step / 50,
+            "images_per_second": 1e4,
+            "train_seconds": step / 9,
+        }
+        rows.append(
+            {"event": "train", **at, "epoch": step / 30, "loss": loss, **numbers, "seconds_left": float(STEPS - step)}
+        )
         if step % 30 == 0:
             result = {"accuracy": 0.9 + step / 1000, "loss": 2 * loss, "correct": 900 + step, "num_examples": 1000}
             rows.append({"event": "eval", **at, "split": "test", "ema": False, **result})
@@ -78,7 +91,9 @@ def make_rows(*, restarts: tuple[int, ...] = (), final_loss: float = 0.01) -> li
 def make_summary(**changes: Any) -> dict[str, Any]:
     summary = {"outcome": "finished", "step": STEPS, "total_steps": STEPS, "world_size": 2, "weights_sha256": SHA256}
     summary |= {"train_seconds": 6.7, "images_per_second": 12345.6, "git_commit": "c0ffee+", "device": "cpu"}
-    summary |= {"data": {"name": "mnist", "num_train_examples": 60000, "num_test_examples": 10000, "is_fallback": False}}
+    summary |= {
+        "data": {"name": "mnist", "num_train_examples": 60000, "num_test_examples": 10000, "is_fallback": False}
+    }
     summary |= {"contract": {"device": "x86_64", "num_threads": 2}, "versions": {"torch": "2.15.0", "python": "3.11.2"}}
     summary |= {"test_confusion": confusion(96, {(4, 9): 21, (7, 2): 13, (3, 5): 6})}
     summary |= {"phases": {"seconds": [9.0, 9.0], "data": [0.125, 0.25], "forward_backward": [0.875, 0.75]}}
@@ -102,7 +117,9 @@ def make_run(
     mistakes: int | None = None,
 ) -> Path:
     run.mkdir(parents=True)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "tra')  # a torn last line
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"event": "tra'
+    )  # a torn last line
     (run / "config.yaml").write_text((config or Config()).to_yaml())
     if summary:
         (run / "summary.json").write_text(json.dumps(summary))
@@ -115,12 +132,15 @@ def make_pages(directory: Path) -> dict[str, Path]:
     """Three kinds of pages: of one run with everything, of several with seeds, of one whose every text is an attack."""
     one = make_run(directory / "one", make_rows(restarts=(30,)), make_summary(), mistakes=100)
     seeds = [
-        make_run(directory / f"seed-{seed}", make_rows(final_loss=seed / 50), make_summary(), Config(seed=seed), mistakes=30)
+        make_run(
+            directory / f"seed-{seed}", make_rows(final_loss=seed / 50), make_summary(), Config(seed=seed), mistakes=30
+        )
         for seed in (1, 2, 3)
     ]
     evil_data = {"name": EVIL, "is_fallback": True, "sha256": EVIL, "num_test_examples": 1000}
     evil_rows = [
-        {**row, "signal": EVIL, "world_size": EVIL, "command": [EVIL], "split": EVIL} for row in make_rows(restarts=(30,))
+        {**row, "signal": EVIL, "world_size": EVIL, "command": [EVIL], "split": EVIL}
+        for row in make_rows(restarts=(30,))
     ]
     config = Config(wandb=WandbConfig(notes=EVIL, tags=[EVIL]), data=DataConfig(name="fashion_mnist", root=EVIL))
     summary = make_summary(data=evil_data, git_commit=EVIL, versions={EVIL: EVIL}, device=EVIL)

@@ -18,7 +18,9 @@ from train.config import Config
 from train.errors import UserError
 from train.mathematics import mathematics
 
-SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
+SECTIONS = {
+    field.name: field.default_factory for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)
+}
 FIELDS = {
     f"{section}.{field.name}": field for section, build in SECTIONS.items() for field in dataclasses.fields(build)  # type: ignore
 }  # fmt: skip
@@ -75,7 +77,10 @@ PAIRS = [
     ({"exact": True}, ["train.exact", "train.micro_batches", "8"]),
     ({"global_batch_size": 500, "micro_batches": 8}, ["500", "8 micro-batches", "496 or 504", "train.micro_batches 5"]),
     ({"global_batch_size": 4, "micro_batches": 8}, ["train.micro_batches is 8", "4 examples"]),
-    ({"global_batch_size": 64, "micro_batches": 2, "micro_batch_limit": 10}, ["32 examples", "train.micro_batches 7 or more"]),
+    (
+        {"global_batch_size": 64, "micro_batches": 2, "micro_batch_limit": 10},
+        ["32 examples", "train.micro_batches 7 or more"],
+    ),
 ]
 
 
@@ -202,7 +207,9 @@ STRINGS = ["a: b", "yes", "2024", "2024-01-01", "1.5", "0x10", "#1", "- x", "{a"
 
 @pytest.mark.parametrize("text", STRINGS)
 def test_to_yaml_is_read_back_to_an_equal_config(text: str, tmp_path: Path) -> None:
-    config = Config(seed=3, wandb=train.config.WandbConfig(project=text, tags=[text]), optim=train.config.OptimConfig(lr=1e-5))
+    config = Config(
+        seed=3, wandb=train.config.WandbConfig(project=text, tags=[text]), optim=train.config.OptimConfig(lr=1e-5)
+    )
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert parse(["--config", str(file)]) == config
@@ -295,7 +302,9 @@ def test_mathematics_holds_what_decides_the_weights_and_nothing_else() -> None:
     assert flat == mathematics(with_value("train.device", "cpu"))
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["--print_config"], 0), (["--optim.lr", "-1"], 2), (["--zzz"], 2)])
+@pytest.mark.parametrize(
+    ("argv", "code"), [(["--help"], 0), (["--print_config"], 0), (["--optim.lr", "-1"], 2), (["--zzz"], 2)]
+)
 def test_command_line_answers_without_torch_or_numpy(argv: list[str], code: int, python: Callable) -> None:
     script = (
         "import sys; from train.__main__ import main\n"
@@ -308,8 +317,12 @@ def test_command_line_answers_without_torch_or_numpy(argv: list[str], code: int,
     assert len(done.stderr.splitlines()) == (1 if code else 0)
 
 
-@pytest.mark.parametrize(("argv", "code", "line"), [(["--help"], 0, ""), (["--optim.lrr", "1"], 2, "error: There is no config")])
-def test_command_line_leaves_with_its_code_and_at_most_one_line(argv: list[str], code: int, line: str, python: Callable) -> None:
+@pytest.mark.parametrize(
+    ("argv", "code", "line"), [(["--help"], 0, ""), (["--optim.lrr", "1"], 2, "error: There is no config")]
+)
+def test_command_line_leaves_with_its_code_and_at_most_one_line(
+    argv: list[str], code: int, line: str, python: Callable
+) -> None:
     done = python("-m", "train", *argv)
     assert done.returncode == code
     assert done.stderr.startswith(line)

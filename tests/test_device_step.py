@@ -105,7 +105,9 @@ def seen_step(run: Run) -> Seen:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("mode", ["", EXACT])
-@pytest.mark.parametrize("model", ["cnn", "vgg --train.micro_batches 2", "vgg_wide --train.micro_batches 2", "tiny", "tiny_bn"])
+@pytest.mark.parametrize(
+    "model", ["cnn", "vgg --train.micro_batches 2", "vgg_wide --train.micro_batches 2", "tiny", "tiny_bn"]
+)
 def test_a_step_reads_no_number_and_stays_on_its_device(model: str, mode: str, optimizer: str) -> None:
     with opened(f"{EVERYTHING} --model.name {model} {mode} --optim.name {optimizer} --train.epochs 2") as run:
         for _ in range(3):  # over the end of an epoch, whose last batch is smaller
@@ -142,7 +144,9 @@ def test_this_test_sees_a_read_and_a_stray_tensor(monkeypatch: pytest.MonkeyPatc
 KERNELS = {"fast": 63, "quickstart": 63, "fast-99.5": 256, "mnist": 257, "best": 317}
 
 
-@pytest.mark.skipif(TORCH < (2, 15), reason="counted with torch 2.15: 2.11 copies gradients of convolutions on this device")
+@pytest.mark.skipif(
+    TORCH < (2, 15), reason="counted with torch 2.15: 2.11 copies gradients of convolutions on this device"
+)
 @pytest.mark.parametrize("recipe", KERNELS)
 def test_a_step_has_no_more_operations_than_it_had(recipe: str) -> None:
     with opened(f"--config configs/{recipe}.yaml --data.name random --train.precision fp32") as run:
@@ -170,7 +174,20 @@ def test_nothing_that_reduces_over_a_gradient_sees_an_odd_address(tmp_path: Any,
         assert steps[-1]["operations"] >= 4
 
 
-FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros"}
+FACTORIES = {
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+}
 READS = {"item", "tolist", "numpy", "cpu", "nonzero"}
 DEVICE_CODE = {  # functions of each module that work on the host
     "step": {"is_left_out", "_blame"}, "augment": set(), "rng": set(), "models": set(), "graphs": set(), "optim": {"lr"},

@@ -12,7 +12,9 @@ from ranks.processes import rows
 
 
 def options(**values: Any) -> argparse.Namespace:
-    return argparse.Namespace(**({"seed": 0, "kills": 6, "ways": None, "agents": 0, "steps": 300, "every": 0.3} | values))
+    return argparse.Namespace(
+        **({"seed": 0, "kills": 6, "ways": None, "agents": 0, "steps": 300, "every": 0.3} | values)
+    )
 
 
 @pytest.mark.parametrize("way", ["one process", "two ranks"])

@@ -20,7 +20,9 @@ def run_on_terminal(argv: list[str]) -> str:
     """Run `python -m train` on a pseudo-terminal and return what it showed."""
     main, replica = pty.openpty()
     env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
-    process = subprocess.Popen([sys.executable, "-m", "train", *argv], stdin=replica, stdout=replica, stderr=replica, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *argv], stdin=replica, stdout=replica, stderr=replica, env=env
+    )
     os.close(replica)
     shown = b""
     while True:
@@ -58,7 +60,8 @@ def test_compiled_model_computes_the_same_up_to_round_off(tmp_path: Path) -> Non
     train(1, tmp_path / "eager", flags)
     train(1, tmp_path / "compiled", flags, "--train.compile true")
     eager, compiled = (
-        load_file(tmp_path / name / "checkpoints" / "step-00000005" / "model.safetensors") for name in ("eager", "compiled")
+        load_file(tmp_path / name / "checkpoints" / "step-00000005" / "model.safetensors")
+        for name in ("eager", "compiled")
     )
     for name, tensor in eager.items():
         torch.testing.assert_close(tensor, compiled[name], atol=1e-4, rtol=1e-3)
@@ -116,7 +119,17 @@ def test_every_recipe_starts_and_names_its_command(tmp_path: Path, recipe: Path)
 
 @pytest.mark.mnist
 def test_quickstart_reaches_99_percent_on_mnist(tmp_path: Path, mnist_root: Path) -> None:
-    command = [sys.executable, "-m", "launch", "run", "--", "--config", "configs/quickstart.yaml", "--run.dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "run",
+        "--",
+        "--config",
+        "configs/quickstart.yaml",
+        "--run.dir",
+        str(tmp_path),
+    ]
     env = os.environ | {"MNIST_ROOT": str(mnist_root)}
     done = subprocess.run([*command, "--run.name", "q"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

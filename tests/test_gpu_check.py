@@ -151,7 +151,9 @@ def test_interrupted_visit_leaves_a_receipt(tmp_path: Path, monkeypatch: pytest.
 def test_killed_visit_leaves_a_receipt(tmp_path: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "gpu.check", "--device", "cpu", "--output", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while not list(tmp_path.glob("gpu-check-*/logs/facts.log")):
             time.sleep(0.01)
         process.send_signal(number)

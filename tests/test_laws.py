@@ -26,7 +26,9 @@ def assert_close(run: Path, other: Path) -> None:
     mine, theirs = weights(run), weights(other)
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            tensor, theirs[name], atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def mathematics_of(run: Path) -> list[dict]:
@@ -67,7 +69,9 @@ def test_two_gpus_agree_with_one(tmp_path: Path, precision: str, tolerance: floa
 
 @pytest.mark.parametrize(("world_size", "step"), [(1, 12), (1, 47), (2, 12), (2, 47), (2, 90), (3, 47)])
 @pytest.mark.parametrize(("model", "precision"), [("tiny", "fp32"), ("tiny_bn", "bf16")])
-def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, world_size: int, step: int, model: str, precision: str) -> None:
+def test_killed_run_resumes_to_the_same_bits(
+    tmp_path: Path, world_size: int, step: int, model: str, precision: str
+) -> None:
     flags = (EVERYTHING, f"--model.name {model} --train.precision {precision} --train.micro_batches 4")
     undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
     killed = Ranks(world_size, arguments(tmp_path / "killed", *flags), tmp_path / "killed-logs")
@@ -85,7 +89,10 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path: Path, world_size: int, st
 
 @pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR2), (2, signal.SIGINT)])
 def test_signal_saves_at_an_agreed_step_and_exits_75(tmp_path: Path, world_size: int, number: signal.Signals) -> None:
-    flags = (EVERYTHING, "--model.name tiny_bn --train.micro_batches 2 --checkpoint.every_steps 1000 --eval.every_steps 1000")
+    flags = (
+        EVERYTHING,
+        "--model.name tiny_bn --train.micro_batches 2 --checkpoint.every_steps 1000 --eval.every_steps 1000",
+    )
     undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
     ranks = Ranks(world_size, arguments(tmp_path / "told", *flags), tmp_path / "told-logs")
     wait_for_step(tmp_path / "told", 20)
@@ -141,7 +148,9 @@ def test_changed_mathematics_is_refused_and_named(tmp_path: Path) -> None:
         assert change.split()[0].removeprefix("--") in ranks.output()
     assert "Traceback" not in ranks.output()
     assert before == sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert train(1, tmp_path / "run", flags, "--log.every_steps 3 --eval.every_steps 1 --train.num_threads 2")["step"] == 4
+    assert (
+        train(1, tmp_path / "run", flags, "--log.every_steps 3 --eval.every_steps 1 --train.num_threads 2")["step"] == 4
+    )
 
 
 def test_resume_never_and_from_a_path(tmp_path: Path) -> None:
@@ -250,7 +259,8 @@ def test_accumulation_follows_the_memory_limit(tmp_path: Path) -> None:
     cut = train(2, tmp_path / "cut", "--train.max_steps 10 --optim.lr 0.01 --train.micro_batch_limit 10")
     assert (whole["micro_batches"], cut["micro_batches"]) == (1, 8)
     assert (
-        "64 examples per step = 2 rank(s) x 4 micro-batch(es) x 8 examples" in (tmp_path / "cut-logs" / "rank-0.log").read_text()
+        "64 examples per step = 2 rank(s) x 4 micro-batch(es) x 8 examples"
+        in (tmp_path / "cut-logs" / "rank-0.log").read_text()
     )
     assert_close(tmp_path / "whole", tmp_path / "cut")
 
@@ -265,7 +275,9 @@ def test_ledger_stops_a_run_that_misuses_an_example(tmp_path: Path, mutant: str,
 
 
 def test_train_seconds_count_every_step_and_nothing_else(tmp_path: Path) -> None:
-    summary = train(1, tmp_path / "run", "--train.max_steps 30 --log.every_steps 7 --eval.every_steps 1", MUTANT="slow_steps")
+    summary = train(
+        1, tmp_path / "run", "--train.max_steps 30 --log.every_steps 7 --eval.every_steps 1", MUTANT="slow_steps"
+    )
     assert 30 * 0.02 <= summary["train_seconds"] <= summary["wall_seconds"]
     assert summary["images_per_second"] == pytest.approx(30 * 64 / summary["train_seconds"], rel=0.05)
     seconds = [row["train_seconds"] for row in rows(tmp_path / "run", "train")]

@@ -8,7 +8,15 @@ import pytest
 from conftest import ROOT
 
 # The rooms from the ground up: a module imports from its own room and from those before it.
-GROUND = {"train.errors", "train.yamlfile", "train.config", "train.mathematics", "train.cli", "train.labels", "train.rundir"}
+GROUND = {
+    "train.errors",
+    "train.yamlfile",
+    "train.config",
+    "train.mathematics",
+    "train.cli",
+    "train.labels",
+    "train.rundir",
+}
 ROOMS = ["ground", "train.functional", "train.world", "train.storage", "train.report", "train.tracking", "train"]
 ROOMS += ["launch", "launch.deploy", "launch.check", "launch.bench"]
 TRAIN = sorted((ROOT / "train").rglob("*.py"))
@@ -137,7 +145,9 @@ def test_light_modules_import_nothing_heavy(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TRAIN, ids=name_of)
 def test_slow_packages_are_imported_in_functions_only(path: Path) -> None:
-    assert {name for package in ("torchvision", "wandb", "sklearn") for name in loads(at_import(path), package)} == set()
+    assert {
+        name for package in ("torchvision", "wandb", "sklearn") for name in loads(at_import(path), package)
+    } == set()
 
 
 @pytest.mark.parametrize("path", [path for path in LAUNCH if path.parent.name != "deploy"], ids=name_of)
@@ -176,13 +186,17 @@ def test_function_has_at_most_50_lines(path: Path) -> None:
 def test_no_collective_lacks_its_warning() -> None:
     """Every method of World that talks to other ranks says so."""
     (world,) = (
-        node for node in ast.parse((ROOT / "train" / "world" / "world.py").read_text()).body if isinstance(node, ast.ClassDef)
+        node
+        for node in ast.parse((ROOT / "train" / "world" / "world.py").read_text()).body
+        if isinstance(node, ast.ClassDef)
     )
     talks = {"all_reduce", "broadcast", "wait_for_everyone", "prepare", "Accelerator"}
     found = 0
     for method in (node for node in world.body if isinstance(node, ast.FunctionDef)):
         called = {
-            getattr(node.func, "attr", getattr(node.func, "id", "")) for node in ast.walk(method) if isinstance(node, ast.Call)
+            getattr(node.func, "attr", getattr(node.func, "id", ""))
+            for node in ast.walk(method)
+            if isinstance(node, ast.Call)
         }
         if called & talks:
             found += 1

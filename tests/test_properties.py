@@ -43,7 +43,9 @@ def is_config_or_one_line(argv: list[str]) -> None:
 
 @given(content=st.dictionaries(st.sampled_from([*SECTIONS, "seed", "x"]), VALUES, max_size=3), data=st.data())
 @settings(deadline=None, max_examples=60)
-def test_any_mapping_is_a_config_or_refused(content: dict, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_mapping_is_a_config_or_refused(
+    content: dict, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     for path in data.draw(st.lists(st.sampled_from(NAMES), max_size=3)):
         section, name = path.split(".")
         if isinstance(content.setdefault(section, {}), dict):
@@ -87,7 +89,9 @@ def test_any_flag_is_a_config_or_refused(name: str, value: str) -> None:
     )
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
-def test_any_config_that_was_written_is_read_back(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_config_that_was_written_is_read_back(
+    values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     sections: dict[str, Any] = {}
     for path, value in values.items():
         section, _, name = path.rpartition(".")
@@ -132,7 +136,16 @@ def test_nothing_reads_yaml_or_tensors_in_an_unsafe_way() -> None:
 
     torch.distributed's collectives of objects unpickle what another rank, or whoever has got into the group, has sent.
     """
-    unsafe = {"yaml.load", "yaml.safe_load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system", "torch.load"}
+    unsafe = {
+        "yaml.load",
+        "yaml.safe_load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "eval",
+        "exec",
+        "os.system",
+        "torch.load",
+    }
     found = {
         f"{path.stem}: {ast.unparse(node.func)}"
         for path in [*(ROOT / "train").glob("*.py"), *(ROOT / "launch").glob("*.py")]

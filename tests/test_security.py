@@ -47,7 +47,12 @@ def test_no_file_of_a_run_holds_a_secret_or_can_be_changed_by_others(tmp_path: P
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert {"summary.json", "report.html", "model.safetensors", "printed"} <= {path.name for path in files}
     assert [path for path in files if path.suffix == ".wandb"]
-    found = {f"{name} in {path}" for path in files for name, secret in SECRETS.items() if secret.encode() in path.read_bytes()}
+    found = {
+        f"{name} in {path}"
+        for path in files
+        for name, secret in SECRETS.items()
+        if secret.encode() in path.read_bytes()
+    }
     assert found == set()
     written = [path for path in [run, *run.rglob("*")] if not path.is_symlink()]
     assert [path for path in written if path.stat().st_mode & stat.S_IWOTH] == []

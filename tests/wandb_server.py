@@ -111,7 +111,12 @@ class Server:
         """A run as the protocol shows it."""
         run = self.runs[name]
         project = {"id": "p", "name": run.fields["project"], "entity": {"id": "e", "name": USER}}
-        shown = {"displayName": run.fields.get("displayName"), "description": None, "sweepName": None, "project": project}
+        shown = {
+            "displayName": run.fields.get("displayName"),
+            "description": None,
+            "sweepName": None,
+            "project": project,
+        }
         return {"id": name, "name": name, "config": run.fields["config"], "historyLineCount": len(run.history), **shown}
 
     def _Viewer(self, variables: dict) -> Any:
@@ -136,7 +141,9 @@ class Server:
             }
             counts = {"logLineCount": 0, "eventsLineCount": len(run.events), "tags": [], "notes": None}
             bucket = self.bucket(variables["name"]) | texts | counts
-        return {"model": {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": USER}, "bucket": bucket}}
+        return {
+            "model": {"id": "p", "name": variables["project"], "entity": {"id": "e", "name": USER}, "bucket": bucket}
+        }
 
     def _UpsertBucket(self, variables: dict) -> Any:
         inserted = variables["name"] not in self.runs
@@ -200,7 +207,11 @@ class Server:
     def _CreateArtifactFiles(self, variables: dict) -> Any:
         edges = []
         for wanted in variables["input"]["artifactFiles"]:
-            place = {"storagePath": None, "uploadUrl": self._upload_url("artifact/" + wanted["name"]), "uploadHeaders": []}
+            place = {
+                "storagePath": None,
+                "uploadUrl": self._upload_url("artifact/" + wanted["name"]),
+                "uploadHeaders": [],
+            }
             edges.append({"node": {**place, "uploadMultipartUrls": None, "artifact": {"id": wanted["artifactID"]}}})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
@@ -278,7 +289,11 @@ def expected(run: Path) -> list[dict[str, Any]]:
     for row in rows(run):
         if row["event"] in MIRRORED:
             group = "eval_ema" if row.get("ema") else row["event"]
-            numbers = {f"{group}/{name}": value for name, value in row.items() if type(value) in (int, float) and name != "time"}
+            numbers = {
+                f"{group}/{name}": value
+                for name, value in row.items()
+                if type(value) in (int, float) and name != "time"
+            }
             found.append({"step": row["step"], **numbers})
             del found[-1][f"{group}/step"]
     return found
@@ -291,7 +306,9 @@ def is_end(row: dict[str, Any]) -> bool:
 
 def numbers(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The numbers of W&B's rows, without the one that stands for summary.json."""
-    return [{name: value for name, value in row.items() if type(value) in (int, float)} for row in shown if not is_end(row)]
+    return [
+        {name: value for name, value in row.items() if type(value) in (int, float)} for row in shown if not is_end(row)
+    ]
 
 
 def sync(run: Path, env: dict[str, str]) -> str:

@@ -67,7 +67,9 @@ def run_name(config: Config, argv: Sequence[str], suffix: str) -> str:
 def config_files(argv: Sequence[str]) -> list[str]:
     """The files of all `--config FILE` and `--config=FILE`, in their order."""
     pairs = zip(argv, [*argv[1:], ""], strict=False)
-    files = [after if arg == "--config" else arg.partition("=")[2] for arg, after in pairs if re.match("--config(=|$)", arg)]
+    files = [
+        after if arg == "--config" else arg.partition("=")[2] for arg, after in pairs if re.match("--config(=|$)", arg)
+    ]
     return [file for file in files if file]
 
 
@@ -79,18 +81,28 @@ def check_file(path: Path, names: Sequence[str]) -> None:
     sections = {field.name: field.default_factory for field in dataclasses.fields(Config) if field.name != "seed"}
     known = [*names, *sections]
     for section, value in content.items():
-        fields = [f"{section}.{name}" for name in value] if section in sections and isinstance(value, dict) else [str(section)]
+        fields = (
+            [f"{section}.{name}" for name in value]
+            if section in sections and isinstance(value, dict)
+            else [str(section)]
+        )
         if unknown := [name for name in fields if name not in known]:
             raise UserError(
                 f"There is no config field {unknown[0][:80]}, which {path} sets. "
                 + did_you_mean(unknown[0], known, "See --help for the names.")
             )
         if section in sections and not isinstance(value, dict):
-            raise UserError(f"{path}: {section} is {value!r:.40}. Expected fields of it, such as `{section}: {{name: value}}`.")
+            raise UserError(
+                f"{path}: {section} is {value!r:.40}. Expected fields of it, such as `{section}: {{name: value}}`."
+            )
         for name, item in value.items() if section in sections else []:
             field_type = get_type_hints(sections[section])[name]
-            if item is None and type(None) not in get_args(field_type):  # the parser would build the section before it looks
-                raise UserError(f"{path}: {section}.{name} is null. Expected {getattr(field_type, '__name__', 'a value')}.")
+            if item is None and type(None) not in get_args(
+                field_type
+            ):  # the parser would build the section before it looks
+                raise UserError(
+                    f"{path}: {section}.{name} is null. Expected {getattr(field_type, '__name__', 'a value')}."
+                )
 
 
 def _one_line(message: str, names: Sequence[str]) -> str:
@@ -121,7 +133,9 @@ def make_parser() -> Any:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"lockstep {__version__}", help="Print the version and leave.")
+    parser.add_argument(
+        "--version", action="version", version=f"lockstep {__version__}", help="Print the version and leave."
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below; may be repeated.")
     parser.add_class_arguments(Config)
     return parser

@@ -32,7 +32,10 @@ LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product
 def _check_counts(section: str, config: Any) -> None:
     """Refuse a whole number that nobody can mean, before it is multiplied, looped over or allocated."""
     for name, value in vars(config).items():
-        _check(not isinstance(value, int) or value <= LARGEST, f"{section}.{name} is {value!s:.40}. Use {LARGEST:,} or less.")
+        _check(
+            not isinstance(value, int) or value <= LARGEST,
+            f"{section}.{name} is {value!s:.40}. Use {LARGEST:,} or less.",
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class RunConfig:
         _check(bool(self.dir), "run.dir is empty. Give a directory, such as runs.")
         if self.name is not None:
             bad = not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", self.name)
-            _check(not bad, f"run.name is {self.name[:220]!r}. Use 1 to 200 letters, digits and . _ = + -: it names a directory.")
+            _check(
+                not bad,
+                f"run.name is {self.name[:220]!r}. Use 1 to 200 letters, digits and . _ = + -: it names a directory.",
+            )
         _check(bool(self.resume), "run.resume is empty. Use auto, never, or the path of a checkpoint.")
         _check(0 <= self.time_limit <= 1e6, f"run.time_limit is {self.time_limit} minutes. Use 0 (off) to 1e6.")
 
@@ -163,8 +169,12 @@ class OptimConfig:
         for name in ("warmup", "final_lr"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"optim.{name} is {value}. It is a share: 0 to 1.")
-        _check(self.max_skips >= 1, f"optim.max_skips is {self.max_skips} updates. Use 1 or more, or optim.nonfinite stop.")
-        _check(0 <= self.clip_norm < 1e9, f"optim.clip_norm is {self.clip_norm}. Use 0 (off) or a positive norm below 1e9.")
+        _check(
+            self.max_skips >= 1, f"optim.max_skips is {self.max_skips} updates. Use 1 or more, or optim.nonfinite stop."
+        )
+        _check(
+            0 <= self.clip_norm < 1e9, f"optim.clip_norm is {self.clip_norm}. Use 0 (off) or a positive norm below 1e9."
+        )
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,9 @@ class TrainConfig:
         _check(self.num_threads <= 4096, f"train.num_threads is {self.num_threads}. Use 0 (automatic) to 4096.")
         size, parts, limit = self.global_batch_size, self.micro_batches, self.micro_batch_limit
         _check(parts > 0 or not self.exact, "train.exact needs train.micro_batches: the largest world size, such as 8.")
-        _check(parts <= size, f"train.micro_batches is {parts}, more than the {size} examples of train.global_batch_size.")
+        _check(
+            parts <= size, f"train.micro_batches is {parts}, more than the {size} examples of train.global_batch_size."
+        )
         if parts and size % parts:
             near = f"{size // parts * parts} or {(size // parts + 1) * parts}"
             down = next(d for d in range(parts, 0, -1) if size % d == 0)
@@ -257,7 +269,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _check_counts("checkpoint", self)
         _check(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}. Use 0 (once an epoch) or more.")
-        _check(self.keep >= 1, f"checkpoint.keep is {self.keep}. Use 1 or more: without one there is nothing to resume.")
+        _check(
+            self.keep >= 1, f"checkpoint.keep is {self.keep}. Use 1 or more: without one there is nothing to resume."
+        )
 
 
 @dataclass(frozen=True)
@@ -322,7 +336,9 @@ class WandbConfig:
     def __post_init__(self) -> None:
         for name in ("start_seconds", "finish_seconds"):
             value = getattr(self, name)
-            _check(value >= 1, f"wandb.{name} is {value}. Use 1 or more seconds; wandb.mode offline waits for no server.")
+            _check(
+                value >= 1, f"wandb.{name} is {value}. Use 1 or more seconds; wandb.mode offline waits for no server."
+            )
 
 
 @dataclass(frozen=True)

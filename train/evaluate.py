@@ -46,7 +46,11 @@ class Result:
 
     def certificate(self) -> dict[str, Any]:
         """What proves in summary.json which predictions were made."""
-        return {**self.record(), "predictions_sha256": predictions_sha256(self.predictions), "confusion": self.confusion}
+        return {
+            **self.record(),
+            "predictions_sha256": predictions_sha256(self.predictions),
+            "confusion": self.confusion,
+        }
 
 
 def predictions_sha256(predictions: Tensor) -> str:
@@ -87,9 +91,13 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory
     predictions, losses, seen, confidences = table.cpu()
     if not bool((seen == 1).all()):
         wrong = int((seen != 1).sum())
-        raise RuntimeError(f"The evaluation used {wrong} of {num_examples} examples not exactly once. Its sums are void.")
+        raise RuntimeError(
+            f"The evaluation used {wrong} of {num_examples} examples not exactly once. Its sums are void."
+        )
     predicted, labels = predictions.long(), split.labels.cpu()
-    confusion = torch.bincount(labels * NUM_CLASSES + predicted, minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
+    confusion = torch.bincount(labels * NUM_CLASSES + predicted, minlength=NUM_CLASSES**2).view(
+        NUM_CLASSES, NUM_CLASSES
+    )
     return Result(
         num_examples=num_examples,
         correct=int((predicted == labels).sum()),

@@ -110,7 +110,9 @@ class Journal:
             self.record_fingerprints()  # they show at which step it went wrong
             raise
         if left_out:
-            metrics.say(f"warning: step {result.step} gave numbers that are not finite: no update ({run.skips} left out so far).")
+            metrics.say(
+                f"warning: step {result.step} gave numbers that are not finite: no update ({run.skips} left out so far)."
+            )
             metrics.record("skipped", result.step, skips=run.skips)
 
     def record_fingerprints(self) -> None:
@@ -134,7 +136,9 @@ class Journal:
             epoch=result.step / run.sampler.steps_per_epoch,
             loss=result.loss if is_finite else None,  # a step that was left out
             lr=optim.lr(run.config.optim, result.step - 1, run.total_steps),
-            grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,  # fp16 overflows while it finds its scale
+            grad_norm=result.grad_norm
+            if math.isfinite(result.grad_norm)
+            else None,  # fp16 overflows while it finds its scale
             rank_seconds=self.alarms.ranks(result.step, [each.rank_seconds for each in self.unlogged]),
             images_per_second=round(per_second, 1),
             train_seconds=round(run.train_seconds, 4),
@@ -145,4 +149,6 @@ class Journal:
 
 def encode(results: list[StepResult]) -> dict[str, list[str]]:
     """Return the bits of each step's loss and gradient norm."""
-    return {name: [fingerprint.encode(name, getattr(result, name)) for result in results] for name in ("loss", "grad_norm")}
+    return {
+        name: [fingerprint.encode(name, getattr(result, name)) for result in results] for name in ("loss", "grad_norm")
+    }

@@ -108,10 +108,14 @@ def save(run: Run, lease: Lease, metrics: Metrics, journal: Journal, *, required
         try:
             write()
         except OSError as error:
-            metrics.say(f"warning: no checkpoint of step {run.step}: {error.strerror} ({lease.checkpoints}). Training goes on.")
+            metrics.say(
+                f"warning: no checkpoint of step {run.step}: {error.strerror} ({lease.checkpoints}). Training goes on."
+            )
 
 
-def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: World) -> tuple[str, checkpoint.State] | None:
+def find_checkpoint(
+    config: Config, checkpoints: Path, metrics: Metrics, world: World
+) -> tuple[str, checkpoint.State] | None:
     """Return (its path, its state) of the checkpoint to go on from, or None. Collective: every rank must call it."""
     found: tuple[Path, checkpoint.Files] | None = None
     error = None
@@ -136,7 +140,9 @@ def find_checkpoint(config: Config, checkpoints: Path, metrics: Metrics, world: 
     return (source, checkpoint.decode(received)) if source else None
 
 
-def finish_step(run: Run, metrics: Metrics, lease: Lease, journal: Journal, *, stop_requested: bool) -> dict[str, Result] | None:
+def finish_step(
+    run: Run, metrics: Metrics, lease: Lease, journal: Journal, *, stop_requested: bool
+) -> dict[str, Result] | None:
     """Evaluate and save if that is due after the step that just ended. Collective: every rank must call it."""
     close_epoch(run)
     results, improved = None, False
@@ -164,7 +170,9 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
     with (
         take_lease(run_dir, world) as lease,
         Metrics(config, run_dir, is_main=world.is_main, total_steps=0) as metrics,
-        Watchdog(world.clock, run_dir / ".ranks", world.rank, world.world_size),  # a second run, refused above, has none
+        Watchdog(
+            world.clock, run_dir / ".ranks", world.rank, world.world_size
+        ),  # a second run, refused above, has none
     ):
         source = data.load(config.data, world, metrics.say)
         run = set_up(config, world, source)
@@ -225,8 +233,12 @@ def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple
         train_step(run)
         clock.enter("log")
         should_log = is_due(run, config.log.every_steps, run.step)
-        should_sync = is_due(run, config.eval.every_steps, run.step) or is_due(run, config.checkpoint.every_steps, run.step)
-        should_sync |= run.step == run.tables.stop  # of the stretch, and of an epoch: the next step overwrites its numbers
+        should_sync = is_due(run, config.eval.every_steps, run.step) or is_due(
+            run, config.checkpoint.every_steps, run.step
+        )
+        should_sync |= (
+            run.step == run.tables.stop
+        )  # of the stretch, and of an epoch: the next step overwrites its numbers
         stop_requested = False
         if should_log or should_sync or always_syncs:
             stop_requested = journal.collect(should_log=should_log, wait=should_sync or always_syncs)

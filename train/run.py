@@ -75,7 +75,9 @@ class Run:
     memory_format: torch.memory_format
     tables: StepTables  # what steps read and write on the device
     should_record: bool  # whether `warm_up` records the step as a CUDA graph
-    constants: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by size of a batch; graphs hold their addresses
+    constants: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # by size of a batch; graphs hold their addresses
     replay: Callable[[], object] | None = None  # the recorded step; None: a step starts its kernels one by one
     step: int = 0
     ledger: Ledger = field(default_factory=Ledger)
@@ -108,7 +110,9 @@ def plan_micro_batches(config: Config, world_size: int, has_norm: bool) -> int:
                 "Set it to the largest world size that you want to use, such as --train.micro_batches 8."
             )
         if size < world_size:
-            raise UserError(f"train.global_batch_size is {size}, fewer than {world_size} ranks. Use {world_size} or more.")
+            raise UserError(
+                f"train.global_batch_size is {size}, fewer than {world_size} ranks. Use {world_size} or more."
+            )
         return world_size * (-(-size // (world_size * limit)) if limit else 1)
     if wanted < world_size:
         raise UserError(
@@ -145,7 +149,19 @@ def set_up(config: Config, world: World, source: data.Data) -> Run:
         leave_default_stream(world.device)
     model.train()
     return Run(
-        config, world, source, sampler, total_steps, model, module, optimizer, ema, reducer, memory_format, tables, should_record
+        config,
+        world,
+        source,
+        sampler,
+        total_steps,
+        model,
+        module,
+        optimizer,
+        ema,
+        reducer,
+        memory_format,
+        tables,
+        should_record,
     )
 
 
@@ -206,7 +222,9 @@ def restore(run: Run, state: checkpoint.State, source: str) -> list[str]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # whole, and yet not what we write
         what = " ".join(str(error).split())[:100]
-        raise checkpoint.Damaged(f"{source} is not a checkpoint of this program: {type(error).__name__} {what}.") from error
+        raise checkpoint.Damaged(
+            f"{source} is not a checkpoint of this program: {type(error).__name__} {what}."
+        ) from error
 
 
 def _restore(run: Run, state: checkpoint.State, source: str) -> list[str]:

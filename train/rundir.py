@@ -86,7 +86,9 @@ class Summary:
             content = json.loads(text)
             if content.get("schema") != SCHEMA:
                 version = content.get("versions", {}).get("lockstep", "another version")
-                raise ValueError(f"it was written by lockstep {version}, in format {content.get('schema', 1)}, not {SCHEMA}")
+                raise ValueError(
+                    f"it was written by lockstep {version}, in format {content.get('schema', 1)}, not {SCHEMA}"
+                )
             results = {name: Evaluation(**result) for name, result in content["results"].items()}
             return cls(**{**content, "results": results})
         except (TypeError, KeyError, AttributeError, RecursionError) as error:

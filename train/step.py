@@ -83,7 +83,9 @@ def _gradients(run: Run, step: int, statistics: StepStatistics) -> None:
             clock.enter("forward_backward")
         statistics.loss_sums[index] = loss_sum.detach()
         if norms:
-            statistics.batch_norms[index] = torch.cat([*(norm.batch_mean for norm in norms), *(norm.batch_var for norm in norms)])
+            statistics.batch_norms[index] = torch.cat(
+                [*(norm.batch_mean for norm in norms), *(norm.batch_var for norm in norms)]
+            )
 
 
 def _update(run: Run, step: int, statistics: StepStatistics) -> None:
@@ -184,7 +186,9 @@ def is_left_out(run: Run, result: StepResult) -> bool:
     run.skips += 1
     config = run.config.optim
     if config.nonfinite == "stop" or run.skips > config.max_skips:
-        allowed = "" if config.nonfinite == "stop" else f", and optim.max_skips {config.max_skips} were left out before it"
+        allowed = (
+            "" if config.nonfinite == "stop" else f", and optim.max_skips {config.max_skips} were left out before it"
+        )
         raise RunError(
             f"The loss or the gradient of step {result.step} is not finite: {_blame(run, result)}{allowed}. "
             "The last checkpoint is from before; try a smaller optim.lr, optim.clip_norm 1 or optim.nonfinite skip."

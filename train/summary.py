@@ -106,7 +106,9 @@ def phases(world: World) -> dict[str, list[float]]:
     world.sum_(table)
     totals = table.sum(1)
     shares = (table / totals[:, None]).T.tolist()
-    named = {name: [round(share, 4) for share in shares[place]] for place, name in enumerate(PHASES) if name != "failed"}
+    named = {
+        name: [round(share, 4) for share in shares[place]] for place, name in enumerate(PHASES) if name != "failed"
+    }
     return {"seconds": [round(total, 3) for total in totals.tolist()], **named}
 
 

@@ -45,8 +45,12 @@ def warm_up(run: Run, notify: Callable[[str], None]) -> None:
         try:
             run.replay = graphs.record(lambda: compute(run, step))
         except RuntimeError as error:
-            reason = " ".join(str(error.__context__ or error).split())[:200]  # the end of the capture fails too, and says less
-            notify(f"warning: the step cannot be recorded as a CUDA graph: {reason}. Training continues with ordinary steps.")
+            reason = " ".join(str(error.__context__ or error).split())[
+                :200
+            ]  # the end of the capture fails too, and says less
+            notify(
+                f"warning: the step cannot be recorded as a CUDA graph: {reason}. Training continues with ordinary steps."
+            )
     run.world.clock.enter("evaluate")
     for module in (run.module, *([run.ema.model] if run.ema else [])):
         module.eval()

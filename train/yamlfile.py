@@ -16,7 +16,9 @@ class _Dumper(yaml.SafeDumper):
     """Quotes the strings that jsonargparse, but not YAML 1.1, would read back as floats, such as 1e3."""
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_.]*[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_.]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 MAX_BYTES = 65536
 MAX_DEPTH = 8

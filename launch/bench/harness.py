@@ -33,7 +33,11 @@ class Row:
 
 
 MEASURES = {  # name: (module, default repeats, what it measures)
-    "throughput": ("measures", 100, "our loop against a bare PyTorch loop of the same model, data in memory, in one process"),
+    "throughput": (
+        "measures",
+        100,
+        "our loop against a bare PyTorch loop of the same model, data in memory, in one process",
+    ),
     "data": ("measures", 15, "augmentations of a batch, and the evaluation of the test split"),
     "sampler": ("measures", 15, "cost of a step's indices against the size of the data set"),
     "checkpoint": ("measures", 15, "encode, write, read and verify a checkpoint"),
@@ -56,7 +60,9 @@ def gpu_names() -> list[str]:
     """Each GPU's name and power limit, as nvidia-smi says them; empty without one."""
     command = ("nvidia-smi", "--query-gpu=name,power.limit", "--format=csv,noheader")
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip().splitlines()
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip().splitlines()
+        )
     except (OSError, subprocess.SubprocessError):
         return []
 
@@ -120,7 +126,9 @@ def plot(rows: list[Row], about: dict[str, Any], output: Path) -> None:
             middles = [statistics.median(row.values) for row in shown]
             below = [middle - min(row.values) for middle, row in zip(middles, shown, strict=True)]
             above = [max(row.values) - middle for middle, row in zip(middles, shown, strict=True)]
-            bars = panel.barh([row.name for row in shown], middles, xerr=[below, above], color="#4d6c8f", ecolor="#22272e")
+            bars = panel.barh(
+                [row.name for row in shown], middles, xerr=[below, above], color="#4d6c8f", ecolor="#22272e"
+            )
             panel.bar_label(bars, [number(middle) for middle in middles], padding=8)
             panel.invert_yaxis()
             panel.set_xlabel(unit)
@@ -141,7 +149,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("what", choices=MEASURES, metavar="WHAT", help="what to measure, see above")
     parser.add_argument("--repeats", type=int, help="turns (or seeds); default depends on WHAT")
-    parser.add_argument("--recipe", default="configs/quickstart.yaml", help="config of time-to-accuracy (default %(default)s)")
+    parser.add_argument(
+        "--recipe", default="configs/quickstart.yaml", help="config of time-to-accuracy (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures too, .svg or .png")
     options = parser.parse_args(argv)

@@ -61,7 +61,9 @@ def seconds_of(work: Callable[[], object], times: int = 1) -> float:
     return now() - began
 
 
-def in_turns(works: Mapping[str, Callable[[], object]], repeats: int, times: int, warm_up: int) -> dict[str, list[float]]:
+def in_turns(
+    works: Mapping[str, Callable[[], object]], repeats: int, times: int, warm_up: int
+) -> dict[str, list[float]]:
     """Seconds per call of each work, in turns of `times` calls."""
     for work in works.values():
         seconds_of(work, warm_up)
@@ -88,7 +90,10 @@ def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     model = models.build(config.model, config.seed).to(device=device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = optim.build(config.optim, model)
-    batch, lower = config.train.global_batch_size, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    batch, lower = (
+        config.train.global_batch_size,
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision),
+    )
 
     def batches() -> Iterator[torch.Tensor]:
         while True:
@@ -144,7 +149,9 @@ def throughput(repeats: int) -> list[Row]:
         found = in_turns(works, repeats, steps, WARM_UP_STEPS)
         batch = run.config.train.global_batch_size
     speeds = {name: [batch / seconds for seconds in values] for name, values in found.items()}
-    return [Row(name, "images/s", values, None if name == "bare loop" else "bare loop") for name, values in speeds.items()]
+    return [
+        Row(name, "images/s", values, None if name == "bare loop" else "bare loop") for name, values in speeds.items()
+    ]
 
 
 def data(repeats: int) -> list[Row]:

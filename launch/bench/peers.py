@@ -185,7 +185,9 @@ PEERS: dict[str, Callable[["Config", Any], float]] = {
 }
 
 
-def with_workers(epoch: Callable[["Config", Any], float], config: "Config", images: Any, labels: Any, workers: int) -> float:
+def with_workers(
+    epoch: Callable[["Config", Any], float], config: "Config", images: Any, labels: Any, workers: int
+) -> float:
     """Seconds of a peer's epoch with a number of loader processes."""
     return epoch(config, loader(images, labels, config.train.global_batch_size, workers))
 
@@ -205,9 +207,14 @@ def peers(repeats: int) -> list[Row]:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             return fresh.submit(work).result()
 
-    works = {"lockstep": partial(epoch_seconds, flags, bare=False), "bare loop": partial(epoch_seconds, flags, bare=True)}
+    works = {
+        "lockstep": partial(epoch_seconds, flags, bare=False),
+        "bare loop": partial(epoch_seconds, flags, bare=True),
+    }
     for name, epoch in PEERS.items():
-        candidates = {workers: partial(with_workers, epoch, config, images, labels, workers) for workers in worker_counts()}
+        candidates = {
+            workers: partial(with_workers, epoch, config, images, labels, workers) for workers in worker_counts()
+        }
         seconds = {workers: measured(work) for workers, work in candidates.items()}
         fastest = min(seconds, key=seconds.__getitem__)
         works[f"{name}, {fastest} worker(s)"] = candidates[fastest]
@@ -215,4 +222,6 @@ def peers(repeats: int) -> list[Row]:
     for _ in range(repeats):
         for name, work in works.items():
             speeds[name].append(NUM_EXAMPLES / measured(work))
-    return [Row(name, "images/s", values, None if name == "lockstep" else "lockstep") for name, values in speeds.items()]
+    return [
+        Row(name, "images/s", values, None if name == "lockstep" else "lockstep") for name, values in speeds.items()
+    ]

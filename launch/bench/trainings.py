@@ -81,9 +81,14 @@ def scaling(repeats: int) -> list[Row]:
 def wandb(repeats: int) -> list[Row]:
     """A run that W&B's mirror follows, offline, against one without, with a row of metrics every 10 steps."""
     long = f"--train.max_steps {LONG} --eval.every_steps {LONG} --checkpoint.every_steps {LONG}"
-    cells = {f"wandb.mode {mode}": (1, GLOBAL_BATCH_SIZE, f"{long} --wandb.mode {mode}") for mode in ("disabled", "offline")}
+    cells = {
+        f"wandb.mode {mode}": (1, GLOBAL_BATCH_SIZE, f"{long} --wandb.mode {mode}") for mode in ("disabled", "offline")
+    }
     first = next(iter(cells))
-    return [Row(name, "images/s", speeds, None if name == first else first) for name, speeds in in_turns(cells, repeats).items()]
+    return [
+        Row(name, "images/s", speeds, None if name == first else first)
+        for name, speeds in in_turns(cells, repeats).items()
+    ]
 
 
 def startup(repeats: int) -> list[Row]:

@@ -54,12 +54,16 @@ def python(config: Config) -> Iterator[Finding]:
     try:
         wanted = metadata("lockstep")["Requires-Python"]
     except PackageNotFoundError:
-        yield Finding("python", "warn", f"{found}; lockstep is not installed, so nothing says which it needs", "pip install -e .")
+        yield Finding(
+            "python", "warn", f"{found}; lockstep is not installed, so nothing says which it needs", "pip install -e ."
+        )
         return
     if SpecifierSet(wanted).contains(found, prereleases=True):
         yield Finding("python", "OK", f"{found} (needs {wanted})")
     else:
-        yield Finding("python", "fail", f"{found}, needs {wanted}", "make PYTHON=python3.12, or another Python of that range")
+        yield Finding(
+            "python", "fail", f"{found}, needs {wanted}", "make PYTHON=python3.12, or another Python of that range"
+        )
 
 
 def packages(config: Config) -> Iterator[Finding]:
@@ -69,7 +73,9 @@ def packages(config: Config) -> Iterator[Finding]:
     try:
         ranges = [Requirement(text) for text in requires("lockstep") or []]
     except PackageNotFoundError:
-        yield Finding("packages", "warn", "lockstep is not installed, so nothing says which it needs", "pip install -e .")
+        yield Finding(
+            "packages", "warn", "lockstep is not installed, so nothing says which it needs", "pip install -e ."
+        )
         return
     needed = [item for item in ranges if item.marker is None or item.marker.evaluate({"extra": ""})]
     file = ROOT / "constraints.txt"
@@ -93,7 +99,9 @@ def packages(config: Config) -> Iterator[Finding]:
     if other:
         yield Finding("packages", "warn", "; ".join(other) + ": the bits may differ from a run on those", install)
     if not wrong and not other:
-        against = "the tested versions" if pinned else "in the ranges of the installed metadata (no constraints.txt here)"
+        against = (
+            "the tested versions" if pinned else "in the ranges of the installed metadata (no constraints.txt here)"
+        )
         yield Finding("packages", "OK", f"{len(needed)} packages, torch {version('torch')}: {against}")
 
 
@@ -107,15 +115,21 @@ def gpus(config: Config) -> Iterator[Finding]:
     if names:
         same = len(set(names)) == 1
         text = f"{len(names)} x {names[0]}" if same else f"different ones: {', '.join(names)}"
-        yield Finding("gpus", "OK" if same else "warn", text, "" if same else "the slowest sets the pace: train on one kind")
+        yield Finding(
+            "gpus", "OK" if same else "warn", text, "" if same else "the slowest sets the pace: train on one kind"
+        )
         number = ctypes.c_int()
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
         yield driver(number.value, torch.version.cuda or "0")
         yield nccl(".".join(map(str, loaded_nccl())))
     elif nodes and visible != "":
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU only"
-        text = f"{len(nodes)} on this machine, but torch ({built}) sees none (CUDA_VISIBLE_DEVICES={visible or 'unset'})"
-        yield Finding("gpus", "fail", text, "install the NVIDIA driver that nvidia-smi needs, and torch for its CUDA version")
+        text = (
+            f"{len(nodes)} on this machine, but torch ({built}) sees none (CUDA_VISIBLE_DEVICES={visible or 'unset'})"
+        )
+        yield Finding(
+            "gpus", "fail", text, "install the NVIDIA driver that nvidia-smi needs, and torch for its CUDA version"
+        )
     else:
         needs = config.train.device == "cuda"
         text, remedy = "none: training runs on the CPU", "train.device auto or cpu, or a machine with a GPU"
@@ -129,7 +143,9 @@ def driver(found: int, built: str) -> Finding:
     if found // 1000 < major:
         return Finding("driver", "fail", text, f"update the driver, or install torch for CUDA {found // 1000}")
     older = found < 1000 * major + 10 * minor
-    return Finding("driver", "warn" if older else "OK", text, "update the driver if a kernel is missing" if older else "")
+    return Finding(
+        "driver", "warn" if older else "OK", text, "update the driver if a kernel is missing" if older else ""
+    )
 
 
 def loaded_nccl() -> tuple[int, int, int]:
@@ -143,7 +159,9 @@ def loaded_nccl() -> tuple[int, int, int]:
 
 def nccl(loaded: str) -> Finding:
     """Judge the NCCL that is loaded against the one that torch asks for."""
-    wanted = next((version(item.split("==")[0]) for item in requires("torch") or [] if item.startswith("nvidia-nccl-cu")), loaded)
+    wanted = next(
+        (version(item.split("==")[0]) for item in requires("torch") or [] if item.startswith("nvidia-nccl-cu")), loaded
+    )
     if loaded == wanted:
         return Finding("nccl", "OK", loaded)
     text = f"{loaded} is loaded, torch asks for {wanted}"
@@ -189,10 +207,14 @@ def precision(config: Config) -> Iterator[Finding]:
         else:
             text = f"a convolution has relative error {off:.1e} (at most {limit}) in {product.dtype}"
             wanted = config.train.precision == name
-            yield Finding(name, "fail" if wanted else "warn", text, "use another train.precision, and report this to PyTorch")
+            yield Finding(
+                name, "fail" if wanted else "warn", text, "use another train.precision, and report this to PyTorch"
+            )
 
 
-def all_reduce(config: Config, program: tuple[str, ...] = PROBE, timeout: float = ALLREDUCE_SECONDS) -> Iterator[Finding]:
+def all_reduce(
+    config: Config, program: tuple[str, ...] = PROBE, timeout: float = ALLREDUCE_SECONDS
+) -> Iterator[Finding]:
     """Whether real processes of this machine add up right, and how fast: one per GPU, or two on the CPU."""
     num_gpus = 0 if config.train.device == "cpu" else count_gpus()
     nproc = num_gpus if num_gpus > 1 else 2
@@ -200,17 +222,25 @@ def all_reduce(config: Config, program: tuple[str, ...] = PROBE, timeout: float 
     try:
         found = allreduce.run_local(program, nproc, arguments, timeout)
     except RuntimeError as error:
-        help_text = "firewall on the loopback? GLOO_SOCKET_IFNAME=lo; on GPUs see NCCL_DEBUG=INFO, then try NCCL_P2P_DISABLE=1"
+        help_text = (
+            "firewall on the loopback? GLOO_SOCKET_IFNAME=lo; on GPUs see NCCL_DEBUG=INFO, then try NCCL_P2P_DISABLE=1"
+        )
         yield Finding("all-reduce", "fail", str(error), help_text)
         return
     backend, wrong = found[0]["backend"], sum(item["wrong"] for item in found)
     seconds = {size: max(item["seconds"][size] for item in found) for size in found[0]["seconds"]}
     speed = ALLREDUCE_BYTES / seconds[str(ALLREDUCE_BYTES)]
-    text = f"{nproc} processes over {backend}: 25 MiB at {speed / 1e9:.2f} GB/s, 4 bytes in {seconds['4'] * 1e6:,.0f} us"
+    text = (
+        f"{nproc} processes over {backend}: 25 MiB at {speed / 1e9:.2f} GB/s, 4 bytes in {seconds['4'] * 1e6:,.0f} us"
+    )
     if wrong:
-        yield Finding("all-reduce", "fail", f"{wrong:,} wrong sums; {text}", "do not train here; on GPUs try NCCL_P2P_DISABLE=1")
+        yield Finding(
+            "all-reduce", "fail", f"{wrong:,} wrong sums; {text}", "do not train here; on GPUs try NCCL_P2P_DISABLE=1"
+        )
     elif speed < SLOW_BYTES_PER_SECOND[backend]:
-        yield Finding("all-reduce", "warn", f"right but slow: {text}", "is the machine busy? On GPUs: nvidia-smi topo -m")
+        yield Finding(
+            "all-reduce", "warn", f"right but slow: {text}", "is the machine busy? On GPUs: nvidia-smi topo -m"
+        )
     else:
         yield Finding("all-reduce", "OK", f"right; {text}")
 
@@ -228,7 +258,9 @@ def deterministic(config: Config) -> Iterator[Finding]:
         yield Finding("deterministic", "OK", f"{steps}: the same bits twice")
     else:
         text = f"{steps}: two runs have different bits"
-        yield Finding("deterministic", status, text, "exact mode cannot keep its promise here; python -m launch selftest")
+        yield Finding(
+            "deterministic", status, text, "exact mode cannot keep its promise here; python -m launch selftest"
+        )
 
 
 def data(config: Config) -> Iterator[Finding]:
@@ -242,9 +274,13 @@ def data(config: Config) -> Iterator[Finding]:
         text = str(error).split(". Either")[0]
         yield Finding("data", "fail", text, f"python -m launch data --name {config.data.name}{root}")
     except UserError as error:
-        yield Finding("data", "fail", str(error), f"delete it, then python -m launch data --name {config.data.name}{root}")
+        yield Finding(
+            "data", "fail", str(error), f"delete it, then python -m launch data --name {config.data.name}{root}"
+        )
     else:
-        yield Finding("data", "OK", f"{config.data.name}, {len(tensors['train_labels']):,} images, sha256 {sha256[:12]}")
+        yield Finding(
+            "data", "OK", f"{config.data.name}, {len(tensors['train_labels']):,} images, sha256 {sha256[:12]}"
+        )
 
 
 def disk(config: Config) -> Iterator[Finding]:
@@ -312,9 +348,13 @@ def wandb(config: Config) -> Iterator[Finding]:
     status: Literal["warn", "fail"] = "fail" if mode == "online" else "warn"
     if why := reach(url, WANDB_SECONDS):
         key = "a key is set" if has_key else "no key is set"
-        yield Finding("wandb", status, f"{host} does not answer ({why[:100]}); {key}", "runs go offline; WANDB_MODE=offline")
+        yield Finding(
+            "wandb", status, f"{host} does not answer ({why[:100]}); {key}", "runs go offline; WANDB_MODE=offline"
+        )
     elif not has_key:
-        yield Finding("wandb", status, f"{host} answers, but there is no key for it", "wandb login, or WANDB_MODE=offline")
+        yield Finding(
+            "wandb", status, f"{host} answers, but there is no key for it", "wandb login, or WANDB_MODE=offline"
+        )
     else:
         yield Finding("wandb", "OK", f"{host} answers, and a key is set")
 

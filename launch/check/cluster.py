@@ -24,7 +24,10 @@ from train.config import Config
 
 COMMAND_SECONDS, QUEUE_SECONDS, ANSWER_SECONDS = 15, 30, 45
 PINGS = 5
-SKEW_WARN_SECONDS, SKEW_FAIL_SECONDS = 1.0, 60.0  # leases and logs compare clocks; munge refuses credentials beyond 300 s
+SKEW_WARN_SECONDS, SKEW_FAIL_SECONDS = (
+    1.0,
+    60.0,
+)  # leases and logs compare clocks; munge refuses credentials beyond 300 s
 NODE = Path(__file__).with_name("node.py")
 
 
@@ -44,7 +47,9 @@ def slurm(config: Config, nodes: int, where: list[str]) -> Iterator[Finding]:
         return
     works, text = ask("scontrol", "ping")
     if not works or "is UP" not in text:
-        yield Finding("sbatch", "fail", f"the controller does not answer: {text[:150]}", "is slurmctld up? SLURM_CONF right?")
+        yield Finding(
+            "sbatch", "fail", f"the controller does not answer: {text[:150]}", "is slurmctld up? SLURM_CONF right?"
+        )
         return
     yield Finding("sbatch", "OK", f"{ask('sbatch', '--version')[1]}; {text[:80]}")
     yield partitions()
@@ -66,9 +71,14 @@ def partitions() -> Finding:
     up = sorted({row[0] for row in rows if row[1] == "up"})
     if not up:
         return Finding("partitions", "fail", f"none is up: {text[:100]}", "ask who runs the cluster")
-    lost = [f"{row[2]} {row[3]} in {row[0]}" for row in rows if row[3].rstrip("*~#!%$@^-").startswith(("down", "drain", "fail"))]
+    lost = [
+        f"{row[2]} {row[3]} in {row[0]}"
+        for row in rows
+        if row[3].rstrip("*~#!%$@^-").startswith(("down", "drain", "fail"))
+    ]
     usable = {
-        name: sum(int(row[2]) for row in rows if row[0] == name and row[3] in ("idle", "mixed", "allocated")) for name in up
+        name: sum(int(row[2]) for row in rows if row[0] == name and row[3] in ("idle", "mixed", "allocated"))
+        for name in up
     }
     text = f"nodes in use or idle: {', '.join(f'{name} {count}' for name, count in usable.items())}"
     if lost:
@@ -81,7 +91,13 @@ class Probe:
 
     def __init__(self, token: Path, content: str, nodes: int, where: list[str]) -> None:
         self.nodes = nodes
-        limits = (f"--nodes={nodes}", "--ntasks-per-node=1", "--time=2", f"--immediate={QUEUE_SECONDS}", "--kill-on-bad-exit")
+        limits = (
+            f"--nodes={nodes}",
+            "--ntasks-per-node=1",
+            "--time=2",
+            f"--immediate={QUEUE_SECONDS}",
+            "--kill-on-bad-exit",
+        )
         command = ("srun", "--job-name=doctor", *limits, *where, sys.executable, "-u", str(NODE), str(token), content)
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1)
@@ -153,7 +169,9 @@ def probe(token: Path, nodes: int, where: list[str]) -> Iterator[Finding]:
         if len(greetings) < nodes:
             busy = "mmediate" in last or "Unable to allocate" in last
             text = f"{len(greetings)} of {nodes} node(s) ran a probe: {last[:150]}"
-            remedy = "the cluster is busy: try again, or fewer --nodes" if busy else f"is {sys.executable} on every node?"
+            remedy = (
+                "the cluster is busy: try again, or fewer --nodes" if busy else f"is {sys.executable} on every node?"
+            )
             yield Finding("nodes", "warn" if busy else "fail", text, remedy)
 
 
@@ -161,7 +179,9 @@ def file_system(directory: Path, greetings: dict[int, dict[str, Any]], written: 
     """Judge whether every node sees this machine's run directory, and this machine what nodes write."""
     blind = [f"{answer['host']} ({answer['token']})" for answer in greetings.values() if answer["token"]]
     if not blind:
-        blind = [f"what {greetings[rank]['host']} writes is not seen here" for rank, seen in written.items() if not seen]
+        blind = [
+            f"what {greetings[rank]['host']} writes is not seen here" for rank, seen in written.items() if not seen
+        ]
     if blind:
         text = f"{directory} is not shared: {', '.join(blind)}"
         return Finding(
@@ -173,7 +193,9 @@ def file_system(directory: Path, greetings: dict[int, dict[str, Any]], written: 
 def network(greetings: dict[int, dict[str, Any]], ways: dict[int, dict[str, Any]]) -> Finding:
     """Judge the way from each node to the first: reached, by which interface, not by the loopback."""
     first = greetings[0]["host"]
-    problems = [f"{answer['host']} has no interface {answer['absent']}" for answer in greetings.values() if answer["absent"]]
+    problems = [
+        f"{answer['host']} has no interface {answer['absent']}" for answer in greetings.values() if answer["absent"]
+    ]
     for rank, greeting in greetings.items():
         way = ways.get(rank, {"error": "no answer"})
         if way["error"]:
@@ -181,11 +203,15 @@ def network(greetings: dict[int, dict[str, Any]], ways: dict[int, dict[str, Any]
         elif way["address"].startswith("127."):
             problems.append(f"{greeting['host']} takes {first} for itself ({way['address']})")
     if problems:
-        remedy = "names in /etc/hosts, firewall between nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface"
+        remedy = (
+            "names in /etc/hosts, firewall between nodes; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface"
+        )
         return Finding("network", "fail", "; ".join(problems), remedy)
     used = sorted({way["interface"] for way in ways.values()})
     if len(used) > 1:
-        return Finding("network", "warn", f"nodes use different interfaces: {', '.join(used)}", "set NCCL_SOCKET_IFNAME")
+        return Finding(
+            "network", "warn", f"nodes use different interfaces: {', '.join(used)}", "set NCCL_SOCKET_IFNAME"
+        )
     return Finding("network", "OK", f"{len(ways)} node(s) reach {first} by {used[0]}")
 
 
@@ -200,7 +226,9 @@ def clocks(tasks: Probe, greetings: dict[int, dict[str, Any]]) -> Finding:
             best[rank] = min(best.get(rank, (math.inf, 0.0)), (half, answer["time"] - sent - half))
     if len(best) < len(greetings):
         return Finding("clocks", "fail", "a node stopped answering", "try again")
-    text = ", ".join(f"{greetings[rank]['host']} {ahead:+.3f} s (within {half:.3f})" for rank, (half, ahead) in best.items())
+    text = ", ".join(
+        f"{greetings[rank]['host']} {ahead:+.3f} s (within {half:.3f})" for rank, (half, ahead) in best.items()
+    )
     skew = max(abs(ahead) - half for half, ahead in best.values())
     remedy = "chronyd or ntpd on every node"
     if skew > SKEW_WARN_SECONDS:

@@ -81,7 +81,9 @@ def lines_of_series(first: Computed, second: Computed) -> tuple[list[tuple[str, 
             what = f"first differs at step {differ[0]}: {apart(mine[differ[0]], theirs[differ[0]])}; "
             lines.append((name, f"{what}at {len(differ)} of {len(common)} recorded steps"))
         else:
-            lines.append((name, f"the same bits at {len(common)} recorded step{'s'[: len(common) > 1]}, the last {common[-1]}"))
+            lines.append(
+                (name, f"the same bits at {len(common)} recorded step{'s'[: len(common) > 1]}, the last {common[-1]}")
+            )
     return lines, agreed and found
 
 

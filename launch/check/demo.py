@@ -37,7 +37,9 @@ def train(directory: Path, name: str, world_size: int, device: str, kill_at: int
             break
         time.sleep(0.02)
     if bool(code := ranks.wait()) != bool(kill_at):
-        raise UserError(f"The training on {world_size} process(es) ended with exit code {code}. See what `launch selftest` says.")
+        raise UserError(
+            f"The training on {world_size} process(es) ended with exit code {code}. See what `launch selftest` says."
+        )
 
 
 def main(argv: list[str]) -> int:

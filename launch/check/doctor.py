@@ -37,7 +37,9 @@ def line(finding: Finding) -> str:
 def main(argv: list[str]) -> int:
     """Check, print, and return 1 if anything fails."""
     parser = Parser(
-        prog="python -m launch doctor", usage="%(prog)s [OPTIONS] [-- TRAIN ARGUMENTS]", description=__doc__.split("\n")[0]
+        prog="python -m launch doctor",
+        usage="%(prog)s [OPTIONS] [-- TRAIN ARGUMENTS]",
+        description=__doc__.split("\n")[0],
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

@@ -25,7 +25,9 @@ class Trace:
 
     def __init__(self, run: Path) -> None:
         self.checkpoints = run / "checkpoints"
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        self.rows: list[dict[str, Any]] = [
+            json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+        ]
         self.summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
         report = run / REPORT
         self.crash_points: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {}
@@ -86,7 +88,10 @@ def _each_example_once(found: Evidence) -> Verdict:
             state = json.loads(path.read_text())
             expected = state["step"] % STEPS_PER_EPOCH * BATCH
             if state["ledger"]["count"] != expected:
-                return False, f"the ledger has {state['ledger']['count']} examples at step {state['step']}, not {expected}"
+                return (
+                    False,
+                    f"the ledger has {state['ledger']['count']} examples at step {state['step']}, not {expected}",
+                )
     losses = [loss for (loss,) in found.order.column("train", "loss")]
     rows = [min(BATCH, NUM_TRAIN - step % STEPS_PER_EPOCH * BATCH) for step in range(len(losses))]
     sums = [
@@ -107,12 +112,16 @@ def _order_changes(found: Evidence) -> Verdict:
 
 def _is_fresh(trace: Trace) -> Verdict:
     losses = [loss for (loss,) in trace.column("train", "loss")]
-    return len(set(losses)) > len(losses) // 2, f"one example, frozen weights: {len(set(losses))} losses in {len(losses)} steps"
+    return len(set(losses)) > len(
+        losses
+    ) // 2, f"one example, frozen weights: {len(set(losses))} losses in {len(losses)} steps"
 
 
 def _evaluation(found: Evidence) -> Verdict:
     names = [
-        f"{prefix}test_{field}" for prefix in ("", "ema_") for field in ("correct", "loss", "predictions_sha256", "confusion")
+        f"{prefix}test_{field}"
+        for prefix in ("", "ema_")
+        for field in ("correct", "loss", "predictions_sha256", "confusion")
     ]
     different = [name for name in names if found.alone.summary[name] != found.moved.summary[name]]
     if different:
@@ -126,7 +135,9 @@ def _evaluation(found: Evidence) -> Verdict:
             return False, f"{one[3]} of {one[2]} examples, accuracy {one[4]}: the test split has {NUM_TEST}"
     summary = found.alone.summary
     predictions = summary["test_predictions_sha256"][:12]
-    return len(alone) == 2 * found.epochs, f"{len(alone)} times {NUM_TEST} examples; predictions {predictions} on both paths"
+    return len(
+        alone
+    ) == 2 * found.epochs, f"{len(alone)} times {NUM_TEST} examples; predictions {predictions} on both paths"
 
 
 def _learning_rate(found: Evidence) -> Verdict:
@@ -149,7 +160,9 @@ def _resume(found: Evidence) -> Verdict:
     if [world for world, _ in starts] != list(found.worlds):
         return False, f"world sizes {[world for world, _ in starts]}, expected {list(found.worlds)}"
     resumed = starts[-1][1]
-    figures = f"killed after step {found.killed_at}, went on from {resumed}: at most {SAVE_STEPS} steps may be computed again"
+    figures = (
+        f"killed after step {found.killed_at}, went on from {resumed}: at most {SAVE_STEPS} steps may be computed again"
+    )
     return resumed > 0 and found.killed_at - resumed <= SAVE_STEPS, figures
 
 

@@ -55,7 +55,9 @@ def check_claims(config: Config, data_sha256: str, claims: list[Claim], run_dir:
         if changed := differences(claim["mathematics"], mathematics(config)):
             raise UserError(f"{run_dir / 'config.yaml'} is not what {source} was trained with: {', '.join(changed)}.")
         if (expected := claim["data_sha256"]) != data_sha256:
-            raise UserError(f"The data are not what {source} was trained with: SHA-256 {expected[:12]} -> {data_sha256[:12]}.")
+            raise UserError(
+                f"The data are not what {source} was trained with: SHA-256 {expected[:12]} -> {data_sha256[:12]}."
+            )
 
 
 def summary_claim(record: Record, run_dir: Path) -> list[Claim]:
@@ -63,7 +65,11 @@ def summary_claim(record: Record, run_dir: Path) -> list[Claim]:
     summary = record.summary
     if not {"config", "contract"} <= summary.keys():
         return []
-    claim = {"mathematics": summary["config"], "data_sha256": summary["data"]["sha256"], "contract": summary["contract"]}
+    claim = {
+        "mathematics": summary["config"],
+        "data_sha256": summary["data"]["sha256"],
+        "contract": summary["contract"],
+    }
     return [(str(run_dir / "summary.json"), claim)]
 
 
@@ -93,7 +99,9 @@ class Comparison:
                 continue
             value = f"{name} {fingerprint.decode(bits):.9g}"
             distance = "agrees" if bits == there else f"DIFFERS from {fingerprint.decode(there):.9g}"
-            words.append(f"{value} {distance}" + ("" if bits == there else f" by {fingerprint.ulps(bits, there):,} ulps"))
+            words.append(
+                f"{value} {distance}" + ("" if bits == there else f" by {fingerprint.ulps(bits, there):,} ulps")
+            )
             same &= bits == there
         if (weights := self.same_weights(run)) is not None:
             words.append("weights agree" if weights else "weights DIFFER")
@@ -125,7 +133,9 @@ def replay(run_dir: Path, record: Record, config: Config, first: int, last: int)
         source = data.load(config.data, world)
         check_claims(config, source.sha256, claims, run_dir)
         if (started := record.data.get("sha256", source.sha256)) != source.sha256:
-            raise UserError(f"The data are not the run's: SHA-256 {started[:12]} -> {source.sha256[:12]} ({source.name}).")
+            raise UserError(
+                f"The data are not the run's: SHA-256 {started[:12]} -> {source.sha256[:12]} ({source.name})."
+            )
         if claims and (changed := contract_differences(claims[-1][1]["contract"], contract(world))):
             print(f"The bits may differ: {', '.join(changed)}.")
         run = set_up(config, world, source)
@@ -142,7 +152,9 @@ def replay(run_dir: Path, record: Record, config: Config, first: int, last: int)
     finally:
         world.close()
     damage = f"; {len(problems)} damaged, see above" if problems else ""
-    print(f"{comparison.agreeing} of {last - first} steps agree bit for bit, {comparison.saves} saved weights among them{damage}")
+    print(
+        f"{comparison.agreeing} of {last - first} steps agree bit for bit, {comparison.saves} saved weights among them{damage}"
+    )
     return not comparison.differing and not problems
 
 
@@ -155,7 +167,9 @@ def main(argv: list[str]) -> int:
         epilog="Train arguments that are no mathematics fit the run to this machine: -- --data.root DIR --train.device cpu",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run with train.exact true")
-    parser.add_argument("--steps", metavar="A:B", required=True, help="compute A+1 to B, from the newest checkpoint until A")
+    parser.add_argument(
+        "--steps", metavar="A:B", required=True, help="compute A+1 to B, from the newest checkpoint until A"
+    )
     own, arguments = split_arguments(argv)
     options = parser.parse_args(own)
     record = records.read(options.run, options.run.name)
@@ -165,5 +179,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{config_file} is missing. It is part of the run: nothing can be computed again without it.")
     config = parse(["--config", str(config_file), *arguments])
     if not config.train.exact:
-        raise UserError(f"{config_file} says train.exact false, and the run has fingerprints of exact mode. It was changed.")
+        raise UserError(
+            f"{config_file} says train.exact false, and the run has fingerprints of exact mode. It was changed."
+        )
     return 0 if replay(options.run, record, config, first, last) else 1

@@ -22,9 +22,7 @@ from launch.run import Ranks, count_gpus, die_with_parent
 from train.cli import Parser
 from train.errors import UserError
 
-COMMON = (
-    "--data.name digits --log.every_steps 1 --log.progress false --log.report false --wandb.mode disabled --train.num_threads 1"
-)
+COMMON = "--data.name digits --log.every_steps 1 --log.progress false --log.report false --wandb.mode disabled --train.num_threads 1"
 EVERYTHING = (
     f"--model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.3 --optim.lr {LR} "
     f"--optim.ema 0.9 --optim.clip_norm 1 --train.exact true --train.micro_batches 5 --train.global_batch_size {BATCH} "
@@ -129,7 +127,9 @@ def _kill_between_saves(training: Training, run: Path, log: Path, after_step: in
     while step < after_step or not SAVE_STEPS // 4 <= step % SAVE_STEPS <= SAVE_STEPS // 2:
         if not training.is_running():
             training.wait()
-            raise Failed(f"the training that was to be killed ended before, at step {_last_step(run)}: {_last_line(log)}")
+            raise Failed(
+                f"the training that was to be killed ended before, at step {_last_step(run)}: {_last_line(log)}"
+            )
         time.sleep(POLL_SECONDS)
         step = _last_step(run)
     training.kill(0)
@@ -186,7 +186,9 @@ def main(argv: list[str], start: Start = Processes) -> int:
         raise UserError(f"--keep {options.keep} exists already. Give a new directory.")
     began = time.monotonic()
     steps = EPOCHS[options.device] * STEPS_PER_EPOCH
-    print(f"{steps} exact steps on 1 process, and on {worlds[0]}, killed, then {worlds[1]} ({options.device})", flush=True)
+    print(
+        f"{steps} exact steps on 1 process, and on {worlds[0]}, killed, then {worlds[1]} ({options.device})", flush=True
+    )
     with contextlib.ExitStack() as stack:
         if options.keep:
             options.keep.mkdir(parents=True)

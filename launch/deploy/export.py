@@ -102,7 +102,11 @@ def check_checkpoint(found: Result, deployed: Deployed, record: records.Record, 
     """
     facts, summary = deployed.facts, record.summary
     averaged = facts.weights == "ema"
-    rows = [row for row in record.rows if row["event"] == "eval" and row["step"] == facts.step and row.get("ema") == averaged]
+    rows = [
+        row
+        for row in record.rows
+        if row["event"] == "eval" and row["step"] == facts.step and row.get("ema") == averaged
+    ]
     claims = [(f"{row.get('correct')} right", f"{found.correct} right", "metrics.jsonl") for row in rows[-1:]]
     name = f"{'ema_' if averaged else ''}{split}_predictions_sha256"
     if summary.get("step") == facts.step and name in summary:
@@ -123,7 +127,9 @@ def check_file(written: Deployed, original: Deployed, found: Result, test: data.
     predictions, wanted = here.argmax(1), expected.argmax(1)
     margins = (expected.gather(1, wanted[:, None]) - expected.gather(1, predictions[:, None]))[:, 0]
     if wrong := int((~(margins <= TIE) | ~here.isfinite().all(1)).sum()):
-        raise Mismatch(f"The exported file predicts {wrong} of {len(labels)} images other than its checkpoint. It is void.")
+        raise Mismatch(
+            f"The exported file predicts {wrong} of {len(labels)} images other than its checkpoint. It is void."
+        )
     return Evidence(
         predictions=predictions,
         correct=int((predictions == labels).sum()),
@@ -176,7 +182,9 @@ def export(run_dir: Path, config: Config, options: argparse.Namespace, kind: str
     try:
         source = data.load(config.data, world)
         if (trained := record.data.get("sha256", source.sha256)) != source.sha256:
-            raise UserError(f"The data are not the run's: SHA-256 {trained[:12]} -> {source.sha256[:12]} ({source.name}).")
+            raise UserError(
+                f"The data are not the run's: SHA-256 {trained[:12]} -> {source.sha256[:12]} ({source.name})."
+            )
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         module: Any = copy.deepcopy(original.logits).to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
         found = evaluate(module, source, config.eval.batch_size, world, memory_format)

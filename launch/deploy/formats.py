@@ -69,7 +69,11 @@ class Facts:
         names = self.class_names
         if self.model not in models.MODELS:
             raise ValueError(f"a known model (got {self.model!r:.40})")
-        if not isinstance(names, list) or len(names) != models.NUM_CLASSES or not all(isinstance(name, str) for name in names):
+        if (
+            not isinstance(names, list)
+            or len(names) != models.NUM_CLASSES
+            or not all(isinstance(name, str) for name in names)
+        ):
             raise ValueError(f"{models.NUM_CLASSES} class_names")
         if not (isinstance(self.mean, (int, float)) and isinstance(self.std, (int, float)) and 0 < self.std < 256):
             raise ValueError(f"mean and std of pixels (got {self.mean!r:.20}, {self.std!r:.20})")
@@ -111,9 +115,13 @@ def choose_checkpoint(run_dir: Path, notify: Callable[[str], None]) -> tuple[Pat
     return path, state
 
 
-def from_run(run_dir: Path, notify: Callable[[str], None], weights: str | None = None, path: Path | None = None) -> Deployed:
+def from_run(
+    run_dir: Path, notify: Callable[[str], None], weights: str | None = None, path: Path | None = None
+) -> Deployed:
     """Take a model from a run directory: its best checkpoint or `path`, averaged weights if there are any or `weights`."""
-    data_name = records.read(run_dir, run_dir.name).data_name  # what was trained on: a fallback is not what the config says
+    data_name = records.read(
+        run_dir, run_dir.name
+    ).data_name  # what was trained on: a fallback is not what the config says
     path, state = (path, checkpoint.decode(checkpoint.read(path))) if path else choose_checkpoint(run_dir, notify)
     weights = weights or ("ema" if state.ema else "raw")
     tensors = state.ema if weights == "ema" else state.model
@@ -187,7 +195,9 @@ def read(path: Path, *, own: bool = False) -> Deployed:
     """
     readers = {".safetensors": _read_safetensors, ".pt2": _read_program if own else _read_archive, ".onnx": _read_onnx}
     if path.suffix not in readers:
-        raise UserError(f"{path} is no model. Expected the directory of a run, or a file {', '.join(readers)} of launch export.")
+        raise UserError(
+            f"{path} is no model. Expected the directory of a run, or a file {', '.join(readers)} of launch export."
+        )
     if not path.is_file():
         raise UserError(f"{path} is {'not a file' if path.exists() else 'missing'}. Expected what launch export wrote.")
     return readers[path.suffix](path)
@@ -196,7 +206,9 @@ def read(path: Path, *, own: bool = False) -> Deployed:
 def _verified(facts: Facts, tensors: dict[str, Tensor], path: Path) -> Deployed:
     found = checkpoint.tensors_sha256(tensors)
     if found != facts.weights_sha256:
-        raise Damaged(f"{path} is damaged: its weights have SHA-256 {found[:12]}, expected {facts.weights_sha256[:12]}.")
+        raise Damaged(
+            f"{path} is damaged: its weights have SHA-256 {found[:12]}, expected {facts.weights_sha256[:12]}."
+        )
     return Deployed(facts, build(facts, tensors))
 
 
@@ -223,7 +235,16 @@ def _read_archive(path: Path) -> Deployed:
                 sizes, strides = ([item["as_int"] for item in meta[key]] for key in ("sizes", "strides"))
                 content = bytearray(archive.read(f"{weights}/{entry['path_name']}"))
                 tensors[name] = torch.frombuffer(content, dtype=torch.float32).as_strided(sizes, strides).contiguous()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        RecursionError,
+        zipfile.BadZipFile,
+    ) as error:
         raise Damaged(f"{path} is not a whole .pt2 of launch export: {_words(error)}.") from None
     return _verified(Facts.decode(strings, path), tensors, path)
 
@@ -245,7 +266,9 @@ def _read_onnx(path: Path) -> Deployed:
     facts = Facts.decode(props, path)
     digest = hashlib.sha256(proto.graph.SerializeToString(deterministic=True)).hexdigest()
     if digest != props.get("graph_sha256"):
-        raise Damaged(f"{path} is damaged: its graph has SHA-256 {digest[:12]}, expected {props.get('graph_sha256', '')[:12]}.")
+        raise Damaged(
+            f"{path} is damaged: its graph has SHA-256 {digest[:12]}, expected {props.get('graph_sha256', '')[:12]}."
+        )
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # nor do onnxruntime's

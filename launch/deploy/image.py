@@ -18,7 +18,9 @@ SIDE = 28
 MAX_BYTES, MAX_PIXELS = 100_000_000, 50_000_000
 WORK_SIDE = 1024  # pixels; larger images are averaged down to it first
 MIN_CONTRAST = 16.0  # of 255, between ink and paper
-IN_BOX = 0.2  # share of the strongest ink from which on a pixel belongs to the digit's box: the texture of paper does not
+IN_BOX = (
+    0.2  # share of the strongest ink from which on a pixel belongs to the digit's box: the texture of paper does not
+)
 # Longer side of the digit's box in pixels, and what is put into the middle. MNIST: "size normalized to fit in a 20x20 pixel
 # box while preserving their aspect ratio ... centered in a 28x28 image by computing the center of mass" (LeCun, Cortes and
 # Burges, The MNIST database of handwritten digits). The digits of scikit-learn fill their 8 rows: measured, all 1,797 of them.
@@ -66,7 +68,9 @@ def ink(image: Image.Image, name: str) -> NDArray[np.float32]:
     found = np.abs(colour - paper).max(-1)
     peak = float(found.max())
     if peak < noise + MIN_CONTRAST:
-        raise UserError(f"{name} is blank: nothing in it differs from its border. Expected ink that does not cover the border.")
+        raise UserError(
+            f"{name} is blank: nothing in it differs from its border. Expected ink that does not cover the border."
+        )
     return (((found - noise) / (peak - noise)).clip(0, 1) * 255).astype(np.float32)
 
 

@@ -38,7 +38,8 @@ def norm_pair(channels: int = 5) -> tuple[BatchNorm2d, nn.BatchNorm2d]:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_parameters"), [("cnn", 215_194), ("tiny", 3_786), ("vgg", 214_026), ("vgg_wide", 842_762), ("tiny_bn", 2_982)]
+    ("name", "num_parameters"),
+    [("cnn", 215_194), ("tiny", 3_786), ("vgg", 214_026), ("vgg_wide", 842_762), ("tiny_bn", 2_982)],
 )
 def test_model_has_its_number_of_parameters(name: str, num_parameters: int) -> None:
     assert sum(p.numel() for p in build(ModelConfig(name=name), 0).parameters()) == num_parameters  # type: ignore[arg-type]
@@ -115,7 +116,9 @@ def test_dropout_is_off_without_keys(name: str) -> None:
     assert not torch.equal(dropping(batch, keys(6)), plain(batch))
 
 
-def merge(norm: BatchNorm2d, means: torch.Tensor, variances: torch.Tensor, counts: list[int], is_sound: bool = True) -> None:
+def merge(
+    norm: BatchNorm2d, means: torch.Tensor, variances: torch.Tensor, counts: list[int], is_sound: bool = True
+) -> None:
     shares = torch.tensor(counts, dtype=torch.float32) / sum(counts)
     merge_statistics([norm], torch.cat((means, variances), dim=1), shares, torch.tensor(is_sound))
 

@@ -37,7 +37,9 @@ def test_stop_names_step_micro_batch_and_examples(tmp_path: Path, world_size: in
     assert "Traceback" not in ranks.output()
     assert line.startswith("error: The loss or the gradient of step 13 is not finite: ")
     if accident == "broken_loss":
-        examples = Sampler(1438, 64, 4, seed=0).examples(12, 32, 40).tolist()  # micro-batch 2 of the batch of step 12 (from 0)
+        examples = (
+            Sampler(1438, 64, 4, seed=0).examples(12, 32, 40).tolist()
+        )  # micro-batch 2 of the batch of step 12 (from 0)
         assert f"loss inf in micro-batch 2 of 4, training examples {', '.join(map(str, examples))}, ..." in line
     else:
         assert "its 4 micro-batch(es) have finite losses" in line
@@ -71,7 +73,9 @@ def test_skipping_is_mathematics_on_every_world_size_and_through_kills(tmp_path:
         for field in ("weights_sha256", "ema_weights_sha256", "test_predictions_sha256", "skips", "fingerprints"):
             assert summary[field] == alone[field], (run, field)
         assert [row["step"] for row in rows(tmp_path / run, "skipped")] == [13, 16]
-        assert [row["loss"] is None for row in rows(tmp_path / run, "train")] == [step in (13, 16) for step in range(1, 25)]
+        assert [row["loss"] is None for row in rows(tmp_path / run, "train")] == [
+            step in (13, 16) for step in range(1, 25)
+        ]
     for path in (tmp_path / "alone" / "checkpoints").glob("step-*/*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
     log = (tmp_path / "two-logs" / "rank-0.log").read_text()
@@ -103,7 +107,8 @@ def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_s
 def looked_at(table: list[list[float]], **config: Any) -> tuple[SimpleNamespace, list[int]]:
     """Let is_left_out look at steps 11, 12, ... whose rows are [is broken, *losses]."""
     results = [
-        StepResult(11 + n, sum(losses), 1.0, not is_broken, losses, [0.0], 0) for n, (is_broken, *losses) in enumerate(table)
+        StepResult(11 + n, sum(losses), 1.0, not is_broken, losses, [0.0], 0)
+        for n, (is_broken, *losses) in enumerate(table)
     ]
     sampler = Sampler(100, 8, len(table[0]) - 1, seed=0)
     run = SimpleNamespace(config=SimpleNamespace(optim=OptimConfig(**config)), skips=0, sampler=sampler)
@@ -117,7 +122,9 @@ def test_a_late_look_finds_every_broken_step() -> None:
     assert (skipped, run.skips) == ([12, 14], 2)
     with pytest.raises(RunError, match="step 12 is not finite: loss nan in micro-batch 0 of 2"):
         looked_at(table)
-    with pytest.raises(RunError, match=r"step 14 is not finite: loss inf in micro-batch 1 of 2.*optim.max_skips 1 were left out"):
+    with pytest.raises(
+        RunError, match=r"step 14 is not finite: loss inf in micro-batch 1 of 2.*optim.max_skips 1 were left out"
+    ):
         looked_at(table, nonfinite="skip", max_skips=1)
 
 

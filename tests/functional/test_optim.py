@@ -54,7 +54,10 @@ def test_lr_one_cycle_is_torchs(total_steps: int, warmup: float, final_lr: float
 @pytest.mark.parametrize("final_lr", [0.0, 0.1, 1.0])
 def test_lr_cosine_and_linear_are_torchs(total_steps: int, final_lr: float) -> None:
     for schedule, make in (
-        ("cosine", lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=0.2 * final_lr)),
+        (
+            "cosine",
+            lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=0.2 * final_lr),
+        ),
         ("linear", lambda optimizer: lr_scheduler.LinearLR(optimizer, 1.0, final_lr, total_iters=total_steps)),
     ):
         config = OptimConfig(lr=0.2, schedule=schedule, warmup=0.0, final_lr=final_lr)  # type: ignore[arg-type]

@@ -67,7 +67,9 @@ def test_permute_of_one_position_is_that_of_many(size: int, order_key: int, data
     step=st.integers(0, 10**9),
 )
 @settings(deadline=None, max_examples=200)
-def test_ranks_share_a_global_batch_without_gap_or_overlap(size: int, batch: int, world_size: int, extra: int, step: int) -> None:
+def test_ranks_share_a_global_batch_without_gap_or_overlap(
+    size: int, batch: int, world_size: int, extra: int, step: int
+) -> None:
     sampler = Sampler(size, batch, world_size + extra, seed=0)
     whole = sampler.examples(step, 0, sampler.batch_rows(step))
     parts = [sampler.rank_examples(step, rank, world_size) for rank in range(world_size)]
@@ -81,7 +83,9 @@ def test_global_batch_is_the_same_at_every_world_size(world_size: int, step: int
     sampler = Sampler(60_000, 4096, 4096, seed=5)
     alone = sampler.rank_examples(step, 0, 1)
     ranks = range(world_size) if world_size < 1000 else range(0, world_size, world_size // 50)
-    bounds = {rank: [sampler.micro_batch(step, i) for i in sampler.own_micro_batches(rank, world_size)] for rank in ranks}
+    bounds = {
+        rank: [sampler.micro_batch(step, i) for i in sampler.own_micro_batches(rank, world_size)] for rank in ranks
+    }
     for rank, parts in bounds.items():
         own = sampler.rank_examples(step, rank, world_size)
         assert np.array_equal(own, alone[parts[0][0] : parts[-1][1]])
@@ -124,7 +128,9 @@ def test_uneven_tail_has_the_rest_and_nothing_else(size: int, batch: int, rows: 
 
 
 def test_order_differs_by_epoch_and_by_seed() -> None:
-    orders = {(seed, epoch): epoch_examples(Sampler(200, 50, 1, seed), epoch) for seed in (0, 1, 42, 43) for epoch in range(5)}
+    orders = {
+        (seed, epoch): epoch_examples(Sampler(200, 50, 1, seed), epoch) for seed in (0, 1, 42, 43) for epoch in range(5)
+    }
     assert len({order.tobytes() for order in orders.values()}) == len(orders)
     assert not np.array_equal(orders[42, 1], orders[43, 0])
     assert not any(np.array_equal(order, np.arange(200)) for order in orders.values())
@@ -165,7 +171,9 @@ def test_permute_puts_every_example_everywhere_equally_often(size: int) -> None:
 
 def test_permute_selects_every_order_of_three_equally_often() -> None:
     num_keys = 3000
-    orders = [tuple(permute(np.arange(3, dtype=np.uint64), 3, key(number, "six")).tolist()) for number in range(num_keys)]
+    orders = [
+        tuple(permute(np.arange(3, dtype=np.uint64), 3, key(number, "six")).tolist()) for number in range(num_keys)
+    ]
     counts = [orders.count(order) for order in sorted(set(orders))]
     assert len(counts) == 6
     assert sum((count - num_keys / 6) ** 2 / (num_keys / 6) for count in counts) < 20.5  # p = 0.001 at 5 degrees
@@ -187,11 +195,20 @@ def test_permute_does_not_correlate_with_its_neighbours(size: int) -> None:
 def test_mix64_is_splitmix64() -> None:
     """The first outputs of splitmix64 seeded with 0, as its authors publish them."""
     state = np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert [f"{value:016x}" for value in mix64(state).tolist()] == ["e220a8397b1dcdaf", "6e789e6aa1b965f4", "06c45d188009454f"]
+    assert [f"{value:016x}" for value in mix64(state).tolist()] == [
+        "e220a8397b1dcdaf",
+        "6e789e6aa1b965f4",
+        "06c45d188009454f",
+    ]
 
 
 def test_key_tells_seed_purpose_and_epoch_apart() -> None:
-    names = [(seed, purpose, number) for seed in (0, 1, 10, 2**64) for purpose in ("order", "augment") for number in range(50)]
+    names = [
+        (seed, purpose, number)
+        for seed in (0, 1, 10, 2**64)
+        for purpose in ("order", "augment")
+        for number in range(50)
+    ]
     assert len({key(*name) for name in names}) == len(names)
     assert all(0 <= key(*name) < 2**64 for name in names)
 

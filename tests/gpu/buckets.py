@@ -119,7 +119,9 @@ def hook(lab: Lab) -> dict[str, Any]:
     store = dist.HashStore()
     dist.init_process_group("nccl" if lab.on_gpu else "gloo", store=store, rank=0, world_size=1)
     try:
-        with lab.open(f"--model.name cnn --train.exact true --train.micro_batches {LEAVES} --train.cuda_graphs off") as run:
+        with lab.open(
+            f"--model.name cnn --train.exact true --train.micro_batches {LEAVES} --train.cuda_graphs off"
+        ) as run:
             alone = all_leaves(run, run.module, run.reducer)
             warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name since torch 2.13
             ddp = nn.parallel.DistributedDataParallel(run.module, gradient_as_bucket_view=True, broadcast_buffers=False)

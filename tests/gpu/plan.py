@@ -58,7 +58,12 @@ class Machine:
         """Return the variables by which NCCL ranks share the only GPU; none where each rank has its own."""
         if self.num_gpus != 1:
             return {}
-        env = {"LOCKSTEP_SHARE_GPU": "nccl", "NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "2"}
+        env = {
+            "LOCKSTEP_SHARE_GPU": "nccl",
+            "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+            "NCCL_NVLS_ENABLE": "0",
+            "NCCL_MAX_CTAS": "2",
+        }
         return env | ({"LD_PRELOAD": self.nccl_library} if self.nccl_library else {})
 
     def why_no_nccl(self, ranks: int) -> str:
@@ -70,7 +75,9 @@ class Machine:
         if self.nccl_library or self.nccl >= SHARING_NCCL:
             return ""
         found = ".".join(map(str, self.nccl))
-        return f"needs NCCL 2.30 or a second GPU: this machine has one GPU and NCCL {found}, and no .gpu/libnccl.so.2.xz"
+        return (
+            f"needs NCCL 2.30 or a second GPU: this machine has one GPU and NCCL {found}, and no .gpu/libnccl.so.2.xz"
+        )
 
 
 def module(name: str, *arguments: str) -> list[str]:
@@ -88,9 +95,7 @@ def train(machine: Machine, name: str, ranks: int, flags: str, limit: float = 15
 
 def accelerate(machine: Machine, name: str, ranks: int, **extra: Any) -> Job:
     """Train under `accelerate launch`."""
-    flags = (
-        f"--num_processes {ranks} --num_machines 1 --mixed_precision no --dynamo_backend no {'--multi_gpu' if ranks > 1 else ''}"
-    )
+    flags = f"--num_processes {ranks} --num_machines 1 --mixed_precision no --dynamo_backend no {'--multi_gpu' if ranks > 1 else ''}"
     steps = "--train.max_steps 8 --train.num_threads 1" if machine.is_dry else ""
     training = f"--config configs/smoke.yaml --run.name {name} --log.progress false --log.report false {steps}"
     command = [*module("accelerate.commands.launch"), *flags.split(), "-m", "train", *training.split()]
@@ -109,7 +114,9 @@ def compare(work: Path, names: Iterable[str]) -> str:
     if len(found) < 2:
         raise CannotRun(f"needs two trainings that finished: there is {' '.join(found) or 'none'}")
     first = next(iter(found))
-    wrong = [f"{name} {key[:-7]}" for name, run in found.items() for key in BITS if run.get(key) != found[first].get(key)]
+    wrong = [
+        f"{name} {key[:-7]}" for name, run in found.items() for key in BITS if run.get(key) != found[first].get(key)
+    ]
     if wrong:
         raise Failed(f"other bits than {first}: {', '.join(wrong)}")
     return f"{len(found)} trainings, {sorted(run['world_size'] for run in found.values())} ranks, have the same bits"
@@ -133,7 +140,9 @@ def correct(machine: Machine) -> list[list[Job]]:
     small = "--data.name digits --train.max_steps 8" if machine.is_dry else ""
     gpu_tests = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     pytest = [*module("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", "not compile"), *gpu_tests]
-    doctor = f"--data.name {'digits' if machine.is_dry else 'mnist'} --train.precision bf16 --train.device {machine.device}"
+    doctor = (
+        f"--data.name {'digits' if machine.is_dry else 'mnist'} --train.precision bf16 --train.device {machine.device}"
+    )
     models = ("modes-cnn", "modes-vgg", "modes-tiny_bn")
     modes = [models] if machine.is_dry else [(name,) for name in models]  # a process each, or one for all
     trainings = [
@@ -159,7 +168,12 @@ def correct(machine: Machine) -> list[list[Job]]:
     onnx = Job("export", 60, export, why_not=machine.needs("onnx", "onnxscript", "onnxruntime"), after="quickstart")
     after = [
         Job("gloo-bits", 10, partial(compare, machine.work, ["every-1", *gloo]), why_not=no_gloo),
-        Job("gloo-plain-bits", 10, partial(compare, machine.work, ["plain-1", "gloo-plain-2"]), why_not=no_gloo or as_every),
+        Job(
+            "gloo-plain-bits",
+            10,
+            partial(compare, machine.work, ["plain-1", "gloo-plain-2"]),
+            why_not=no_gloo or as_every,
+        ),
         onnx,
     ]
     return [[*trainings, *checks], after]
@@ -187,9 +201,13 @@ def ranks(machine: Machine, *, is_alone: bool) -> list[list[Job]]:
     two = {"env": env, "why_not": why(2), "after": "nccl-version"}
     every = {2: train(machine, "nccl-every-2", 2, f"{EVERY} 60", 90, **two)}
     for n in (3, 4):
-        every[n] = train(machine, f"nccl-every-{n}", n, f"{EVERY} 60", 90, env=env, why_not=why(n), after="nccl-every-2")
+        every[n] = train(
+            machine, f"nccl-every-{n}", n, f"{EVERY} 60", 90, env=env, why_not=why(n), after="nccl-every-2"
+        )
     plain = train(machine, "nccl-plain-2", 2, f"{PLAIN} 60", 90, **two)
-    first = [train(machine, "every-1", 1, f"{EVERY} 60"), train(machine, "plain-1", 1, f"{PLAIN} 60")] if is_alone else []
+    first = (
+        [train(machine, "every-1", 1, f"{EVERY} 60"), train(machine, "plain-1", 1, f"{PLAIN} 60")] if is_alone else []
+    )
     names = [job.name for job in every.values()]
     bits = [
         Job("nccl-bits", 10, partial(compare, machine.work, ["every-1", *names]), why_not=why(2)),

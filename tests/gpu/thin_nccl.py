@@ -47,7 +47,9 @@ def main(source: str, target: str, architecture: str = "90") -> None:
         kept, blanked = thin(library, int(architecture))
     print(f"kept {kept / 1e6:.1f} MB of sm_{architecture}, blanked {blanked / 1e6:.1f} MB")
     if not kept:
-        sys.exit(f"error: {source} has no code of sm_{architecture}. Give the GPU's compute capability without the dot.")
+        sys.exit(
+            f"error: {source} has no code of sm_{architecture}. Give the GPU's compute capability without the dot."
+        )
 
 
 if __name__ == "__main__":

@@ -96,7 +96,11 @@ def graphs(lab: Lab, flags: str) -> dict[str, Any]:
         is_recorded = run.replay is not None
     ordinary, graphed = (lab.train(f"{flags} {each}", 22) for each in ("off", "on"))
     differ = [number + 1 for number, (a, b) in enumerate(zip(ordinary[0], graphed[0], strict=True)) if a != b]
-    return {"ok": is_recorded and ordinary == graphed, "recorded": is_recorded, "first_other_loss": differ[0] if differ else None}
+    return {
+        "ok": is_recorded and ordinary == graphed,
+        "recorded": is_recorded,
+        "first_other_loss": differ[0] if differ else None,
+    }
 
 
 def waits(lab: Lab, flags: str) -> dict[str, Any]:
@@ -117,7 +121,12 @@ def waits(lab: Lab, flags: str) -> dict[str, Any]:
 def groups(lab: Lab, packages: list[str]) -> dict[str, Callable[[], list[Check]]]:
     """Return the checks of each group."""
     adamw = "--optim.name adamw --optim.lr 0.003"
-    recipes = {"everything": EVERYTHING, "everything adamw": f"{EVERYTHING} {adamw}", "fast": FAST, "fast-99.5": FAST_995}
+    recipes = {
+        "everything": EVERYTHING,
+        "everything adamw": f"{EVERYTHING} {adamw}",
+        "fast": FAST,
+        "fast-99.5": FAST_995,
+    }
     steps = {
         "fast ordinary": f"{FAST} --train.cuda_graphs off", "fast graph": f"{FAST} --train.cuda_graphs on",
         "everything ordinary": f"{EVERYTHING} --train.cuda_graphs off", "fast fp16": f"{FAST} --train.precision fp16",
@@ -129,7 +138,9 @@ def groups(lab: Lab, packages: list[str]) -> dict[str, Callable[[], list[Check]]
         **{f"modes-{name}": partial(modes, lab, name) for name in ("cnn", "vgg", "tiny_bn")},
         "alignment": lambda: buckets.alignment_checks(lab),
         "hook": lambda: [("exact tree behind DDP", partial(buckets.hook, lab))],
-        "parity": lambda: [(f"GPU against CPU, {name}", partial(parity, lab, flags)) for name, flags in in_fp32.items()],
+        "parity": lambda: [
+            (f"GPU against CPU, {name}", partial(parity, lab, flags)) for name, flags in in_fp32.items()
+        ],
         "graphs": lambda: [(f"graphs, {name}", partial(graphs, lab, flags)) for name, flags in recipes.items()],
         "waits": lambda: [(f"no waiting, {name}", partial(waits, lab, flags)) for name, flags in steps.items()],
     }

@@ -192,7 +192,9 @@ class Visit:
 
     def write(self, outcome: str = "interrupted") -> None:
         """Write the receipt as it is now; `outcome` says whether the visit has ended."""
-        counts = {name: sum(row.outcome == mark for row in self.rows) for name, mark in (("ok", "ok"), ("failed", "FAIL"))}
+        counts = {
+            name: sum(row.outcome == mark for row in self.rows) for name, mark in (("ok", "ok"), ("failed", "FAIL"))
+        }
         self.receipt |= {
             "outcome": outcome,
             "seconds": round(time.monotonic() - self.began, 1),
@@ -248,5 +250,7 @@ def table(receipt: dict[str, Any]) -> str:
         seconds = ", ".join(f"{name[:-8]} {run[name]} s" for name in BRIEF if name.endswith("_seconds") and name in run)
         lines.append(f"{run['name']:16} {run['world_size']} rank(s) {run['outcome']}, {seconds}, accuracy {accuracy}")
     counts = receipt["counts"]
-    end = f"{counts['ok']} ok, {counts['failed']} failed, {counts['did_not_run']} did not run; {receipt['seconds']:.0f} s"
+    end = (
+        f"{counts['ok']} ok, {counts['failed']} failed, {counts['did_not_run']} did not run; {receipt['seconds']:.0f} s"
+    )
     return "\n".join([*filter(None, lines), end])

@@ -106,7 +106,12 @@ def test_time_to_accuracy_trains_the_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["exact", "--repeats", "0"], ["nothing"], ["time-to-accuracy", "--recipe", "/no.yaml"], ["exact", "--plot", "x.gif"]],
+    [
+        ["exact", "--repeats", "0"],
+        ["nothing"],
+        ["time-to-accuracy", "--recipe", "/no.yaml"],
+        ["exact", "--plot", "x.gif"],
+    ],
 )
 def test_bench_refuses_bad_options(options: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "launch", "bench", *options], capture_output=True, text=True)

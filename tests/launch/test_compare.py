@@ -83,9 +83,15 @@ def test_equal_runs_are_equal(runs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("other", "config", "loss", "norm"),
-    [("seed", "seed 0 -> 1", 1, 1), ("rate", "optim.lr 0.02 -> 0.03", 2, 2), ("fast", "train.exact True -> False", 0, 0)],
+    [
+        ("seed", "seed 0 -> 1", 1, 1),
+        ("rate", "optim.lr 0.02 -> 0.03", 2, 2),
+        ("fast", "train.exact True -> False", 0, 0),
+    ],
 )
-def test_other_runs_are_told_apart_at_their_first_step(runs: Path, other: str, config: str, loss: int, norm: int) -> None:
+def test_other_runs_are_told_apart_at_their_first_step(
+    runs: Path, other: str, config: str, loss: int, norm: int
+) -> None:
     code, said = compare(runs, "one", other)
     assert code == 0, said
     assert f"  {config}\n" in said
@@ -156,7 +162,10 @@ def test_unfinished_run_agrees_as_far_as_it_goes_but_is_not_equal(runs: Path, tm
         (lambda run: (run / "metrics.jsonl").unlink(), "has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("\0\0\n7\n"), "has no train or eval rows"),
         (lambda run: (run / "config.yaml").write_text("a: [\n"), "config.yaml is damaged"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"event": "train", "step": 3, "loss": "x"}\n'), "that no run writes"),
+        (
+            lambda run: (run / "metrics.jsonl").write_text('{"event": "train", "step": 3, "loss": "x"}\n'),
+            "that no run writes",
+        ),
     ],
 )
 def test_bad_input_is_one_line(runs: Path, tmp_path: Path, change: Callable[[Path], object], says: str) -> None:

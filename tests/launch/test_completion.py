@@ -35,7 +35,13 @@ class Terminal:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
             os.chdir(folder)
-            environment = {"PATH": os.environ["PATH"], "TERM": "dumb", "PS1": "$ ", "HOME": str(folder), "COLUMNS": "200"}
+            environment = {
+                "PATH": os.environ["PATH"],
+                "TERM": "dumb",
+                "PS1": "$ ",
+                "HOME": str(folder),
+                "COLUMNS": "200",
+            }
             os.execvpe(shell, SHELLS[shell], environment)
         self.type(f"source {script}; echo rea''dy\n")
         self.read_until("ready\r\n")

@@ -60,7 +60,9 @@ def test_files_are_read_by_others_with_what_they_say_of_themselves(exported: dic
     session = onnxruntime.InferenceSession(exported["onnx"], providers=["CPUExecutionProvider"])
     assert {**facts}.items() <= session.get_modelmeta().custom_metadata_map.items()
     for some in (inputs, inputs[:1]):  # any number of images
-        torch.testing.assert_close(torch.from_numpy(session.run(None, {"inputs": some.numpy()})[0]), wanted[: len(some)])
+        torch.testing.assert_close(
+            torch.from_numpy(session.run(None, {"inputs": some.numpy()})[0]), wanted[: len(some)]
+        )
         extra = {"lockstep.json": ""}
         program = torch.export.load(exported["torch-export"], extra_files=extra).module()
         torch.testing.assert_close(program(some), wanted[: len(some)])
@@ -96,7 +98,9 @@ def test_writing_and_reading_never_unpickles(
     if kind == "torch-export":
         with zipfile.ZipFile(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
-            assert [size for name, size in sizes.items() if name.endswith((".pt", ".pkl"))] == [0]  # the sample inputs: none
+            assert [size for name, size in sizes.items() if name.endswith((".pt", ".pkl"))] == [
+                0
+            ]  # the sample inputs: none
             configs = [archive.read(name).decode() for name in sizes if name.endswith("config.json")]
         assert len(configs) == 2
         assert not any('"use_pickle": true' in config for config in configs)
@@ -113,7 +117,9 @@ def test_pt2_of_a_stranger_runs_no_program(copies: dict[str, Path], tmp_path: Pa
     with zipfile.ZipFile(copies["torch-export"]) as old, zipfile.ZipFile(evil, "w") as new:
         for name in old.namelist():
             content = old.read(name)
-            content = pickle.dumps(Evil()) if name.endswith("model.pt") else b"{}" if name.endswith("model.json") else content
+            content = (
+                pickle.dumps(Evil()) if name.endswith("model.pt") else b"{}" if name.endswith("model.json") else content
+            )
             new.writestr(name, content)
     assert formats.read(evil).scores(images_of_the_test_split()).shape == (359, 10)
     assert not (tmp_path / "owned").exists()
@@ -183,7 +189,9 @@ DAMAGES: list[tuple[str, str, Callable[[Path], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "case", "damage", "words"), DAMAGES, ids=[f"{kind}-{case}" for kind, case, *_ in DAMAGES])
+@pytest.mark.parametrize(
+    ("kind", "case", "damage", "words"), DAMAGES, ids=[f"{kind}-{case}" for kind, case, *_ in DAMAGES]
+)
 def test_damaged_file_is_refused_in_one_line(
     kind: str, case: str, damage: Callable[[Path], Any], words: str, copies: dict[str, Path]
 ) -> None:

@@ -73,7 +73,9 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wrong, other = checks.packages(parse([]))
     assert (wrong.status, wrong.text) == ("fail", "numpy 1.2.3, needs >=1.26; safetensors is missing")
     assert other.status == "warn"
-    pin = next(line for line in (checks.ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    pin = next(
+        line for line in (checks.ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")
+    )
     assert other.text.startswith(f"torch 2.99.0, tested with {pin.split(';')[0][7:]}")
     assert "constraints.txt" in wrong.remedy
     monkeypatch.setattr(checks, "ROOT", tmp_path)  # installed without a checkout: no pins
@@ -114,7 +116,9 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (nccl.status, nccl.text.split(" is loaded")[0]) == ("warn", "1.2.3")
 
 
-@pytest.mark.parametrize(("found", "built", "status"), [(13020, "13.2", "OK"), (13010, "13.2", "warn"), (14000, "13.2", "OK")])
+@pytest.mark.parametrize(
+    ("found", "built", "status"), [(13020, "13.2", "OK"), (13010, "13.2", "warn"), (14000, "13.2", "OK")]
+)
 def test_driver(found: int, built: str, status: str) -> None:
     assert checks.driver(found, built).status == status
 
@@ -151,7 +155,9 @@ def test_all_reduce_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(seconds > 0 for item in found for seconds in item["seconds"].values())
     sizes = {"4": 1e-4, str(checks.ALLREDUCE_BYTES): 100.0}
     answer = {"backend": "gloo", "wrong": 0, "seconds": sizes}
-    monkeypatch.setattr(allreduce, "run_local", lambda *arguments: [answer, {**answer, "seconds": dict.fromkeys(sizes, 1e-3)}])
+    monkeypatch.setattr(
+        allreduce, "run_local", lambda *arguments: [answer, {**answer, "seconds": dict.fromkeys(sizes, 1e-3)}]
+    )
     finding = look(checks.all_reduce, "--train.device cpu")
     assert finding.status == "warn"  # the slowest rank counts
     assert "right but slow" in finding.text
@@ -287,7 +293,9 @@ def test_command_line_on_this_machine(tmp_path: Path) -> None:
     """The real thing: all checks, one line each."""
 
     def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run((sys.executable, *arguments), cwd=checks.ROOT, capture_output=True, text=True, timeout=200)
+        return subprocess.run(
+            (sys.executable, *arguments), cwd=checks.ROOT, capture_output=True, text=True, timeout=200
+        )
 
     training = ("--data.name", "digits", "--run.dir", str(tmp_path), "--train.device", "cpu")
     done = python("-m", "launch", "doctor", "--", *training)

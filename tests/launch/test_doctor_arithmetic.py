@@ -17,12 +17,16 @@ from train.functional import models
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = "--train.device cpu"
     found = list(checks.precision(parse(cpu.split())))
-    assert [(finding.name, finding.status) for finding in found] == [(name, "OK") for name in ("fp32", "tf32", "bf16", "fp16")]
+    assert [(finding.name, finding.status) for finding in found] == [
+        (name, "OK") for name in ("fp32", "tf32", "bf16", "fp16")
+    ]
     for precision in ("tf32", "fp16"):
         assert look(checks.precision, cpu, f"--train.precision {precision}").status == "fail"
     # silently float32, as fp16 is on a CPU
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())
-    finding = next(each for each in checks.precision(parse([*cpu.split(), "--train.precision", "bf16"])) if each.name == "bf16")
+    finding = next(
+        each for each in checks.precision(parse([*cpu.split(), "--train.precision", "bf16"])) if each.name == "bf16"
+    )
     assert finding.status == "fail"
     assert "torch.float32" in finding.text
 
@@ -55,7 +59,9 @@ class Forbidden(Undetermined):
     """A model with an operation that has no deterministic algorithm."""
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        torch.zeros(4, device=images.device).put_(torch.tensor([0], device=images.device), torch.ones(1, device=images.device))
+        torch.zeros(4, device=images.device).put_(
+            torch.tensor([0], device=images.device), torch.ones(1, device=images.device)
+        )
         return super().forward(images)
 
 
@@ -99,5 +105,7 @@ def test_repeating_a_training_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
         torch.backends.cudnn.benchmark = setting
         torch.use_deterministic_algorithms(setting)
         before = state()
-        assert look(checks.deterministic, "--train.device cpu --model.name tiny_bn --train.micro_batches 2").status == "OK"
+        assert (
+            look(checks.deterministic, "--train.device cpu --model.name tiny_bn --train.micro_batches 2").status == "OK"
+        )
         assert state() == before

@@ -77,7 +77,9 @@ def test_best_checkpoint_is_taken_and_the_newest_where_it_is_damaged(run: Path, 
     newest, *_, oldest = [checkpoint.step_of(path) for path in checkpoint.directories(run / "checkpoints")]
 
     def oldest_is_best(state: checkpoint.State) -> checkpoint.State:
-        return checkpoint.State(state.model, state.optimizer, state.ema, state.meta | {"best": {"step": oldest, "accuracy": 1.0}})
+        return checkpoint.State(
+            state.model, state.optimizer, state.ema, state.meta | {"best": {"step": oldest, "accuracy": 1.0}}
+        )
 
     change_states(run, oldest_is_best)
     assert formats.read(export_to(run, tmp_path)).facts.step == oldest < newest
@@ -96,7 +98,9 @@ def test_best_checkpoint_is_taken_and_the_newest_where_it_is_damaged(run: Path, 
         (["--output", "{}", "--format", "torch-export"], "model.pt2"),
     ],
 )
-def test_file_lands_where_output_says_and_nothing_else_stays(flags: list[str], name: str, run: Path, tmp_path: Path) -> None:
+def test_file_lands_where_output_says_and_nothing_else_stays(
+    flags: list[str], name: str, run: Path, tmp_path: Path
+) -> None:
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert export.main([str(run), *(flag.format(tmp_path) for flag in flags)]) == 0
     new = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} - {
@@ -133,7 +137,9 @@ def change_json(path: Path, change: Callable[[dict], Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_checkpoint_that_predicts_other_than_its_run_did_is_not_exported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_that_predicts_other_than_its_run_did_is_not_exported(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = checkpoint.directories(run / "checkpoints")[0]
     flags = [run, "--checkpoint", newest]
     change_json(run / "summary.json", lambda summary: summary.update(ema_test_predictions_sha256="0" * 64))

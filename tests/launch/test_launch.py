@@ -61,7 +61,9 @@ def launch_run(nproc: int, *options: str) -> tuple[str, ...]:
 
 def ranks_of(run: Path) -> list[int]:
     """Process ids of the ranks that train this run now."""
-    found = subprocess.run(["pgrep", "-f", "--", f"-m train .*--run.name {run.name}( |$)"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-f", "--", f"-m train .*--run.name {run.name}( |$)"], capture_output=True, text=True
+    )
     return [int(line) for line in found.stdout.split()]
 
 
@@ -81,7 +83,10 @@ def wait_for_none(run: Path, seconds: float) -> None:
 LAUNCHERS = {
     "python": (1, (sys.executable, "-m", "train")),
     "torchrun": (2, (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "train")),
-    "accelerate": (2, (str(BIN / "accelerate"), "launch", "--config_file", "configs/accelerate/cpu-2.yaml", "-m", "train")),
+    "accelerate": (
+        2,
+        (str(BIN / "accelerate"), "launch", "--config_file", "configs/accelerate/cpu-2.yaml", "-m", "train"),
+    ),
     "launch run": (2, launch_run(2)),
 }
 
@@ -126,7 +131,9 @@ def test_an_abort_in_the_interpreters_clean_up_does_not_reach_a_rank(tmp_path: P
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, sys\natexit.register(lambda: os.abort() if sys.argv[0].endswith('train/__main__.py') else None)\n"
     )
-    code, output = finish(start(tmp_path / "run", *launch_run(2), PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"))
+    code, output = finish(
+        start(tmp_path / "run", *launch_run(2), PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    )
     assert code == 0, output
     assert (tmp_path / "run" / "summary.json").exists()
 
@@ -237,7 +244,9 @@ def wait_for_port(port: int) -> None:
 
 def agent(port: int, run: Path) -> subprocess.Popen:
     """A torchrun agent with one worker, as on one of one to two nodes."""
-    command = f"{BIN / 'torchrun'} --nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-id elastic --rdzv-backend c10d"
+    command = (
+        f"{BIN / 'torchrun'} --nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-id elastic --rdzv-backend c10d"
+    )
     command += f" --rdzv-endpoint 127.0.0.1:{port} --rdzv-conf last_call_timeout=1 --local-addr 127.0.0.1 -m train"
     flags = "--train.exact true --train.micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
     return start(run, *command.split(), flags=flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", GLOO_SOCKET_IFNAME="lo")

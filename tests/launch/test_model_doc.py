@@ -36,7 +36,10 @@ def test_sums_agree_with_torch(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_formulas_give_their_numbers(name: str) -> None:
     for layer in layers(MODELS[name](0.0)):
-        for formula, number in ((layer.parameters_formula, layer.parameters), (layer.multiply_adds_formula, layer.multiply_adds)):
+        for formula, number in (
+            (layer.parameters_formula, layer.parameters),
+            (layer.multiply_adds_formula, layer.multiply_adds),
+        ):
             assert not formula or eval(formula.replace("x", "*")) == number
 
 
@@ -73,5 +76,9 @@ def test_layers_without_a_row_are_refused() -> None:
 def test_stride_and_padding_are_seen() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, stride=2, padding=1), torch.nn.MaxPool2d(3, stride=1))
     convolution, pooling = layers(model)[1:]
-    assert (convolution.kernel, convolution.volume, convolution.receptive_field) == ("3 x 3, stride 2, padding 1", (14, 14, 2), 3)
+    assert (convolution.kernel, convolution.volume, convolution.receptive_field) == (
+        "3 x 3, stride 2, padding 1",
+        (14, 14, 2),
+        3,
+    )
     assert (pooling.kernel, pooling.volume, pooling.receptive_field) == ("3 x 3, stride 1", (12, 12, 2), 7)

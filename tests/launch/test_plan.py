@@ -54,7 +54,8 @@ def test_ranks_share_each_step_and_bytes_follow_from_the_parameters(nodes: int, 
         assert max(sizes) - min(sizes) <= (1 if what == "micro_batches" else -(-size // made["micro_batches"]))
     gradient_bytes = 4 * made["num_parameters"]
     sent = {
-        name: [item["bytes"] for item in made["traffic"] if item["what"] == name] for name in ("gradients", "exchange", "gather")
+        name: [item["bytes"] for item in made["traffic"] if item["what"] == name]
+        for name in ("gradients", "exchange", "gather")
     }
     if world_size == 1:
         assert made["traffic"] == []
@@ -67,13 +68,17 @@ def test_ranks_share_each_step_and_bytes_follow_from_the_parameters(nodes: int, 
     assert made["last_batch"]["rows"] == 60000 - (made["steps_per_epoch"] - 1) * size
 
 
-@pytest.mark.parametrize("flags", ["", "--optim.name adamw --optim.ema 0.9 --model.name tiny_bn --train.micro_batches 4"])
+@pytest.mark.parametrize(
+    "flags", ["", "--optim.name adamw --optim.ema 0.9 --model.name tiny_bn --train.micro_batches 4"]
+)
 def test_checkpoint_steps_and_lr_are_those_of_a_real_run(tmp_path: Path, flags: str) -> None:
     limits = "--train.max_steps 7 --log.every_steps 1"
     train(2, tmp_path / "run", limits, flags)
     argv = arguments(tmp_path / "run", limits, flags)
     made = plan.make_plan(parse(argv), 2, 1, argv)
-    written = {path.name: path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / "step-00000007").iterdir()}
+    written = {
+        path.name: path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / "step-00000007").iterdir()
+    }
     assert made["checkpoint_files"].keys() == written.keys()
     for name, size in written.items():
         # numbers in the JSON have more digits than the dry run's
@@ -161,9 +166,15 @@ def test_a_sampler_that_repeats_an_example_is_caught(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ("--nodes 512 --gpus-per-node 8", "512, fewer than 4096 ranks. Use 4096 or more. The largest that fits here: --nodes 64"),
+        (
+            "--nodes 512 --gpus-per-node 8",
+            "512, fewer than 4096 ranks. Use 4096 or more. The largest that fits here: --nodes 64",
+        ),
         ("--gpus-per-node 8 -- --train.global_batch_size 6", "The largest that fits here: --gpus-per-node 6."),
-        ("--nodes 3 --gpus-per-node 8 -- --model.name vgg --train.micro_batches 8", "fits here: --nodes 1 --gpus-per-node 8."),
+        (
+            "--nodes 3 --gpus-per-node 8 -- --model.name vgg --train.micro_batches 8",
+            "fits here: --nodes 1 --gpus-per-node 8.",
+        ),
         ("--nodes 3 -- --model.name vgg", "Set it to the largest world size"),
         ("--nodes 2 -- --train.exact true --train.micro_batches 7", "Use 511 or 518, or train.micro_batches 4."),
         ("--nodes 2 -- --optim.lrr 1", "Did you mean optim.lr?"),

@@ -24,7 +24,10 @@ from train.errors import UserError
 from train.storage import data
 
 NUM_EXAMPLES = 60
-WRONG, OTHER = 0.07, 0.05  # largest shares of wrong labels, and of labels other than without the detour by a file; plus one
+WRONG, OTHER = (
+    0.07,
+    0.05,
+)  # largest shares of wrong labels, and of labels other than without the detour by a file; plus one
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,9 @@ WAYS: dict[str, Callable[[NDArray[np.uint8]], bytes]] = {
     "dark on light": lambda digit: saved(drawn(digit)),
     "light on dark": lambda digit: saved(drawn(digit, paper=0, pen=255)),
     "grey on grey": lambda digit: saved(drawn(digit, paper=90, pen=140).convert("L")),
-    "blue on yellow, JPEG": lambda digit: saved(drawn(digit, paper=(240, 230, 140), pen=(20, 30, 140)), "JPEG", quality=60),
+    "blue on yellow, JPEG": lambda digit: saved(
+        drawn(digit, paper=(240, 230, 140), pen=(20, 30, 140)), "JPEG", quality=60
+    ),
     "red on equally bright green": lambda digit: saved(drawn(digit, paper=(60, 160, 60), pen=(200, 90, 60))),
     "noisy paper, JPEG": lambda digit: saved(drawn(digit, paper=200, pen=40, noise=8), "JPEG", quality=50),
     "small JPEG": lambda digit: saved(drawn(digit, factor=2), "JPEG", quality=75),
@@ -285,16 +290,21 @@ def test_predict_refuses_before_it_prints(
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("absent", "is no model"), ("absent.onnx", "is missing"), ("0.png", "is no model"), (".", "metrics")]
+    ("name", "words"),
+    [("absent", "is no model"), ("absent.onnx", "is missing"), ("0.png", "is no model"), (".", "metrics")],
 )
-def test_predict_refuses_what_is_no_model(name: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_refuses_what_is_no_model(
+    name: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert predict.main([str(folder / name), str(folder / "0.png")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert words in error
 
 
-def test_predict_prints_a_line_per_image_in_order(folder: Path, digits_run: Path, model: Any, digits: tuple, capsys: Any) -> None:
+def test_predict_prints_a_line_per_image_in_order(
+    folder: Path, digits_run: Path, model: Any, digits: tuple, capsys: Any
+) -> None:
     names = [str(folder / f"{at}.png") for at in (2, 0, 1)]
     assert predict.main([str(digits_run), *names]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -150,7 +150,11 @@ def test_other_threads_are_said_and_flags_fit_the_run_to_a_machine(run: Path) ->
         (lambda run: (run / "config.yaml").unlink(), "0:3", "config.yaml is missing"),
         (lambda run: edit(run / "config.yaml", "lr: 0.02", "lrr: 0.02"), "0:3", "optim.lrr"),
         (lambda run: edit(run / "config.yaml", "exact: true", "exact: false"), "0:3", "It was changed"),
-        (lambda run: edit(run / "metrics.jsonl", '"fingerprint"', '"other"'), "0:3", "only a run with train.exact true"),
+        (
+            lambda run: edit(run / "metrics.jsonl", '"fingerprint"', '"other"'),
+            "0:3",
+            "only a run with train.exact true",
+        ),
     ],
 )
 def test_bad_input_exits_2(run: Path, change: Callable[[Path], object] | None, steps: str, says: str) -> None:

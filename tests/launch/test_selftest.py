@@ -99,7 +99,9 @@ def test_command_trains_for_real_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("flags", "says"), [(["--device", "tpu"], "--device is tpu"), (["--keep", "."], "exists already")])
+@pytest.mark.parametrize(
+    ("flags", "says"), [(["--device", "tpu"], "--device is tpu"), (["--keep", "."], "exists already")]
+)
 def test_bad_usage_is_exit_2(python: Callable[..., CompletedProcess], flags: list[str], says: str) -> None:
     done = python("-m", "launch", "selftest", *flags)
     assert done.returncode == 2

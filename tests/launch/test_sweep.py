@@ -42,7 +42,17 @@ def test_table_of_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     odd = "--wandb.notes=a 'b' \"c\" $(d)\ne,f"
-    options = ["--nodes", "4", "--gpus-per-node", "2", "--time=1:00", "--no-requeue", "--signal-seconds", "60", "--dry-run"]
+    options = [
+        "--nodes",
+        "4",
+        "--gpus-per-node",
+        "2",
+        "--time=1:00",
+        "--no-requeue",
+        "--signal-seconds",
+        "60",
+        "--dry-run",
+    ]
     assert slurm.main([*options, "--", *SMALL, odd]) == 0
     wanted = shlex.split(
         "sbatch --parsable --nodes 4 --gpus-per-node 2 --signal=USR2@60 --time=1:00 --no-requeue slurm/train.sbatch"
@@ -61,7 +71,10 @@ def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--sweep", "seeds", "--", *SMALL], "--sweep needs --array"),
         (["--sweep", "seeds", "--array=1-2", "--follow", "--", *SMALL], "cannot be followed"),
         (["--sweep", "nothing.txt", "--array=1-2", "--", *SMALL], "--sweep nothing.txt cannot be read"),
-        (["--sweep", "tests/launch/test_sweep.py", "--array=1-2", "--", *SMALL], "tests/launch/test_sweep.py, line 1: "),
+        (
+            ["--sweep", "tests/launch/test_sweep.py", "--array=1-2", "--", *SMALL],
+            "tests/launch/test_sweep.py, line 1: ",
+        ),
         (["--print-run", "--", *SMALL], "--print-run is for the job"),
     ],
 )

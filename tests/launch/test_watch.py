@@ -46,7 +46,14 @@ def test_frame_says_what_the_rows_say(
         "accuracy 93.00% (test, step 30)",
         "images/s 10,000",
     )
-    for said in (*says, "learning rate 0.001639", "time left 0:00:00", "processes 4 → 2", "restarts 1", "checkpoint none yet"):
+    for said in (
+        *says,
+        "learning rate 0.001639",
+        "time left 0:00:00",
+        "processes 4 → 2",
+        "restarts 1",
+        "checkpoint none yet",
+    ):
         assert said in text, said
 
 
@@ -67,7 +74,13 @@ def test_real_run_is_seen_to_be_finished(tmp_path: Path, capsys: pytest.CaptureF
     run = tmp_path / "run"
     train(1, run, "--train.max_steps 30 --log.every_steps 10 --optim.ema 0.9")
     text = once(run, capsys)
-    for said in ("run digits finished", "step 30 of 30 100%", "test, step 30, averaged", "processes 1", "checkpoint step 30"):
+    for said in (
+        "run digits finished",
+        "step 30 of 30 100%",
+        "test, step 30, averaged",
+        "processes 1",
+        "checkpoint step 30",
+    ):
         assert said in text, said
 
 
@@ -104,7 +117,10 @@ def test_sparkline() -> None:
 
 def test_what_is_no_run_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    for name, says in (("nowhere", "has no rows in metrics.jsonl"), ("file", "metrics.jsonl cannot be read: Not a directory")):
+    for name, says in (
+        ("nowhere", "has no rows in metrics.jsonl"),
+        ("file", "metrics.jsonl cannot be read: Not a directory"),
+    ):
         assert launch(["watch", str(tmp_path / name)]) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("error: ")

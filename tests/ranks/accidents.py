@@ -52,7 +52,9 @@ def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
 
 def broken_loss() -> None:
     """Micro-batch 2 of update STEP, and of STEP + 3, has an infinite loss."""
-    _in_micro_batch(lambda run, index, loss: loss * torch.inf if index == 2 and run.step + 1 in (STEP, STEP + 3) else loss)
+    _in_micro_batch(
+        lambda run, index, loss: loss * torch.inf if index == 2 and run.step + 1 in (STEP, STEP + 3) else loss
+    )
 
 
 def broken_gradient() -> None:

@@ -26,7 +26,10 @@ class Addresses(TorchDispatchMode):
         tensors = [each for each in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         addresses = [tensor.data_ptr() for tensor in tensors if tensor.size() in self.sizes]
         self.operations += bool(addresses)
-        if any(address % optim.ALIGNMENT for address in addresses) and str(func).removeprefix("aten.") not in ELEMENTWISE:
+        if (
+            any(address % optim.ALIGNMENT for address in addresses)
+            and str(func).removeprefix("aten.") not in ELEMENTWISE
+        ):
             self.odd.append(str(func))
         return func(*args, **(kwargs or {}))
 

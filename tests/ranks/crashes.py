@@ -86,7 +86,9 @@ def crash(directory: Path, name: str, number: int) -> str | None:
     if problems or found is None or not set(whole) & {OLDER, NEWER} or len(whole) != len(named):
         return f"whole {whole}, {problems}"
     _save(directory, NEWER, checkpoint.encode(small_state(NEWER)))
-    left = sorted(str(path.relative_to(directory)) for path in directory.glob("*/*")) + list(map(str, directory.glob(".*")))
+    left = sorted(str(path.relative_to(directory)) for path in directory.glob("*/*")) + list(
+        map(str, directory.glob(".*"))
+    )
     newest = f"checkpoints/step-{NEWER:08d}"
     return None if left == [newest] and checkpoint.is_whole(directory / newest) else f"left {left}"
 

@@ -53,7 +53,9 @@ def campaign(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
     slopes = {"step_ms": slope(pace)}
     for rank, found in samples.items():
-        slopes |= {f"rank {rank} {name}": slope([(s["step"], s[name]) for s in found]) for name in found[0] if name != "step"}
+        slopes |= {
+            f"rank {rank} {name}": slope([(s["step"], s[name]) for s in found]) for name in found[0] if name != "step"
+        }
     return {"steps": seconds[-1][0], "codes": codes, "slopes": slopes}
 
 
@@ -66,6 +68,7 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {s['first']:.2f} | {s['last']:.2f} | {s['per_10000_steps']:+.4f} |" for name, s in result["slopes"].items()
+        f"| {name} | {s['first']:.2f} | {s['last']:.2f} | {s['per_10000_steps']:+.4f} |"
+        for name, s in result["slopes"].items()
     ]
     return "\n".join(lines)

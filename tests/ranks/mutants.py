@@ -193,7 +193,9 @@ def padded_evaluation() -> None:
 
 def evaluation_drops_the_rest() -> None:
     """The test split's last, shorter batch is not evaluated: drop_last in the evaluation's loader."""
-    _change_evaluation(lambda result: dataclasses.replace(result, num_examples=300, correct=result.correct * 300 // 359))
+    _change_evaluation(
+        lambda result: dataclasses.replace(result, num_examples=300, correct=result.correct * 300 // 359)
+    )
 
 
 # Resume

@@ -50,10 +50,18 @@ def free_port() -> int:
 class Ranks:
     """`world_size` processes that train with the same arguments; logs in `directory`/rank-R.log."""
 
-    def __init__(self, world_size: int, argv: list[str], directory: Path, module: str = "train.__main__", **env: str) -> None:
+    def __init__(
+        self, world_size: int, argv: list[str], directory: Path, module: str = "train.__main__", **env: str
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.logs = [directory / f"rank-{rank}.log" for rank in range(world_size)]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WANDB_MODE": "disabled", **_gpus(), **env}
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WANDB_MODE": "disabled",
+            **_gpus(),
+            **env,
+        }
         shared |= {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], "MNIST_ROOT": os.environ.get("MNIST_ROOT", "")}
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -118,7 +126,9 @@ def launch(log: Path, *argv: str, **env: str) -> tuple[int, str]:
     """Run `python -m launch` with arguments, with torch imported already; return (exit code, what it printed)."""
     log.unlink(missing_ok=True)
     env |= {"XDG_CACHE_HOME": env.get("XDG_CACHE_HOME", os.environ["XDG_CACHE_HOME"])}
-    process = _context.Process(target=_rank_main, args=(_gpus() | env, " ".join(argv).split(), str(log), "launch.__main__"))
+    process = _context.Process(
+        target=_rank_main, args=(_gpus() | env, " ".join(argv).split(), str(log), "launch.__main__")
+    )
     process.start()
     process.join(90)
     assert process.exitcode is not None, f"{argv} hangs\n{log.read_text()}"
@@ -129,4 +139,12 @@ def arguments(run: Path, *flags: str) -> list[str]:
     """The command line of a small run on digits and the CPU; later flags win."""
     small = "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_threads 1 --train.device cpu"
     quiet = "--log.progress false --log.report false"
-    return [*small.split(), *quiet.split(), "--run.dir", str(run.parent), "--run.name", run.name, *" ".join(flags).split()]
+    return [
+        *small.split(),
+        *quiet.split(),
+        "--run.dir",
+        str(run.parent),
+        "--run.name",
+        run.name,
+        *" ".join(flags).split(),
+    ]

@@ -35,11 +35,41 @@ def test_page_lands_in_the_run_and_says_what_the_run_says(run: Path, capsys: pyt
     assert main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     found = Page((run / "report.html").read_text())
-    headline = ("96.00% of 1,000 mnist test images", "40 of 1,000", "60 of 60", "4 → 2 (1 restart)", "6.7", "12,346", SHA256[:12])
-    curves = ("loss", "accuracy", "learning rate", "images per second", "gradient norm", "time line", "step (30 per epoch)")
-    lives = ("2001-09-09 01:46:40 UTC", "0:00:30", "0 to 30", "preempted (SIGTERM)", "30 to 60", "finished", "started again")
+    headline = (
+        "96.00% of 1,000 mnist test images",
+        "40 of 1,000",
+        "60 of 60",
+        "4 → 2 (1 restart)",
+        "6.7",
+        "12,346",
+        SHA256[:12],
+    )
+    curves = (
+        "loss",
+        "accuracy",
+        "learning rate",
+        "images per second",
+        "gradient norm",
+        "time line",
+        "step (30 per epoch)",
+    )
+    lives = (
+        "2001-09-09 01:46:40 UTC",
+        "0:00:30",
+        "0 to 30",
+        "preempted (SIGTERM)",
+        "30 to 60",
+        "finished",
+        "started again",
+    )
     mistakes = ("4 → 9 21", "100 mistakes, the most confident first", "0 → 1 99.0%", "82.1% 21 wrong", "the 3 filters")
-    environment = ("torch 2.15.0", "cpu x86_64, 2 thread(s)", "c0ffee+", "60,000 train, 10,000 test", "python -m train --seed 1")
+    environment = (
+        "torch 2.15.0",
+        "cpu x86_64, 2 thread(s)",
+        "c0ffee+",
+        "60,000 train, 10,000 test",
+        "python -m train --seed 1",
+    )
     phases = ("rank 0 rank 1 data 12.5% 25.0% forward_backward 87.5% 75.0%",)
     for said in (*phases, *headline, *curves, *lives, *mistakes, *environment, "model cnn"):
         assert said in found.text, said
@@ -60,7 +90,10 @@ def test_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
             for attribute in ("src", "href", "xlink:href", "action", "srcset"):
                 assert (attributes.get(attribute) or "data:").startswith(("data:", "#")), (tag, attributes)
         assert re.findall(r"@import|url\((?!#)", html) == []
-        assert set(re.findall(r"https?://[\w./]*", html)) <= {"http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"}
+        assert set(re.findall(r"https?://[\w./]*", html)) <= {
+            "http://www.w3.org/1999/xlink",
+            "http://www.w3.org/2000/svg",
+        }
     assert EVIL in Page((tmp_path / "evil.html").read_text()).text
     assert "alert(1)" in html
     assert "49" not in found.text  # {{ 7*7 }}
@@ -83,7 +116,8 @@ def test_ids_are_unique(tmp_path: Path) -> None:
 def test_runs_that_differ_in_the_seed_alone_are_a_mean_with_a_band(tmp_path: Path) -> None:
     rows = make_rows()
     wrong = [
-        {**row, "correct": 950, "accuracy": 0.95} if row["event"] == "eval" and row["step"] == STEPS else row for row in rows
+        {**row, "correct": 950, "accuracy": 0.95} if row["event"] == "eval" and row["step"] == STEPS else row
+        for row in rows
     ]
     first = make_run(tmp_path / "recipe-s1", rows, make_summary(weights_sha256="a" * 64), Config(seed=1))
     other = make_run(tmp_path / "recipe-s2", wrong, make_summary(), Config(seed=2))
@@ -187,7 +221,11 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
         (None, ["damaged"], "summary.json is damaged. Expected"),
         (None, ["torn"], "exhibits.safetensors is damaged"),
         ('{"event": "eval", "step": 1, "split": "test", "accuracy": "all"}\n', ["run"], "rows that no run writes"),
-        ('{"event": "train", "step": 1, "loss": 1}\n{"event": "eval", "step": 1}\n', ["run"], "rows that no run writes"),
+        (
+            '{"event": "train", "step": 1, "loss": 1}\n{"event": "eval", "step": 1}\n',
+            ["run"],
+            "rows that no run writes",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(
@@ -225,9 +263,7 @@ def test_neither_torch_nor_a_display_is_needed(run: Path, python: Python) -> Non
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_missing_package_is_one_line_with_its_remedy(run: Path, python: Python, package: str) -> None:
-    code = (
-        f"import sys; sys.modules['{package}'] = None; from launch.__main__ import main; sys.exit(main(['report', sys.argv[1]]))"
-    )
+    code = f"import sys; sys.modules['{package}'] = None; from launch.__main__ import main; sys.exit(main(['report', sys.argv[1]]))"
     done = python("-c", code, str(run))
     assert done.returncode == 2
     assert done.stderr == 'error: A report needs matplotlib and jinja2: pip install "lockstep[report]".\n'

@@ -110,6 +110,8 @@ def test_nobody_can_miss_the_fallback(pages: dict[str, Path], tmp_path: Path) ->
 def test_page_prints(pages: dict[str, Path], tmp_path: Path) -> None:
     """To a few pages of paper, in the light even where the reader likes the dark."""
     file = tmp_path / "page.pdf"
-    _, console = browse(tmp_path, pages["one"].as_uri(), f"--print-to-pdf={file}", "--blink-settings=preferredColorScheme=0")
+    _, console = browse(
+        tmp_path, pages["one"].as_uri(), f"--print-to-pdf={file}", "--blink-settings=preferredColorScheme=0"
+    )
     assert console == []
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", file.read_bytes())) <= 8

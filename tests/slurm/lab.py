@@ -64,7 +64,9 @@ def why_not() -> str | None:
     """Why no lab can be started here, or None."""
     if os.geteuid() != 0:
         return "a Slurm lab needs root"
-    missing = [program for program in PROGRAMS if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    missing = [
+        program for program in PROGRAMS if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    ]
     return f"a Slurm lab needs {', '.join(missing)}" if missing else None
 
 
@@ -81,7 +83,9 @@ class Lab:
         for directory in (place, *place.parents):  # munge's own user must get through
             if directory.stat().st_uid == os.geteuid() and not directory.stat().st_mode & 1:
                 directory.chmod(directory.stat().st_mode | 0o111)
-        (place / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in self.addresses.items()))
+        (place / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in self.addresses.items())
+        )
         (place / "slurm.conf").write_text(CONFIG.format(place=place, nodes=nodes, gpus=gpus))
         (place / "gres.conf").write_text(f"Name=gpu File={place}/dev/nvidia[0-{gpus - 1}]\n")
         for gpu in range(gpus):  # copies of /dev/null: enough for Slurm to hand them out
@@ -116,7 +120,17 @@ class Lab:
 
     def _boot(self, node: str) -> None:
         (self.place / f"{node}.up").unlink(missing_ok=True)
-        command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        command = [
+            "unshare",
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--propagation",
+            "private",
+        ]
         with open(self.place / f"{node}.boot", "w") as log:
             arguments = ["bash", "-c", BOOT, node, node, str(self.place)]
             outer = self.parents[node] = subprocess.Popen([*command, *arguments], stdout=log, stderr=log)
@@ -152,7 +166,17 @@ class Lab:
 
     def run_on(self, node: str, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Run a command on a node; return what it printed."""
-        enter = ["nsenter", "-t", str(self.processes[node]), "-m", "-u", "-n", "-p", f"--wdns={cwd or Path.cwd()}", "--"]
+        enter = [
+            "nsenter",
+            "-t",
+            str(self.processes[node]),
+            "-m",
+            "-u",
+            "-n",
+            "-p",
+            f"--wdns={cwd or Path.cwd()}",
+            "--",
+        ]
         env = os.environ | {"SLURM_CONF": f"{self.place}/slurm.conf", "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
         with tempfile.TemporaryFile("w+") as output:  # a daemon would keep a pipe open
             done = subprocess.run([*enter, *command], stdout=output, stderr=subprocess.STDOUT, env=env, timeout=120)

@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
             facts = {name: os.environ.get(name) for name in SHOWN} | {"host": os.uname().nodename}
             folder = Path("ranks") / os.environ["SLURM_JOB_ID"]
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{run.world.rank}.json").write_text(json.dumps(facts))
+            (folder / f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{run.world.rank}.json").write_text(
+                json.dumps(facts)
+            )
         if "SLURM_RESTART_COUNT" not in os.environ:
             time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
         if run.step == int(os.environ.get("POISON_STEP", "-1")):

@@ -33,7 +33,12 @@ class Cluster:
 
     def __init__(self, running: Lab) -> None:
         self.lab, self.place = running, running.place.parent
-        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "SLURM_CONF": f"{running.place}/slurm.conf"}
+        self.env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "WANDB_MODE": "disabled",
+            "SLURM_CONF": f"{running.place}/slurm.conf",
+        }
 
     def __call__(self, where: str, *command: str) -> subprocess.CompletedProcess[str]:
         enter = ("nsenter", "-t", str(self.lab.processes[where]), "-m", "-u", "-n", "-p", f"--wdns={ROOT}", "--")
@@ -43,7 +48,9 @@ class Cluster:
         """name -> (status, text, remedy) of the Slurm checks, made on the head."""
         done = self("head", sys.executable, "-c", ONLY_SLURM, str(self.place / "runs"), str(nodes), *where)
         assert done.returncode == 0, done.stderr
-        found = {name: (status, text, remedy) for name, status, text, remedy in map(json.loads, done.stdout.splitlines())}
+        found = {
+            name: (status, text, remedy) for name, status, text, remedy in map(json.loads, done.stdout.splitlines())
+        }
         assert all(remedy for status, _, remedy in found.values() if status != "OK")
         assert self("head", "squeue", "-h", "-n", "doctor").stdout == "", "a probe is left"
         assert list((self.place / "runs").glob(".doctor-*")) == []
@@ -52,7 +59,9 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Cluster]:
-    place = Path(tempfile.mkdtemp(prefix="doctor-", dir="/tmp"))  # munge's user must get through, as it cannot in pytest's
+    place = Path(
+        tempfile.mkdtemp(prefix="doctor-", dir="/tmp")
+    )  # munge's user must get through, as it cannot in pytest's
     (place / "runs").mkdir()
     with start(place / "lab", nodes=2) as running:
         yield Cluster(running)
@@ -183,7 +192,11 @@ def test_without_slurm_it_fails_at_once(lab: Cluster) -> None:
     """A controller that is gone, and no Slurm at all."""
     lab.env["SLURM_CONF"] = "/nonexistent/slurm.conf"
     done = subprocess.run(
-        (sys.executable, "-c", ONLY_SLURM, str(lab.place / "runs"), "2"), env=lab.env, capture_output=True, text=True, timeout=200
+        (sys.executable, "-c", ONLY_SLURM, str(lab.place / "runs"), "2"),
+        env=lab.env,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     del lab.env["SLURM_CONF"]
     name, status, text, _ = json.loads(done.stdout)

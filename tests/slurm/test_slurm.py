@@ -59,11 +59,15 @@ class Cluster:
         self.lab, self.project = running, project
 
     def run(self, *command: str, check: bool = True, **env: str) -> str:
-        return self.lab.sh("env", *(f"{name}={value}" for name, value in env.items()), *command, check=check, cwd=self.project)
+        return self.lab.sh(
+            "env", *(f"{name}={value}" for name, value in env.items()), *command, check=check, cwd=self.project
+        )
 
     def launch(self, *argv: str, **env: str) -> tuple[int, str]:
         """`python -m launch slurm` on the head -> (exit code, output)."""
-        text = self.run("bash", "-c", '"$@"; echo "code $?"', "bash", sys.executable, "-m", "launch", "slurm", *argv, **env)
+        text = self.run(
+            "bash", "-c", '"$@"; echo "code $?"', "bash", sys.executable, "-m", "launch", "slurm", *argv, **env
+        )
         output, code = text.rstrip().rsplit("code ", 1)
         return int(code), output
 
@@ -208,7 +212,9 @@ def test_scontrol_requeue(cluster: Cluster, undisturbed: str) -> None:
 def test_preemption(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("preempted", "--nodes", "2", "--ntasks-per-node", "2", SECONDS_PER_STEP="0.1")
     wait_for_step(cluster.path("preempted"), 12)
-    cluster.run("sbatch", "-p", "urgent", "--nodes", "3", "--ntasks-per-node", "8", "--output", "/dev/null", "--wrap", "sleep 2")
+    cluster.run(
+        "sbatch", "-p", "urgent", "--nodes", "3", "--ntasks-per-node", "8", "--output", "/dev/null", "--wrap", "sleep 2"
+    )
     assert cluster.finish(job, "preempted")["weights_sha256"] == undisturbed
     (told,) = rows(cluster.path("preempted"), "preempted")
     assert [row["step"] for row in rows(cluster.path("preempted"), "start")] == [0, told["step"]]
@@ -292,7 +298,17 @@ def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
 
 def test_launch_slurm_passes_hostile_arguments_and_follows(cluster: Cluster, undisturbed: str) -> None:
     hostile = 'it\'s "quoted", $(touch broken) `touch broken`; a\\b *\nnext line, ü && true'
-    arguments = ["--nodes", "2", "--follow", "--time=5", "--", *TRAIN, "--run.name", "followed", f"--wandb.notes={hostile}"]
+    arguments = [
+        "--nodes",
+        "2",
+        "--follow",
+        "--time=5",
+        "--",
+        *TRAIN,
+        "--run.name",
+        "followed",
+        f"--wandb.notes={hostile}",
+    ]
     code, shown = cluster.launch("--dry-run", *arguments)
     assert code == 0
     assert "--signal=USR2@300 --time=5 slurm/train.sbatch --data.name digits" in shown

@@ -118,7 +118,9 @@ RUN_FILES = {
 }
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, at) for name, contents in RUN_FILES.items() for at in range(len(contents))])
+@pytest.mark.parametrize(
+    ("name", "number"), [(name, at) for name, contents in RUN_FILES.items() for at in range(len(contents))]
+)
 def test_run_goes_on_where_its_records_are_damaged(name: str, number: int, run: Path, tmp_path: Path) -> None:
     """They are no part of the state: the log starts anew, the summary and the config are written again."""
     path = shutil.copytree(run, tmp_path / "run")

@@ -20,8 +20,12 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def test_encode_gives_the_same_bytes_for_the_same_state() -> None:
     first = state()
-    shuffled = State(*(dict(reversed(list(part.items()))) for part in (first.model, first.optimizer, first.ema, first.meta)))
-    copied = State({name: tensor.clone() for name, tensor in first.model.items()}, first.optimizer, first.ema, first.meta)
+    shuffled = State(
+        *(dict(reversed(list(part.items()))) for part in (first.model, first.optimizer, first.ema, first.meta))
+    )
+    copied = State(
+        {name: tensor.clone() for name, tensor in first.model.items()}, first.optimizer, first.ema, first.meta
+    )
     for same in (first, state(), shuffled, copied, decode(encode(first))):
         assert encode(same) == encode(first)
     assert encode(first) != encode(state(11))
@@ -78,7 +82,11 @@ def test_optimizer_goes_on_from_a_checkpoint_with_the_same_bits(name: str, memor
     checkpoint.restore_model(other, loaded.model)
     checkpoint.restore_optimizer(other_optimizer, other, loaded.optimizer)
     assert (
-        encode(State(checkpoint.model_tensors(other), checkpoint.optimizer_tensors(other_optimizer, other), {}, {"step": 3}))
+        encode(
+            State(
+                checkpoint.model_tensors(other), checkpoint.optimizer_tensors(other_optimizer, other), {}, {"step": 3}
+            )
+        )
         == files
     )
     steps(other, other_optimizer, 3, 6)
@@ -112,7 +120,16 @@ def dotted(node: ast.AST) -> str:
 
 def test_sources_never_name_pickle() -> None:
     modules = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    calls = {"torch.save", "torch.load", "torch.jit.load", "torch.jit.save", "np.load", "np.save", "numpy.load", "numpy.save"}
+    calls = {
+        "torch.save",
+        "torch.load",
+        "torch.jit.load",
+        "torch.jit.save",
+        "np.load",
+        "np.save",
+        "numpy.load",
+        "numpy.save",
+    }
     sources = [path for folder in ("train", "launch") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 15
     for path in sources:

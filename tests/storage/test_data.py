@@ -59,7 +59,9 @@ class Source:
     def trust(self) -> None:
         """Make the present files' checksums the expected ones."""
         files = {f"{name}.gz": self.folder / f"{name}.gz" for name in data.FILES}
-        sums = [(name, hashlib.md5(path.read_bytes()).hexdigest() if path.exists() else "0") for name, path in files.items()]
+        sums = [
+            (name, hashlib.md5(path.read_bytes()).hexdigest() if path.exists() else "0") for name, path in files.items()
+        ]
         self.patch.setattr(self.mnist, "resources", sums)
 
     @property
@@ -217,7 +219,9 @@ def test_load_reads_every_layout(layout: str, source: Source, world: World, monk
     assert found.test.labels.dtype == torch.int64
     assert (found.name, found.eval_split, found.is_fallback, len(found.train)) == ("mnist", "test", False, 12)
     pixels = found.train.images.double()
-    assert (found.mean, found.std) == pytest.approx((float(pixels.mean()), float(pixels.std(unbiased=False))), rel=1e-12)
+    assert (found.mean, found.std) == pytest.approx(
+        (float(pixels.mean()), float(pixels.std(unbiased=False))), rel=1e-12
+    )
     assert sorted(str(path) for path in source.root.rglob("*")) == before
 
 
@@ -252,7 +256,14 @@ def test_load_says_how_to_get_files_when_the_download_fails(
     monkeypatch.setattr(data, "download", fail)
     with pytest.raises(data.DataMissing) as error:
         data.load(DataConfig(name=name, root=str(tmp_path)), world)  # type: ignore[arg-type]
-    words = (name, "Error downloading: <urlopen error>", "--data.root", "MNIST_ROOT", "--data.fallback", data.FOLDERS[name])
+    words = (
+        name,
+        "Error downloading: <urlopen error>",
+        "--data.root",
+        "MNIST_ROOT",
+        "--data.fallback",
+        data.FOLDERS[name],
+    )
     assert [word for word in words if word not in str(error.value)] == []
     assert "\n" not in str(error.value)
 

@@ -59,7 +59,9 @@ def test_mnist_is_read_from_packed_files_verified_and_cached(
     assert (found.mean / 255, found.std / 255) == pytest.approx((0.1307, 0.3081), abs=5e-5)
     assert found.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert found.test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
-    assert python("-c", SCRIPT, "mnist").stdout.strip() == f"{MNIST_SHA256} 60000 []"  # a second start needs no torchvision
+    assert (
+        python("-c", SCRIPT, "mnist").stdout.strip() == f"{MNIST_SHA256} 60000 []"
+    )  # a second start needs no torchvision
     assert listing(mnist_root) == before
 
 

@@ -18,9 +18,13 @@ from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 
 from train.storage import checkpoint
 
-FLAGS = "--train.max_steps 40 --log.every_steps 1 --checkpoint.every_steps 4 --checkpoint.keep 99 --eval.every_steps 100"
+FLAGS = (
+    "--train.max_steps 40 --log.every_steps 1 --checkpoint.every_steps 4 --checkpoint.keep 99 --eval.every_steps 100"
+)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting and becoming another user need root")
-needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace injects the faults: apt-get install strace")
+needs_strace = pytest.mark.skipif(
+    not shutil.which("strace"), reason="strace injects the faults: apt-get install strace"
+)
 CHANGES = ("mkdir", "write", "fsync", "rename", "unlinkat", "rmdir")
 
 
@@ -29,7 +33,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 600 KB in memory: room for some twenty checkpoints."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     yield place
@@ -112,7 +118,9 @@ def open_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @needs_root
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("what", ["run.dir", "run", "checkpoints", "metrics.jsonl", "a file"])
-def test_forbidden_directory_is_one_line_and_exit_2(tmp_path: Path, open_place: Path, world_size: int, what: str) -> None:
+def test_forbidden_directory_is_one_line_and_exit_2(
+    tmp_path: Path, open_place: Path, world_size: int, what: str
+) -> None:
     run = open_place / "runs" / "run"
     if what == "a file":
         run.parent.touch(mode=0o666)

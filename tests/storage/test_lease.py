@@ -46,7 +46,9 @@ def hold(run: Path, pipe: Connection, job: str | None, restart: str) -> None:
         pipe.recv()
 
 
-def other(run: Path, job: str | None = None, restart: str = "0") -> tuple[multiprocessing.process.BaseProcess, Connection]:
+def other(
+    run: Path, job: str | None = None, restart: str = "0"
+) -> tuple[multiprocessing.process.BaseProcess, Connection]:
     ours, theirs = _context.Pipe()
     process = _context.Process(target=hold, args=(run, theirs, job, restart))
     process.start()
@@ -124,7 +126,9 @@ def test_old_incarnation_can_neither_save_nor_prune_nor_write(tmp_path: Path, mo
             lambda: drop_after(tmp_path / "metrics.jsonl", 0, old.staging),
             lambda: (old.staging / "step-00000030" / "model.safetensors").write_bytes(b""),
         ):
-            with pytest.raises((Fenced, FileNotFoundError), match=r"fenced: process \d+ on .*, Slurm job 7, life 2|No such file"):
+            with pytest.raises(
+                (Fenced, FileNotFoundError), match=r"fenced: process \d+ on .*, Slurm job 7, life 2|No such file"
+            ):
                 attempt()
         assert tree(tmp_path) == before
         save(new, 30)

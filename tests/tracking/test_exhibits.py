@@ -35,7 +35,9 @@ def test_exhibits_are_those_of_the_averaged_weights(tmp_path: Path, world: World
     assert len(at) == MOST_MISTAKES
     torch.testing.assert_close(confidences, probabilities.amax(1)[at])
     assert confidences.tolist() == sorted(confidences.tolist(), reverse=True)
-    torch.testing.assert_close(confidences[-1], probabilities.amax(1)[wrong].sort(descending=True).values[MOST_MISTAKES - 1])
+    torch.testing.assert_close(
+        confidences[-1], probabilities.amax(1)[wrong].sort(descending=True).values[MOST_MISTAKES - 1]
+    )
     assert torch.equal(shown["mistakes_labels"], digits.test.labels[at])
     assert torch.equal(shown["mistakes_predictions"], probabilities.argmax(1)[at])
     assert torch.equal(shown["mistakes_images"], digits.test.images[at, 0])

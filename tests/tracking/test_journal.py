@@ -15,7 +15,11 @@ CLOCKS = {"time", "images_per_second", "train_seconds", "seconds_left", "rank_se
 
 
 def without_clocks(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows(run) if row["event"] not in ("start", "preempted")]
+    return [
+        {k: v for k, v in row.items() if k not in CLOCKS}
+        for row in rows(run)
+        if row["event"] not in ("start", "preempted")
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -26,7 +30,9 @@ def test_late_rows_are_the_same_rows(tmp_path: Path, world_size: int, cadence: s
         summaries.append(train(world_size, tmp_path / name, FLAGS, cadence, MUTANT=mutant))
     assert summaries[0]["weights_sha256"] == summaries[1]["weights_sha256"]
     assert summaries[0]["fingerprints"] == summaries[1]["fingerprints"]
-    now, late = ([row for row in without_clocks(tmp_path / name) if row["event"] != "fingerprint"] for name in ("now", "late"))
+    now, late = (
+        [row for row in without_clocks(tmp_path / name) if row["event"] != "fingerprint"] for name in ("now", "late")
+    )
     assert now == late  # fingerprints, too, but cut into other stretches
     seconds = [row["train_seconds"] for row in rows(tmp_path / "late", "train")]
     assert seconds == sorted(seconds)
@@ -71,7 +77,9 @@ def test_ranks_stay_together_while_one_is_traced(tmp_path: Path) -> None:
 def test_late_results_count_skips_in_their_order(tmp_path: Path) -> None:
     """Several broken steps in one look: the first one over the limit stops the run, and those before it have rows."""
     flags = (FLAGS, "--log.every_steps 20 --optim.nonfinite skip --optim.max_skips 1")
-    ranks = Ranks(2, arguments(tmp_path / "run", *flags), tmp_path / "logs", MUTANT="accidents.runs_ahead_with_broken_loss")
+    ranks = Ranks(
+        2, arguments(tmp_path / "run", *flags), tmp_path / "logs", MUTANT="accidents.runs_ahead_with_broken_loss"
+    )
     assert ranks.wait() == [1, 1]
     assert "of step 16 is not finite" in ranks.output()
     assert "optim.max_skips 1 were left out before it" in ranks.output()

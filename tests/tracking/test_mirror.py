@@ -25,7 +25,9 @@ from train.tracking.mirror import MIRRORED, wandb_id
 
 def test_an_online_run_shows_everything_once_and_rewinds(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
     run = tmp_path / "runs" / "some-run"
-    flags = f"{SHORT} {PATIENT} --optim.ema 0.9 --wandb.tags ['a'] --wandb.group g --wandb.notes why --wandb.project tests"
+    flags = (
+        f"{SHORT} {PATIENT} --optim.ema 0.9 --wandb.tags ['a'] --wandb.group g --wandb.notes why --wandb.project tests"
+    )
     summary = train(2, run, flags, **env)  # two ranks, one W&B run
     shown, logs = server.run, (tmp_path / "runs" / "some-run-logs" / "rank-0.log").read_text()
     assert "wandb: online, http://127.0.0.1" in logs
@@ -83,7 +85,9 @@ def check_media(server: Server, last: dict[str, Any], run: Path, summary: dict[s
     assert last["mistake_images"]["count"] == len(table["data"]) > 0
     assert all(server.files[name].startswith(b"\x89PNG") for name in last["mistake_images"]["filenames"])
     assert server.files[last["filters"]["path"]].startswith(b"\x89PNG")
-    (row,) = [row for row in server.run.rows() if row["step"] == 10 and any(name.startswith("weights/") for name in row)]
+    (row,) = [
+        row for row in server.run.rows() if row["step"] == 10 and any(name.startswith("weights/") for name in row)
+    ]
     (kept,) = [row for row in rows(run, "weights") if row["step"] == 10]
     for name, (low, high, counts) in ((name, value) for name, value in kept.items() if isinstance(value, list)):
         histogram = row[f"weights/{name}"]
@@ -112,11 +116,17 @@ def assert_no_key(directory: Path, *texts: str) -> None:
     assert not any(KEY in text for text in texts)
 
 
-def test_a_fallback_and_a_loss_that_is_not_finite_are_announced(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
+def test_a_fallback_and_a_loss_that_is_not_finite_are_announced(
+    tmp_path: Path, server: Server, env: dict[str, str]
+) -> None:
     run = tmp_path / "runs" / "r"
-    off = " ".join(f"--wandb.{name} false" for name in ("histograms", "confusion", "mistakes", "checkpoints", "code", "system"))
+    off = " ".join(
+        f"--wandb.{name} false" for name in ("histograms", "confusion", "mistakes", "checkpoints", "code", "system")
+    )
     fallback = f"--data.name mnist --data.root {tmp_path}/none --data.download false --data.fallback true"
-    ranks = Ranks(1, arguments(run, SHORT, "--optim.lr 900 --optim.warmup 0", fallback, off, PATIENT), tmp_path / "logs", **env)
+    ranks = Ranks(
+        1, arguments(run, SHORT, "--optim.lr 900 --optim.warmup 0", fallback, off, PATIENT), tmp_path / "logs", **env
+    )
     assert ranks.wait() == [1], ranks.output()
     (alert,) = server.alerts
     assert (alert["title"], alert["severity"]) == ("r failed", "ERROR")
@@ -154,9 +164,14 @@ def test_a_sweep_trains_what_its_agent_says(tmp_path: Path, server: Server, env:
     values |= {"wandb.start_seconds": 100}
     values |= {"run.dir": str(tmp_path / "runs"), "data.name": "digits", "data.validation": 100, "model.name": "tiny"}
     arguments = {name: {"value": value} for name, value in values.items()}
-    server.commands = [{"type": "run", "run_id": "swept-1", "program": "train/__main__.py", "args": arguments}, {"type": "exit"}]
+    server.commands = [
+        {"type": "run", "run_id": "swept-1", "program": "train/__main__.py", "args": arguments},
+        {"type": "exit"},
+    ]
     shown = wandb("agent", f"{USER}/lockstep/sweep-id")
-    run = tmp_path / "runs" / "quickstart-swept-1"  # the agent's id names it, so that it resumes when the agent gets it again
+    run = (
+        tmp_path / "runs" / "quickstart-swept-1"
+    )  # the agent's id names it, so that it resumes when the agent gets it again
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["outcome"], summary["exact"], summary["config"]["optim.lr"]) == ("finished", True, 0.0123), shown
     assert list(server.runs) == ["swept-1"]
@@ -168,7 +183,9 @@ def test_a_sweep_trains_what_its_agent_says(tmp_path: Path, server: Server, env:
 
 def test_every_value_of_the_sweep_is_one_that_the_config_takes() -> None:
     sweep = yaml.safe_load((ROOT / "configs" / "sweep.yaml").read_text())
-    choices = {name: choice.get("values") or [choice["min"], choice["max"]] for name, choice in sweep["parameters"].items()}
+    choices = {
+        name: choice.get("values") or [choice["min"], choice["max"]] for name, choice in sweep["parameters"].items()
+    }
     for chosen in itertools.zip_longest(*choices.values()):
         values = {name: value for name, value in zip(choices, chosen, strict=True) if value is not None}
         flags = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})["args"]

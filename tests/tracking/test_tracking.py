@@ -51,7 +51,9 @@ def leet(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of an offline run, as wandb itself reads them, by type."""
     wandb = shutil.which("wandb", path=str(Path(sys.executable).parent))
     assert wandb is not None
-    shown = subprocess.run([wandb, "leet", "inspect", "--json", str(directory)], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [wandb, "leet", "inspect", "--json", str(directory)], capture_output=True, text=True, check=True
+    )
     records = [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
     found: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -79,11 +81,15 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
     first, second = sorted((run / "wandb").glob(f"offline-run-*-{wandb_id(run)}"))
     records = [leet(first), leet(second)]
     kept = [
-        {name: value for name, value in row["item"].items() if name[0] != "_"} for found in records for row in found["history"]
+        {name: value for name, value in row["item"].items() if name[0] != "_"}
+        for found in records
+        for row in found["history"]
     ]
     assert numbers(kept) == expected(run)
     steps = [row["item"]["_step"] for found in records for row in found["history"]]
-    assert steps == list(range(len(expected(run))))  # the second life goes on behind the first, so that both can be merged
+    assert steps == list(
+        range(len(expected(run)))
+    )  # the second life goes on behind the first, so that both can be merged
     assert records[0]["run"][0]["config"]["update"]["seed"] == 0
     assert [alert["title"] for found in records for alert in found["alert"]] == ["r preempted"] * 2
     assert [found["exit"][0]["exit_code"] for found in records] == [75, 75]
@@ -96,7 +102,9 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
     assert numbers(server.run.rows()) == expected(run)
 
 
-def test_a_sigkilled_run_leaves_no_process_and_is_sent_later(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
+def test_a_sigkilled_run_leaves_no_process_and_is_sent_later(
+    tmp_path: Path, server: Server, env: dict[str, str]
+) -> None:
     run = tmp_path / "runs" / "r"
     ranks = Ranks(1, arguments(run, LONG, PATIENT), tmp_path / "logs", **env)
     until(lambda: "wandb: online" in ranks.output())
@@ -142,7 +150,9 @@ def test_a_server_that_fails_is_not_in_the_way(
         core = int(Path(f"/proc/{follower}/task/{follower}/children").read_text().split()[0])
         os.kill(core, signal.SIGKILL)
     assert ranks.wait() == [0]
-    said = {"silent from the start": "wandb: offline (", "wandb dies": "wandb: stopped ("}.get(fate, "wandb: not done after 5 s")
+    said = {"silent from the start": "wandb: offline (", "wandb dies": "wandb: stopped ("}.get(
+        fate, "wandb: not done after 5 s"
+    )
     assert said in ranks.output()
     assert f"`python -m launch sync {run}`" in ranks.output()
     assert json.loads((run / "summary.json").read_text())["weights_sha256"] == undisturbed
@@ -198,7 +208,11 @@ def test_tail_gives_whole_rows_only(tmp_path: Path) -> None:
 
 
 def test_histograms_count_every_value_and_leave_out_what_has_none() -> None:
-    tensors = {"a": torch.tensor([[0.0, 1.0], [1.0, 0.5]]), "constant": torch.zeros(3), "bad": torch.tensor([1.0, float("nan")])}
+    tensors = {
+        "a": torch.tensor([[0.0, 1.0], [1.0, 0.5]]),
+        "constant": torch.zeros(3),
+        "bad": torch.tensor([1.0, float("nan")]),
+    }
     ((name, (low, high, counts)),) = histograms(tensors).items()
     assert (name, low, high, sum(counts), counts[0], counts[32], counts[-1]) == ("a", 0.0, 1.0, 4, 1, 1, 2)
 

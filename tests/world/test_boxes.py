@@ -35,7 +35,9 @@ def test_the_gpus_are_visible_to_a_test_that_is_marked(request: pytest.FixtureRe
 
 
 @pytest.mark.parametrize("gpus", ["", "2,3", None])
-def test_ranks_see_the_gpus_that_the_test_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str | None) -> None:
+def test_ranks_see_the_gpus_that_the_test_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str | None
+) -> None:
     """The fork server has the environment of the first test that needed it."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if gpus is not None:
@@ -56,7 +58,9 @@ def test_gpus_are_counted_whatever_their_numbers(
     for node in nodes:
         (tmp_path / node).touch()
     monkeypatch.setattr(launch.run, "DEV", tmp_path)
-    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: subprocess.CompletedProcess(arguments, 0, "2\n"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *arguments, **options: subprocess.CompletedProcess(arguments, 0, "2\n")
+    )
     assert launch.run.count_gpus() == (2 if asked else 0)
     assert [finding.status for finding in checks.gpus(parse([]))] == ["OK"]  # they are hidden on purpose
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -160,8 +164,12 @@ def test_bench_measures_exact_mode_on_two_cpu_processes(monkeypatch: pytest.Monk
     assert {row.name.split(",")[0] for row in trainings.exact(1)} == {"1 process", "2 processes"}
 
 
-@pytest.mark.parametrize(("cores", "counts"), [(1, [0, 1]), (2, [0, 1, 2]), (6, [0, 1, 2, 4]), (16, [0, 1, 2, 4, 8, 16])])
-def test_peers_may_use_all_cores_for_their_loaders(monkeypatch: pytest.MonkeyPatch, cores: int, counts: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("cores", "counts"), [(1, [0, 1]), (2, [0, 1, 2]), (6, [0, 1, 2, 4]), (16, [0, 1, 2, 4, 8, 16])]
+)
+def test_peers_may_use_all_cores_for_their_loaders(
+    monkeypatch: pytest.MonkeyPatch, cores: int, counts: list[int]
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     assert peers.worker_counts() == counts
 

@@ -77,7 +77,9 @@ SHARED = {
 BOUND = {place: chosen and [0] * len(chosen) for place, chosen in SHARED.items()}
 
 
-@pytest.mark.parametrize("launcher", ["launch run", "torchrun", "accelerate", "torchrun in a task", "srun", "srun, bound"])
+@pytest.mark.parametrize(
+    "launcher", ["launch run", "torchrun", "accelerate", "torchrun in a task", "srun", "srun, bound"]
+)
 @pytest.mark.parametrize(("gpus", "ranks"), SHARED)
 def test_every_rank_chooses_a_gpu_of_its_own_or_is_refused(
     monkeypatch: pytest.MonkeyPatch, launcher: Launcher, gpus: int, ranks: int
@@ -90,7 +92,9 @@ def test_every_rank_chooses_a_gpu_of_its_own_or_is_refused(
                 patch.setenv(name, value)
             expected = (BOUND if is_bound else SHARED)[gpus, ranks]
             if expected is REFUSED:
-                message = f"{ranks} processes on this machine, but {gpus} GPU.s.. Start {gpus}, or use --train.device cpu."
+                message = (
+                    f"{ranks} processes on this machine, but {gpus} GPU.s.. Start {gpus}, or use --train.device cpu."
+                )
                 with pytest.raises(UserError, match=message):
                     choose_device(TrainConfig(), local_rank, ranks)
             else:
@@ -107,7 +111,9 @@ def test_a_bound_task_is_not_refused_where_slurm_does_not_count_the_gpus(monkeyp
     assert choose_device(TrainConfig(), 1, 2) == GPU
 
 
-@pytest.mark.parametrize(("text", "node", "tasks"), [("2(x3),1", "2", 2), ("2(x3),1", "3", 1), ("4", "0", 4), ("", "0", 0)])
+@pytest.mark.parametrize(
+    ("text", "node", "tasks"), [("2(x3),1", "2", 2), ("2(x3),1", "3", 1), ("4", "0", 4), ("", "0", 0)]
+)
 def test_tasks_of_a_node(text: str, node: str, tasks: int) -> None:
     assert tasks_on_node({"SLURM_STEP_TASKS_PER_NODE": text or "0", "SLURM_NODEID": node}) == tasks
     assert tasks_on_node({}) == 0
@@ -132,7 +138,9 @@ def test_ddp_gets_the_device_that_the_rank_has_chosen(
 ) -> None:
     show(monkeypatch, visible)
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    for name, value in (environment(launcher, 1, 2, 2) | place | ({"LOCKSTEP_SHARE_GPU": share} if share else {})).items():
+    for name, value in (
+        environment(launcher, 1, 2, 2) | place | ({"LOCKSTEP_SHARE_GPU": share} if share else {})
+    ).items():
         monkeypatch.setenv(name, value)
     given: list[Any] = []
     join = dist.init_process_group

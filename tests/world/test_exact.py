@@ -28,13 +28,19 @@ def computed(run: Path) -> list[tuple]:
 def checkpoint_bytes(run: Path) -> dict[str, str]:
     """SHA-256 of every file of every checkpoint."""
     files = sorted((run / "checkpoints").rglob("*.*"))
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("features", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_every_world_size_gives_the_same_bits(tmp_path: Path, precision: str, features: str) -> None:
-    flags = (EXACT, features, f"--train.precision {precision} --train.max_steps 24")  # an epoch's short batch is among them
+    flags = (
+        EXACT,
+        features,
+        f"--train.precision {precision} --train.max_steps 24",
+    )  # an epoch's short batch is among them
     alone = train(1, tmp_path / "world-1", *flags)
     for world_size in (2, 3, 4, 6, 8):
         run = tmp_path / f"world-{world_size}"

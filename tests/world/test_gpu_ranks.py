@@ -63,7 +63,9 @@ def test_exact_tree_sends_no_tensor_of_a_gpu_through_gloo(world: World, monkeypa
 def record_in_wait(ranks: World, monkeypatch: pytest.MonkeyPatch, rank: int, phase: str) -> Record:
     """The record of a rank that waits for its device, as other ranks would read it."""
     found: list[Record] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: found.append(Record.unpack(rank, bytes(ranks.clock.record))))
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda device: found.append(Record.unpack(rank, bytes(ranks.clock.record)))
+    )
     ranks.clock.enter(phase)
     ranks.wait()
     assert ranks.clock.phase == phase
@@ -71,7 +73,9 @@ def record_in_wait(ranks: World, monkeypatch: pytest.MonkeyPatch, rank: int, pha
 
 
 @pytest.mark.parametrize("phase", ["log", "evaluate", "save"])
-def test_ranks_that_wait_for_their_devices_blame_nobody(world: World, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+def test_ranks_that_wait_for_their_devices_blame_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
     """Two hosts that read the result of a collective which hangs on the devices: neither rank is at fault."""
     ranks = [on_gpus(world), on_gpus(world)]
     for each in ranks:

@@ -18,7 +18,9 @@ from train.warmup import warm_up
 from train.world import graphs
 from train.world.world import World
 
-FLAGS = "--data.name digits --train.device cpu --train.num_threads 1 --train.global_batch_size 128 --wandb.mode disabled"
+FLAGS = (
+    "--data.name digits --train.device cpu --train.num_threads 1 --train.global_batch_size 128 --wandb.mode disabled"
+)
 ALL = (
     "--model.name tiny_bn --model.dropout 0.3 --train.micro_batches 2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.5 "
     "--optim.ema 0.9 --optim.clip_norm 1 --optim.label_smoothing 0.1"
@@ -75,7 +77,9 @@ def test_device_work_is_the_same_in_every_step_and_waits_for_nothing(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_replayed_steps_are_the_ordinary_ones(world: World, monkeypatch: pytest.MonkeyPatch, name: str, mode: str) -> None:
+def test_replayed_steps_are_the_ordinary_ones(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
+) -> None:
     """A replay gets nothing from the host. Here it computes the recorded step; whatever differs must come from the tables."""
     flags = f"{ALL} {mode} --optim.name {name} --train.epochs 2"
     ordinary, replayed = opened(world, flags), opened(world, flags)
@@ -102,7 +106,9 @@ def test_replayed_steps_are_the_ordinary_ones(world: World, monkeypatch: pytest.
     assert results[0] == results[1]
     first, second = (checkpoint.tensors_sha256(run.module.state_dict()) for run in (ordinary, replayed))
     assert first == second
-    assert ordinary.sampler.batch_rows(ordinary.sampler.steps_per_epoch - 1) < 128  # an epoch's last batch is no graph's
+    assert (
+        ordinary.sampler.batch_rows(ordinary.sampler.steps_per_epoch - 1) < 128
+    )  # an epoch's last batch is no graph's
     assert replays[0] == ordinary.total_steps - 2
 
 
@@ -138,7 +144,9 @@ def test_a_recording_that_fails_costs_a_warning_and_not_the_run(world: World, mo
 @pytest.mark.parametrize(
     "flags", [f"{ALL} --train.exact true", f"{ALL} --optim.name adamw", "--optim.momentum 0 --model.name tiny"]
 )
-@pytest.mark.parametrize("before", [0, 3, 11])  # a fresh run, a resumed one, and one whose next batch is an epoch's last
+@pytest.mark.parametrize(
+    "before", [0, 3, 11]
+)  # a fresh run, a resumed one, and one whose next batch is an epoch's last
 def test_warm_up_leaves_no_trace(world: World, flags: str, before: int) -> None:
     cold, warm = opened(world, f"{flags} --train.epochs 2"), opened(world, f"{flags} --train.epochs 2")
     for run in (cold, warm):
@@ -154,7 +162,9 @@ def test_warm_up_leaves_no_trace(world: World, flags: str, before: int) -> None:
             train_step(run)
         tensors = [*run.module.state_dict().items(), *((run.ema.model.state_dict().items()) if run.ema else [])]
         optimizer = checkpoint.optimizer_tensors(run.optimizer.optimizer, run.module)
-        states.append((checkpoint.tensors_sha256(dict(tensors)), checkpoint.tensors_sha256(optimizer), run.tables.read(12, 15)))
+        states.append(
+            (checkpoint.tensors_sha256(dict(tensors)), checkpoint.tensors_sha256(optimizer), run.tables.read(12, 15))
+        )
     assert states[0] == states[1]
 
 
@@ -182,7 +192,10 @@ def test_lr_of_the_tables_is_that_of_the_step(world: World) -> None:
 @pytest.mark.parametrize("asked", ["auto", "on", "off"])
 def test_graphs_change_nothing_where_there_is_no_gpu_and_the_headline_says_so(tmp_path: Path, asked: str) -> None:
     flags = "--train.max_steps 6 --train.device cpu"
-    plain, other = train(1, tmp_path / "plain", flags), train(1, tmp_path / "run", flags, f"--train.cuda_graphs {asked}")
+    plain, other = (
+        train(1, tmp_path / "plain", flags),
+        train(1, tmp_path / "run", flags, f"--train.cuda_graphs {asked}"),
+    )
     assert plain["weights_sha256"] == other["weights_sha256"]
     headline = (tmp_path / "run-logs" / "rank-0.log").read_text().splitlines()[0]
     assert headline.endswith("fp32, no CUDA graph (no GPU)" if asked == "on" else "fp32")
@@ -193,7 +206,11 @@ def test_graphs_change_nothing_where_there_is_no_gpu_and_the_headline_says_so(tm
 @pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16", "bf16 --train.compile true"])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_graphs_have_the_bits_of_a_step_kernel_by_kernel(tmp_path: Path, mode: str, name: str) -> None:
-    flags = (ALL, f"--train.exact true --train.precision {mode}", f"--train.device cuda --optim.name {name} --optim.lr 0.01")
+    flags = (
+        ALL,
+        f"--train.exact true --train.precision {mode}",
+        f"--train.device cuda --optim.name {name} --optim.lr 0.01",
+    )
     flags += ("--train.epochs 3",)
     plain, graphed = (train(1, tmp_path / each, *flags, f"--train.cuda_graphs {each}") for each in ("off", "on"))
     assert plain["weights_sha256"] == graphed["weights_sha256"]

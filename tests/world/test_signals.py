@@ -120,7 +120,9 @@ def has_handlers(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_told_while_torch_is_being_imported(tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals) -> None:
+def test_told_while_torch_is_being_imported(
+    tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals
+) -> None:
     """`python -m train` and `launch run`, told as soon as they have handlers: a tenth of a second after their start."""
     world_size, run = undisturbed["world_size"], tmp_path / "run"
     command = ["-m", "train"] if world_size == 1 else ["-m", "launch", "run", "--nproc", "2", "--"]

@@ -22,7 +22,9 @@ def errors(ranks: Ranks, rank: int) -> list[str]:
 
 
 def hang(tmp_path: Path, accident: str, world_size: int, *flags: str) -> tuple[Ranks, list[int]]:
-    ranks = Ranks(world_size, arguments(tmp_path / "run", SHORT, *flags), tmp_path / "logs", MUTANT=f"accidents.{accident}")
+    ranks = Ranks(
+        world_size, arguments(tmp_path / "run", SHORT, *flags), tmp_path / "logs", MUTANT=f"accidents.{accident}"
+    )
     began = time.monotonic()
     codes = ranks.wait(60)
     assert time.monotonic() - began < 60
@@ -31,7 +33,9 @@ def hang(tmp_path: Path, accident: str, world_size: int, *flags: str) -> tuple[R
 
 def missed(tmp_path: Path) -> str:
     """The collective that rank 1, whose record outlives it, did not reach."""
-    return f"all_reduce {Record.unpack(1, (tmp_path / 'run' / '.ranks' / 'rank-1').read_bytes()).sequence + 1} of step 13"
+    return (
+        f"all_reduce {Record.unpack(1, (tmp_path / 'run' / '.ranks' / 'rank-1').read_bytes()).sequence + 1} of step 13"
+    )
 
 
 @pytest.mark.parametrize("mode", ["", "--train.exact true --train.micro_batches 4"])
@@ -49,7 +53,9 @@ def test_a_stopped_rank_is_named_by_the_others_and_ended(tmp_path: Path, mode: s
 
 
 @pytest.mark.parametrize(("accident", "state", "code"), [("silent", "asleep", 1), ("deaf", "silent", -6)])
-def test_a_silent_rank_is_named_and_everybody_prints_stacks(tmp_path: Path, accident: str, state: str, code: int) -> None:
+def test_a_silent_rank_is_named_and_everybody_prints_stacks(
+    tmp_path: Path, accident: str, state: str, code: int
+) -> None:
     ranks, codes = hang(tmp_path, accident, 2, "--train.timeout 6")
     assert codes == [1, code]
     (line,) = errors(ranks, 0)
@@ -107,7 +113,14 @@ def test_nothing_is_left_of_the_watchdog_after_a_run(tmp_path: Path) -> None:
 
 
 def record(rank: int, sequence: int, phase: str = "reduce", **values: Any) -> Record:
-    found: dict[str, Any] = {"step": 613, "operation": "all_reduce", "since": 59.0, "beat": 100.0, "pid": 77, "host": "node2"}
+    found: dict[str, Any] = {
+        "step": 613,
+        "operation": "all_reduce",
+        "since": 59.0,
+        "beat": 100.0,
+        "pid": 77,
+        "host": "node2",
+    }
     return Record(rank=rank, sequence=sequence, phase=phase, **(found | values))
 
 
@@ -123,7 +136,10 @@ def test_verdicts_word_by_word() -> None:
     told = verdict([ahead, behind], {0: "asleep", 1: "running"}, 4, 100.0)[1]
     assert told.endswith("it is in data, running for 41 s; nothing is known of rank 2, 3")
     both = [ahead, record(1, 1842)]
-    assert verdict(both, {0: "asleep", 1: "asleep"}, **FOR) == ([], "all ranks wait in all_reduce 1842 of step 613 for 41 s")
+    assert verdict(both, {0: "asleep", 1: "asleep"}, **FOR) == (
+        [],
+        "all ranks wait in all_reduce 1842 of step 613 for 41 s",
+    )
     assert verdict([ahead], {0: "asleep"}, **FOR)[1] == (
         "rank 0 waits in all_reduce 1842 of step 613 for 41 s; nothing is known of rank 1"
     )
@@ -171,7 +187,9 @@ def test_a_clock_costs_little() -> None:
     assert best < 20e-6
 
 
-@pytest.mark.parametrize("phase", ["data", "augment", "forward_backward", "optimizer", "log", "evaluate", "save", "reduce"])
+@pytest.mark.parametrize(
+    "phase", ["data", "augment", "forward_backward", "optimizer", "log", "evaluate", "save", "reduce"]
+)
 def test_injected_sleeps_land_in_the_right_share(tmp_path: Path, phase: str) -> None:
     """Within 10 % of what was slept, beyond what an undisturbed run spends there."""
     world_size = 2 if phase == "reduce" else 1

@@ -106,7 +106,11 @@ print(resident() - before)
 """
     root = Path(__file__).parents[2]
     left = [
-        int(subprocess.run([sys.executable, "-c", program, how], cwd=root, capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", program, how], cwd=root, capture_output=True, text=True, check=True
+            ).stdout
+        )
         for how in ("kept", "given back")
     ]
     assert left[0] > 4 * 10**7 > 2 * left[1]

@@ -74,8 +74,12 @@ class StepTables:
         self.start = self.stop = 0  # the stretch is the steps [start, stop), counted from 0; none yet
         self.examples: list[NDArray[np.int64]] = []  # of this rank, a step each
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(size, max(stop - start, 1), dtype=torch.int64, device=device)  # the examples of whole batches
-        self.short_rows = torch.zeros(1, dtype=torch.int64, device=device)  # of an epoch's last batch, where it is smaller
+        self.rows = torch.zeros(
+            size, max(stop - start, 1), dtype=torch.int64, device=device
+        )  # the examples of whole batches
+        self.short_rows = torch.zeros(
+            1, dtype=torch.int64, device=device
+        )  # of an epoch's last batch, where it is smaller
         self.keys = torch.zeros(size, 2, dtype=torch.int64, device=device)  # of augmentation and dropout
         self.lrs = torch.zeros(size, device=device)
         self.lr: Tensor | None = None  # float32 [1]: the current step's; None: the host sets the optimizer's
@@ -104,14 +108,18 @@ class StepTables:
         if whole:
             self._send(self.rows, np.stack(whole))
         if len(whole) < len(steps):
-            last = self.examples[-1] if len(self.examples[-1]) else np.zeros(1, np.int64)  # a rank without rows uses a dummy
+            last = (
+                self.examples[-1] if len(self.examples[-1]) else np.zeros(1, np.int64)
+            )  # a rank without rows uses a dummy
             self.short_rows = torch.zeros(len(last), dtype=torch.int64, device=self.device)
             self._send(self.short_rows, last)
         if self.has_keys:
             keys = [[key(config.seed, purpose, each) for purpose in ("augment", "dropout")] for each in steps]
             self._send(self.keys, np.array(keys, np.uint64).view(np.int64))
         if self.lr is not None:
-            self._send(self.lrs, np.array([optim.lr(config.optim, each, self.total_steps) for each in steps], np.float32))
+            self._send(
+                self.lrs, np.array([optim.lr(config.optim, each, self.total_steps) for each in steps], np.float32)
+            )
         self.place.zero_()
 
     def _send(self, table: Tensor, values: NDArray) -> None:

@@ -61,7 +61,9 @@ def svg(groups: list[Group], name: str) -> str:
     from matplotlib.figure import Figure
 
     text = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):  # ids that elements refer to must not meet another panel's
+    with matplotlib.rc_context(
+        {**STYLE, "svg.hashsalt": name}
+    ):  # ids that elements refer to must not meet another panel's
         figure = Figure(figsize=SIZE)
         figure.subplots_adjust(**MARGINS)
         draw(figure.add_subplot(), groups, name)
@@ -69,7 +71,9 @@ def svg(groups: list[Group], name: str) -> str:
     found = text.getvalue()
     found = re.sub(r'(?s)^.*?<svg ([^>]*?)width="[^"]*" height="[^"]*"', r'<svg role="img" \1', found)
     found = re.sub(
-        r'(?s)<style.*?</style>|font-family: [^;"]*;?| id="[\w.]*_\d+"| transform="rotate\(-0 [^"]*"|(?<=>)\s+', "", found
+        r'(?s)<style.*?</style>|font-family: [^;"]*;?| id="[\w.]*_\d+"| transform="rotate\(-0 [^"]*"|(?<=>)\s+',
+        "",
+        found,
     )
     for colour, variable in VARIABLES.items():
         found = found.replace(colour, variable)
@@ -119,7 +123,9 @@ def draw(panel: "Axes", groups: list[Group], name: str) -> None:
                 panel.axvline(step, **look, markevery=[1], **style)
 
 
-def draw_series(panel: "Axes", groups: list[Group], event: str, field: str, shown: Any = lambda value: value) -> list[float]:
+def draw_series(
+    panel: "Axes", groups: list[Group], event: str, field: str, shown: Any = lambda value: value
+) -> list[float]:
     """Draw a field of an event's rows, each value as `shown(value)`; return what was drawn."""
     drawn: list[float] = []
     recipes = [repr(mathematics(group.records[0].config)) for group in groups]
@@ -161,7 +167,9 @@ def draw_loss(panel: "Axes", groups: list[Group]) -> list[float] | None:
 def draw_accuracy(panel: "Axes", groups: list[Group]) -> list[float] | None:
     """Accuracy; once it is high on an axis that is logarithmic in the error: 99% to 99.5% is as far as 90% to 95%."""
     records = [record for group in groups for record in group.records]
-    least = 0.5 / max(record.last("eval").get("num_examples", 1) for record in records)  # half a mistake stands for none
+    least = 0.5 / max(
+        record.last("eval").get("num_examples", 1) for record in records
+    )  # half a mistake stands for none
     best = max((value for record in records for value in record.series("eval", "accuracy")[1]), default=0.0)
     if best < 0.9:
         heights = draw_series(panel, groups, "eval", "accuracy", lambda value: 100 * value)
@@ -187,7 +195,9 @@ def scale(panel: "Axes", values: list[float], *, log: bool = False) -> list[floa
 def draw_time_line(panel: "Axes", groups: list[Group]) -> None:
     """Steps over the clock: how fast each life of a run was, where it left, and how long nothing ran."""
     records = [(index, record) for index, group in enumerate(groups) for record in group.records]
-    longest = max([life.end_time - record.lives[0].start_time for _, record in records for life in record.lives], default=0.0)
+    longest = max(
+        [life.end_time - record.lives[0].start_time for _, record in records for life in record.lives], default=0.0
+    )
     seconds, unit = next(
         pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 3 * pair[0] or pair[0] == 1
     )

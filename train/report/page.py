@@ -37,7 +37,9 @@ def write(run_dirs: list[Path], output: Path) -> None:
         raise UserError(MISSING) from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         names = ", ".join(record.name for record in records)
-        raise UserError(f"{names}: rows that no run writes ({type(error).__name__} {error}). Expected a run's files.") from error
+        raise UserError(
+            f"{names}: rows that no run writes ({type(error).__name__} {error}). Expected a run's files."
+        ) from error
     temporary = output.with_name(output.name + ".writing")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,9 @@ def page(records: list[Record]) -> str:
     import markupsafe
 
     together = groups(records)
-    environment_ = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment_ = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment_.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     most = max(MOST_MISTAKES // len(records), 10)
     spent = phases(records)
@@ -62,8 +66,13 @@ def page(records: list[Record]) -> str:
         title=title(records),
         banner=banner(records),
         subtitle=subtitle(records),
-        runs=[(group.name, VARIABLES.get(colours(together, i, None)), facts(group.records)) for i, group in enumerate(together)],
-        members=[(record.name, facts([record])) for group in together if len(group.records) > 1 for record in group.records],
+        runs=[
+            (group.name, VARIABLES.get(colours(together, i, None)), facts(group.records))
+            for i, group in enumerate(together)
+        ],
+        members=[
+            (record.name, facts([record])) for group in together if len(group.records) > 1 for record in group.records
+        ],
         legend=[(text, VARIABLES[colour], kind) for text, colour, kind in legend(together)],
         charts={name: markupsafe.Markup(svg(together, name)) for name in PANELS},
         exhibits=[(record, record is best, exhibits(record, most), matrix(record)) for record in records],
@@ -101,7 +110,9 @@ def lives(record: Record) -> list[dict[str, str]]:
         started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(life.start_time)) if life.start_time else "-"
         steps = f"{life.start_step:,} to {life.end_step:,}"
         took = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-        found.append({"started": started, "took": took, "processes": str(life.world_size), "steps": steps, "ended": life.end})
+        found.append(
+            {"started": started, "took": took, "processes": str(life.world_size), "steps": steps, "ended": life.end}
+        )
     return found
 
 
@@ -140,7 +151,10 @@ def exhibits(record: Record, most: int) -> dict[str, Any]:
     try:
         tensors = safetensors.numpy.load_file(path)
         names = class_names(record.data_name)
-        columns = [tensors[f"mistakes_{name}"][:most].tolist() for name in ("labels", "predictions", "confidences", "positions")]
+        columns = [
+            tensors[f"mistakes_{name}"][:most].tolist()
+            for name in ("labels", "predictions", "confidences", "positions")
+        ]
         images = [image_uri(image, "gray", 0, 255) for image in tensors["mistakes_images"][:most]]
         mistakes = [
             (names[label], names[guess], confidence, position, image)

@@ -120,10 +120,14 @@ def read(run_dir: Path, name: str) -> Record:
         raise UserError(f"{run_dir} {problem}. Expected the directory of a run, such as runs/mnist-20260101-120000.")
     rows = parse_rows(path.read_text(errors="replace"))
     if not any(row["event"] in ("train", "eval") for row in rows):
-        raise UserError(f"{path} has no train or eval rows. Expected one per log.every_steps; try again when the run has some.")
+        raise UserError(
+            f"{path} has no train or eval rows. Expected one per log.every_steps; try again when the run has some."
+        )
     summary = read_mapping(run_dir / "summary.json", json.loads)
     is_current = summary.get("step") == rows[-1]["step"]
-    kept: dict[str, Any] = summary if is_current else {key: summary[key] for key in ("data", "total_steps") if key in summary}
+    kept: dict[str, Any] = (
+        summary if is_current else {key: summary[key] for key in ("data", "total_steps") if key in summary}
+    )
     return Record(run_dir, name, rows, kept, read_mapping(run_dir / "config.yaml", yamlfile.load))
 
 
@@ -154,7 +158,8 @@ def read_all(run_dirs: list[Path]) -> list[Record]:
     """Read run directories; each is named by its last part, or by its whole path where that part is not unique."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
     return [
-        read(run_dir, name if names.count(name) == 1 else str(run_dir)) for run_dir, name in zip(run_dirs, names, strict=True)
+        read(run_dir, name if names.count(name) == 1 else str(run_dir))
+        for run_dir, name in zip(run_dirs, names, strict=True)
     ]
 
 
@@ -174,9 +179,13 @@ def facts(records: list[Record]) -> dict[str, str]:
     steps = " to ".join(f"{end:,}" for end in ends[:: max(len(ends) - 1, 1)])
     outcomes = {record.summary.get("outcome", "unfinished") for record in records} - {"finished"}
     seconds = [record.summary.get("train_seconds", record.last("train").get("train_seconds")) for record in records]
-    speeds = [record.summary.get("images_per_second") or record.last("train").get("images_per_second") for record in records]
+    speeds = [
+        record.summary.get("images_per_second") or record.last("train").get("images_per_second") for record in records
+    ]
     wrong = [result["num_examples"] - result["correct"] for result in results]
-    sizes: list[str] = [size for record in records for size, _ in groupby(str(life.world_size) for life in record.lives)]
+    sizes: list[str] = [
+        size for record in records for size, _ in groupby(str(life.world_size) for life in record.lives)
+    ]
     sizes = list(dict.fromkeys(sizes)) if len(records) > 1 else sizes
     restarts = sum(max(len(record.lives) - 1, 0) for record in records)
     restarted = f" ({restarts} restart{'s'[: restarts > 1]})" if restarts else ""
@@ -222,7 +231,9 @@ def groups(records: list[Record]) -> list[Group]:
     alike: dict[str, list[Record]] = {}
     for record in records:
         fields = mathematics(record.config) | {"seed": None, "data_sha256": record.data.get("sha256")}
-        alike.setdefault(json.dumps(fields, sort_keys=True, default=str) if record.config else record.name, []).append(record)
+        alike.setdefault(json.dumps(fields, sort_keys=True, default=str) if record.config else record.name, []).append(
+            record
+        )
     found = []
     for same in alike.values():
         distinct = len({record.config.get("seed") for record in same}) == len(same)
@@ -286,7 +297,9 @@ def step_label(records: list[Record]) -> str:
 def flat(config: dict[str, Any]) -> dict[str, Any]:
     """`{"section.field": value}` of what config.yaml holds."""
     sections = {name: value if isinstance(value, dict) else {"": value} for name, value in config.items()}
-    return {f"{name}.{field}".rstrip("."): value for name, fields in sections.items() for field, value in fields.items()}
+    return {
+        f"{name}.{field}".rstrip("."): value for name, fields in sections.items() for field, value in fields.items()
+    }
 
 
 def phases(records: list[Record]) -> dict[str, dict[str, str]]:
@@ -296,7 +309,9 @@ def phases(records: list[Record]) -> dict[str, dict[str, str]]:
         shares = {name: values for name, values in record.summary.get("phases", {}).items() if name != "seconds"}
         num_ranks = max(map(len, shares.values()), default=0)
         if len(records) == 1 and 1 < num_ranks <= MOST_RANKS:
-            columns |= {f"rank {rank}": {name: f"{shares[name][rank]:.1%}" for name in shares} for rank in range(num_ranks)}
+            columns |= {
+                f"rank {rank}": {name: f"{shares[name][rank]:.1%}" for name in shares} for rank in range(num_ranks)
+            }
         else:
             columns[record.name] = {name: spread(values, ".1%") for name, values in shares.items()}
     return columns

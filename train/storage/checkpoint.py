@@ -110,7 +110,9 @@ def encode(state: State) -> Files:
 def decode(files: Files) -> State:
     """Turn verified files back into a state."""
     empty = safetensors.torch.save({})
-    tensors = {name: safetensors.torch.load(files.get(f"{name}.safetensors", empty)) for name in ("model", "optimizer", "ema")}
+    tensors = {
+        name: safetensors.torch.load(files.get(f"{name}.safetensors", empty)) for name in ("model", "optimizer", "ema")
+    }
     return State(**tensors, meta=json.loads(files["state.json"]))
 
 
@@ -122,7 +124,9 @@ def read(path: Path) -> Files:
             raise Damaged(f"Checkpoint {path} has schema {manifest['schema']}; this version reads {SCHEMA}.")
         sums = {str(name): str(promised) for name, promised in manifest["sha256"].items()}
         if missing := {"model.safetensors", "state.json"} - set(sums):
-            raise Damaged(f"Checkpoint {path} is not whole: its manifest does not list {' and '.join(sorted(missing))}.")
+            raise Damaged(
+                f"Checkpoint {path} is not whole: its manifest does not list {' and '.join(sorted(missing))}."
+            )
         files = {name: (path / name).read_bytes() for name in sums if Path(name).name == name}
     except Damaged:
         raise
@@ -130,7 +134,9 @@ def read(path: Path) -> Files:
         raise Damaged(f"Checkpoint {path} is not whole: {type(error).__name__} {error}.") from error
     for name, content in files.items():
         if (found := hashlib.sha256(content).hexdigest()) != sums[name]:
-            raise Damaged(f"Checkpoint file {path / name} has SHA-256 {found[:12]}..., its manifest says {sums[name][:12]}...")
+            raise Damaged(
+                f"Checkpoint file {path / name} has SHA-256 {found[:12]}..., its manifest says {sums[name][:12]}..."
+            )
         try:  # right checksums prove who wrote it, not that it can be read
             if name.endswith(".safetensors"):
                 safetensors.torch.load(content)

@@ -90,12 +90,16 @@ def parse_idx(content: bytes, source: Path) -> NDArray[np.uint8]:
     Raises UserError that names the file, what was expected and what was found.
     """
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or not 1 <= content[3] <= 3:
-        raise UserError(f"{source} starts with {content[:4].hex() or 'nothing'}; an IDX file of bytes starts with 000008.")
+        raise UserError(
+            f"{source} starts with {content[:4].hex() or 'nothing'}; an IDX file of bytes starts with 000008."
+        )
     header = 4 + 4 * content[3]
     shape = tuple(np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4").astype(int).tolist())
     expected = header + math.prod(shape)  # numpy's product would overflow
     if len(content) != expected:
-        raise UserError(f"{source} has {len(content)} bytes; its header, of shape {shape}, promises {expected}. Get it anew.")
+        raise UserError(
+            f"{source} has {len(content)} bytes; its header, of shape {shape}, promises {expected}. Get it anew."
+        )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -146,11 +150,15 @@ def read_digits() -> dict[str, Tensor]:
     images = large.round().clamp(0, 255).to(torch.uint8)[:, 0]
     labels = torch.from_numpy(digits.target).to(torch.uint8)
     # A hash draws the fifth: every fifth example would hold 5.8 % ones, since the order of the labels repeats.
-    drawn = mix64(np.arange(len(labels), dtype=np.uint64) * np.uint64(GOLDEN)).argsort(kind="stable")[: len(labels) // 5]
+    drawn = mix64(np.arange(len(labels), dtype=np.uint64) * np.uint64(GOLDEN)).argsort(kind="stable")[
+        : len(labels) // 5
+    ]
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     is_test[torch.from_numpy(drawn)] = True
     parts = {"train": ~is_test, "t10k": is_test}
-    return {f"{part}_{kind}": t[at] for part, at in parts.items() for kind, t in (("images", images), ("labels", labels))}
+    return {
+        f"{part}_{kind}": t[at] for part, at in parts.items() for kind, t in (("images", images), ("labels", labels))
+    }
 
 
 def read_random(num_examples: int) -> dict[str, Tensor]:
@@ -177,7 +185,9 @@ def find_folder(config: DataConfig) -> Path:
         if all((folder / file).exists() or (folder / f"{file}.gz").exists() for file in FILES):
             return folder
     folders = [root / subfolder for root in roots]
-    absent = [[file for file in FILES if not any((at / f"{file}{end}").exists() for end in ("", ".gz"))] for at in folders]
+    absent = [
+        [file for file in FILES if not any((at / f"{file}{end}").exists() for end in ("", ".gz"))] for at in folders
+    ]
     why = "no " + " or ".join(f"{at}/{files[0]}.gz" for at, files in zip(folders, absent, strict=True))
     if config.download:
         try:
@@ -302,7 +312,9 @@ def load(config: DataConfig, world: World, notify: Any = print) -> Data:
     assert prepared is not None
     tensors, sha256 = prepared
     if missing and world.is_main:
-        notify(f"!!! {config.name} IS MISSING: TRAINING ON digits (1,797 small images of scikit-learn) INSTEAD !!!\n{missing}")
+        notify(
+            f"!!! {config.name} IS MISSING: TRAINING ON digits (1,797 small images of scikit-learn) INSTEAD !!!\n{missing}"
+        )
     return split(config, name, tensors, sha256, world.device, is_fallback=missing is not None)
 
 

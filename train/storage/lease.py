@@ -65,12 +65,16 @@ class Lease:
             self.staging.mkdir()
             self._fence()
         except OSError as error:
-            raise UserError(f"{run_dir} cannot be written: {error.strerror}. Use another run.dir or run.name.") from error
+            raise UserError(
+                f"{run_dir} cannot be written: {error.strerror}. Use another run.dir or run.name."
+            ) from error
 
     def __enter__(self) -> "Lease":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Give the lease back; leave no trace of it."""
         if self.descriptor is None:
             return
@@ -90,7 +94,9 @@ class Lease:
         except FileNotFoundError:
             if self.staging.exists():
                 raise
-            raise Fenced(f"fenced: {self._owner()} took over {self.lock.parent}; this process writes nothing more") from None
+            raise Fenced(
+                f"fenced: {self._owner()} took over {self.lock.parent}; this process writes nothing more"
+            ) from None
 
     def write(self, path: Path, content: bytes) -> None:
         """Write a file of the run atomically."""
@@ -115,7 +121,10 @@ class Lease:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                print(f"{self.lock} cannot be locked ({error.strerror}): a second run here would go unnoticed", file=sys.stderr)
+                print(
+                    f"{self.lock} cannot be locked ({error.strerror}): a second run here would go unnoticed",
+                    file=sys.stderr,
+                )
             if self._is_named(descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(own).encode())

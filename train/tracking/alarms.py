@@ -53,6 +53,8 @@ class Alarms:
                 if mean > self.config.slow_rank * median > 0 and rank not in self.named:
                     self.named.add(rank)
                     own, usual = f"{1e3 * mean:.1f} ms", f"{1e3 * median:.1f} ms"
-                    self.metrics.say(f"warning: rank {rank} works {own} on a step, the median rank {usual}: all wait for it.")
+                    self.metrics.say(
+                        f"warning: rank {rank} works {own} on a step, the median rank {usual}: all wait for it."
+                    )
                     self.metrics.record("slow_rank", step, rank=rank, seconds=mean, median_seconds=median)
         return [round(known_mean(list(column)), 6) for column in zip(*seconds, strict=True)]

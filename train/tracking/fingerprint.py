@@ -47,7 +47,9 @@ def of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, Bits]:
             steps = range(row["first"], row["step"] + 1)
             for name, bits in found.items():
                 if len(row[name]) != len(steps) or not bits.keys().isdisjoint(steps):
-                    raise UserError(f"The fingerprints of steps {steps.start} to {row['step']} are damaged: too few or doubled.")
+                    raise UserError(
+                        f"The fingerprints of steps {steps.start} to {row['step']} are damaged: too few or doubled."
+                    )
                 bits.update(zip(steps, row[name], strict=True))
     return found
 

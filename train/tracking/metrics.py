@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 PLAIN_LINE_SECONDS = 5.0
-LIFE_EVENTS = ("start", "preempted", "save_failed")  # what happened to the processes: stays when steps are computed again
+LIFE_EVENTS = (
+    "start",
+    "preempted",
+    "save_failed",
+)  # what happened to the processes: stays when steps are computed again
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -60,7 +64,9 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close every outlet."""
         if self.progress:
             self.progress.stop()

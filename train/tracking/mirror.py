@@ -44,7 +44,11 @@ def end_row(run_dir: Path, step: int) -> Row | None:
     summary = read_summary(run_dir)
     if summary.get("outcome") != "finished" or summary["step"] != step:
         return None
-    return {"event": "finished", "step": step, **{name: value for name, value in summary.items() if isinstance(value, float)}}
+    return {
+        "event": "finished",
+        "step": step,
+        **{name: value for name, value in summary.items() if isinstance(value, float)},
+    }
 
 
 def brief(error: BaseException) -> str:
@@ -207,7 +211,9 @@ class Mirror:
     def _send_results(self) -> None:
         """Send a finished run's summary, and its best and its last checkpoint as artifacts (W&B keeps equal ones once)."""
         summary = read_summary(self.run_dir)
-        self.run.summary.update({name: value for name, value in summary.items() if isinstance(value, (int, float, str, bool))})
+        self.run.summary.update(
+            {name: value for name, value in summary.items() if isinstance(value, (int, float, str, bool))}
+        )
         aliases: dict[int, list[str]] = {summary["step"]: ["final"]}
         if summary["best"]:
             aliases.setdefault(summary["best"]["step"], []).append("best")
@@ -230,7 +236,9 @@ class Mirror:
             exit_code = 0
             self.send(row)
             self._send_results()
-            self.alert("finished", ", ".join(f"{name} {row[name]:.4f}" for name in row if name.endswith("accuracy")), "INFO")
+            self.alert(
+                "finished", ", ".join(f"{name} {row[name]:.4f}" for name in row if name.endswith("accuracy")), "INFO"
+            )
         if exit_code == PREEMPTED:
             self.run.mark_preempting()
         self.run.finish(exit_code=exit_code)

@@ -16,7 +16,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 # reduce: waiting for the other ranks, outside and at the end of the backward pass
-PHASES = ("start", "data", "augment", "forward_backward", "reduce", "optimizer", "log", "evaluate", "save", "finish", "failed")
+PHASES = (
+    "start",
+    "data",
+    "augment",
+    "forward_backward",
+    "reduce",
+    "optimizer",
+    "log",
+    "evaluate",
+    "save",
+    "finish",
+    "failed",
+)
 OWN_WORK = ("data", "augment", "forward_backward", "optimizer")
 OPERATIONS = ("nothing", "all_reduce", "broadcast")
 MARK = struct.Struct("=qqiid")  # step, sequence, phase, operation, since when

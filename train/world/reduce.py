@@ -174,7 +174,9 @@ class ExactTree:
         gathered = [torch.empty_like(own) for _ in self.subtrees]
         dist.all_gather(gathered, own)
         sums = {
-            node: rows[number] for nodes, rows in zip(self.subtrees, gathered, strict=True) for number, node in enumerate(nodes)
+            node: rows[number]
+            for nodes, rows in zip(self.subtrees, gathered, strict=True)
+            for number, node in enumerate(nodes)
         }
 
         def total(node: Node) -> Tensor:

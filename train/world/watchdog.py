@@ -25,7 +25,15 @@ from train.world.clock import SIZE, Clock, Record
 TICK_SECONDS = 0.25
 SILENT_SECONDS = 5.0  # a watchdog that has not run for so long belongs to a process that cannot run
 CORPSE_SECONDS = 2.0  # for a dying process to leave the process table, once its connections are closed
-STATES = {"T": "stopped", "t": "stopped", "R": "running", "S": "asleep", "D": "waiting for a device", "Z": "ended", "X": "ended"}
+STATES = {
+    "T": "stopped",
+    "t": "stopped",
+    "R": "running",
+    "S": "asleep",
+    "D": "waiting for a device",
+    "Z": "ended",
+    "X": "ended",
+}
 
 
 def process_state(pid: int) -> str:
@@ -51,7 +59,9 @@ def verdict(records: list[Record], states: dict[int, str], world_size: int, now:
     ended = [record for record in records if states[record.rank] == "ended" and record.phase != "failed"]
     behind = [record for record in records if record.sequence < furthest.sequence]
     stuck = [
-        record for record in records if states[record.rank] in ("stopped", "silent") or record.phase not in ("reduce", "failed")
+        record
+        for record in records
+        if states[record.rank] in ("stopped", "silent") or record.phase not in ("reduce", "failed")
     ]
     guilty = ended or [record for record in behind if record.sequence == min(r.sequence for r in behind)] or stuck
     if not guilty:
@@ -82,7 +92,9 @@ class Watchdog:
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        with contextlib.suppress(OSError):  # without a record the others know nothing of this rank, and training goes on
+        with contextlib.suppress(
+            OSError
+        ):  # without a record the others know nothing of this rank, and training goes on
             self.directory.mkdir(parents=True, exist_ok=True)
             if self.rank == 0:
                 (self.directory / "verdict").unlink(missing_ok=True)
@@ -94,7 +106,9 @@ class Watchdog:
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop watching. If this rank fails because another one has gone, say which."""
         self.done.set()
         self.thread.join()
@@ -152,7 +166,10 @@ class Watchdog:
         for record in guilty:
             if record.host == socket.gethostname() and record.rank != self.rank:
                 state = state_of(record, time.time())
-                if state in ("stopped", "silent"):  # silent: something holds the interpreter, and SIGABRT prints its stacks
+                if state in (
+                    "stopped",
+                    "silent",
+                ):  # silent: something holds the interpreter, and SIGABRT prints its stacks
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(record.pid, signal.SIGKILL if state == "stopped" else signal.SIGABRT)
         self.clock.enter("failed")

@@ -45,7 +45,11 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or "RANK" in env or "WORLD_SIZE" in env:
         return {}
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env["SLURM_STEP_NODELIST"])
-    number = 16 * int(env["SLURM_JOB_ID"]) + 4 * int(env.get("SLURM_RESTART_COUNT") or 0) + int(env.get("SLURM_STEP_ID", "0"))
+    number = (
+        16 * int(env["SLURM_JOB_ID"])
+        + 4 * int(env.get("SLURM_RESTART_COUNT") or 0)
+        + int(env.get("SLURM_STEP_ID", "0"))
+    )
     return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
@@ -78,7 +82,9 @@ def run_suffix() -> str:
     if "SLURM_STEP_ID" in os.environ and "SLURM_PTY_PORT" not in os.environ:  # not at an interactive prompt
         return f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"  # the same after a requeue
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
-        raise UserError("torchrun --max-restarts needs --run.name (or its --rdzv-id): a restart must find the same run.")
+        raise UserError(
+            "torchrun --max-restarts needs --run.name (or its --rdzv-id): a restart must find the same run."
+        )
     return time.strftime("%Y%m%d-%H%M%S")
 
 
