@@ -100,7 +100,7 @@ def make_summary(**changes: Any) -> dict[str, Any]:
     return {**summary, **changes}
 
 
-def make_exhibits(path: Path, count: int) -> None:
+def make_samples(path: Path, count: int) -> None:
     confidences = np.linspace(0.99, 0.5, count, dtype=np.float32)
     labels = np.arange(count, dtype=np.int64) % 10
     images = np.arange(count * 784, dtype=np.uint64).reshape(count, 28, 28).astype(np.uint8)
@@ -124,7 +124,7 @@ def make_run(
     if summary:
         (run / "summary.json").write_text(json.dumps(summary))
     if mistakes is not None:
-        make_exhibits(run / "exhibits.safetensors", mistakes)
+        make_samples(run / "samples.safetensors", mistakes)
     return run
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from train.cli import parse, run_name
 from train.config import Config
-from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, UserError
+from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, UserError, one_line
+from train.rundir import RunDir, Summary
 from train.world.process import die_with_launcher, keep_others_from_writing, leave
 from train.world.world import World, env_ranks, run_suffix
 
@@ -75,43 +76,42 @@ def main(argv: list[str]) -> int:
     finally:
         world.close()
     if world.is_main:
-        report(run_dir, outcome, summary, write_page=config.log.report)
+        report(RunDir(run_dir), summary, write_page=config.log.report)
     return FINISHED if outcome == "finished" else PREEMPTED
 
 
-def page_problem(run_dir: Path) -> str | None:
+def page_problem(run_dir: RunDir) -> str | None:
     """Write report.html; return in one line what went wrong: no run fails for its page."""
     try:
         from train.report.page import write
 
-        write([run_dir], run_dir / "report.html")
+        write([run_dir.path], run_dir.report)
     except Exception as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
     return None
 
 
-def report(run_dir: Path, outcome: str, summary: dict, *, write_page: bool) -> None:
-    """Print what a person wants to know at the end."""
-    if outcome == "preempted":
-        print(f"preempted at step {summary['step']}: saved. The same command with --run.name {run_dir.name} goes on.")
+def report(run_dir: RunDir, summary: Summary, *, write_page: bool) -> None:
+    """Print the result and where the files are."""
+    if summary.outcome == "preempted":
+        print(f"preempted at step {summary.step}: saved. The same command with --run.name {run_dir.name} goes on.")
         return
-    split = "test" if "test_accuracy" in summary else "validation"
-    prefix = f"ema_{split}" if f"ema_{split}_accuracy" in summary else split
-    speed = f", {summary['images_per_second']:,.0f} images/s" if summary["images_per_second"] else ""
+    assert summary.final
+    speed = f", {summary.images_per_second:,.0f} images/s" if summary.images_per_second else ""
     print(
-        f"{split} accuracy {summary[f'{prefix}_accuracy']:.2%} "
-        f"({summary[f'{prefix}_correct']} of {summary[f'num_{split}_examples']} {summary['data']['name']} images)"
-        f" in {summary['train_seconds']:.1f} s of training{speed}"
+        f"{summary.split} accuracy {summary.final.accuracy:.2%} "
+        f"({summary.final.correct} of {summary.num_examples} {summary.data['name']} images)"
+        f" in {summary.train_seconds:.1f} s of training{speed}"
     )
-    if summary["data"]["is_fallback"]:
+    if summary.data["is_fallback"]:
         print("!!! THIS IS NOT MNIST: trained on the fallback data set digits !!!")
-    print(f"weights {summary['weights_sha256'][:16]}...")
+    print(f"weights {summary.weights_sha256[:16]}...")
     problem = page_problem(run_dir) if write_page else None
     if problem:
-        print(f"no report.html: {problem}")
-    pages = ("report.html",) if write_page and not problem else ()
-    for name in ("summary.json", "metrics.jsonl", "config.yaml", "checkpoints", *pages):
-        print(f"  {run_dir / name}")
+        print(f"no {run_dir.report.name}: {problem}")
+    pages = (run_dir.report,) if write_page and not problem else ()
+    for path in (run_dir.summary, run_dir.metrics, run_dir.config, run_dir.checkpoints, *pages):
+        print(f"  {path}")
 
 
 if __name__ == "__main__":

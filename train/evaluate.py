@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from train.functional.augment import lay_out, normalize
 from train.functional.models import NUM_CLASSES
 from train.functional.sampler import share
+from train.rundir import Evaluation
 from train.storage.data import Data
 from train.world.world import World
 
@@ -44,13 +45,10 @@ class Result:
             "num_examples": self.num_examples,
         }
 
-    def certificate(self) -> dict[str, Any]:
-        """What proves in summary.json which predictions were made."""
-        return {
-            **self.record(),
-            "predictions_sha256": predictions_sha256(self.predictions),
-            "confusion": self.confusion,
-        }
+    def evaluation(self) -> Evaluation:
+        """Return what the summary says of these counts."""
+        sha256 = predictions_sha256(self.predictions)
+        return Evaluation(self.accuracy, self.loss, self.correct, sha256, self.confusion)
 
 
 def predictions_sha256(predictions: Tensor) -> str:

@@ -4,7 +4,6 @@ Invariant: what a step computes is a function of (config, step) and the state af
 the world size never enter it. `step` counts finished updates and is the only clock.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,20 +11,20 @@ from typing import Any, TypeVar
 
 import safetensors.torch
 
-from train import exhibits
+from train import samples
 from train.config import Config
 from train.errors import RunError, UserError
 from train.evaluate import Result, evaluate
 from train.functional.sampler import expected_ledger
 from train.journal import Journal
 from train.run import Ledger, Run, is_due, make_state, restore, set_up
+from train.rundir import RunDir, Summary
 from train.step import train_step
 from train.storage import checkpoint, data
 from train.storage.lease import Lease
-from train.summary import arithmetic, headline, phases, read_finished, summarize
-from train.tracking import fingerprint
+from train.summary import arithmetic, headline, read_finished, summarize
 from train.tracking.alarms import Alarms
-from train.tracking.metrics import Metrics, read_rows
+from train.tracking.metrics import Metrics
 from train.tracking.tracer import Tracer
 from train.warmup import warm_up
 from train.world import signals
@@ -37,7 +36,7 @@ T = TypeVar("T")
 
 def evaluate_run(run: Run) -> dict[str, Result]:
     """Evaluate the weights and, if they are averaged, their average. Collective: every rank must call it."""
-    modules = {"weights": run.module} | ({"ema": run.ema.model} if run.ema else {})
+    modules = {"raw": run.module} | ({"ema": run.ema.model} if run.ema else {})
     options = (run.data, run.config.eval.batch_size, run.world, run.memory_format)
     return {name: evaluate(module, *options) for name, module in modules.items()}
 
@@ -161,7 +160,7 @@ def finish_step(
     return results
 
 
-def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple[str, dict[str, Any]]:
+def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple[str, Summary]:
     """Train to the end or until told to leave -> (outcome: finished | preempted, the summary).
 
     Collective: every rank must call it. Raises UserError for bad config or data, RuntimeError for what fails on the way.
@@ -187,20 +186,23 @@ def train(config: Config, world: World, run_dir: Path, argv: list[str]) -> tuple
         facts = {"world_size": world.world_size, "data": source.summary(), "resumed_from": found[0] if found else None}
         facts |= {"total_steps": run.total_steps}
         metrics.record("start", run.step, command=argv, **facts)
-        finished = world.broadcast(read_finished(run_dir / "summary.json", run))
-        if finished:
+        finished = read_finished(RunDir(run_dir), run)
+        if text := world.broadcast(finished.to_json() if finished else None):
             metrics.say("This run is finished; nothing to do.")
-            return "finished", finished
+            return "finished", Summary.from_json(text)
         warm_up(run, metrics.say)
         world.set_timeout(config.train.timeout)
         outcome, results = run_steps(run, metrics, lease, Alarms(config.log, metrics, rows))
         world.clock.enter("finish")
         if outcome == "finished" and results is None:  # killed between the last save and the summary
             results = evaluate_run(run)
-        summary = summarize(run, outcome, results or {}, time.perf_counter() - began)
-        summary["phases"] = phases(world)
-        if world.is_main:
-            summary["fingerprints"] = fingerprint.receipt(read_rows(metrics.path))
+        summary = summarize(
+            run,
+            outcome,
+            results or {},
+            time.perf_counter() - began,
+            RunDir(run_dir).read_rows() if world.is_main else [],
+        )
         # Nobody leaves while rank 0 still writes: a launcher would kill it.
         main_writes(world, run_dir, RunError, lambda: write_results(run, lease, results, summary))
         return outcome, summary
@@ -213,11 +215,11 @@ def open_records(run: Run, lease: Lease, metrics: Metrics) -> list[dict[str, Any
         return metrics.open(run.step, staging)
 
 
-def write_results(run: Run, lease: Lease, results: dict[str, Result] | None, summary: dict[str, Any]) -> None:
-    """Write summary.json on rank 0, and before it the exhibits: beside a current summary they are of the same step."""
+def write_results(run: Run, lease: Lease, results: dict[str, Result] | None, summary: Summary) -> None:
+    """Write summary.json on rank 0, and before it the samples: beside a current summary they are of the same step."""
     if results:
-        lease.write(lease.run_dir / "exhibits.safetensors", safetensors.torch.save(exhibits.collect(run, results)))
-    lease.write(lease.run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        lease.write(RunDir(lease.run_dir).samples, safetensors.torch.save(samples.collect(run, results)))
+    lease.write(RunDir(lease.run_dir).summary, summary.to_json().encode())
 
 
 def run_steps(run: Run, metrics: Metrics, lease: Lease, alarms: Alarms) -> tuple[str, dict[str, Result] | None]:

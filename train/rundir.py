@@ -51,7 +51,7 @@ class Summary:
     images_per_second: float | None
     best: dict[str, Any] | None  # step and accuracy of the best evaluation
     skipped_steps: int
-    closed_epoch: dict[str, Any] | None  # coverage checksum of the last finished epoch
+    ledger: dict[str, Any] | None  # coverage checksum of the last finished epoch
     exact: bool
     num_micro_batches: int
     precision: str

@@ -1,17 +1,18 @@
 """What a run says of itself: how a batch is cut, and the contents of summary.json."""
 
-import json
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from train.errors import UserError
 from train.evaluate import Result
 from train.mathematics import mathematics
 from train.run import Run, contract, unrecordable
+from train.rundir import Row, RunDir, Summary
 from train.storage import checkpoint
+from train.tracking import fingerprint
 from train.world.clock import PHASES
 from train.world.versions import versions
 from train.world.world import World
@@ -59,40 +60,37 @@ def git_commit() -> str | None:
         return None
 
 
-def summarize(run: Run, outcome: str, results: dict[str, Result], wall_seconds: float) -> dict[str, Any]:
-    """Build the contents of summary.json."""
-    split = run.data.eval_split
-    summary: dict[str, Any] = {
-        "outcome": outcome,
-        "step": run.step,
-        "total_steps": run.total_steps,
-        "world_size": run.world.world_size,
-        "weights_sha256": checkpoint.tensors_sha256(run.module.state_dict()),
-        "train_seconds": round(run.train_seconds, 3),
-        "warm_up_seconds": round(run.warm_up_seconds, 3),
-        "wall_seconds": round(wall_seconds, 3),
-        "images_per_second": round(run.life_examples / run.life_seconds, 1) if run.life_seconds else None,
-        "best": run.best,
-        "skips": run.skips,
-        "data": run.data.summary(),
-        "config": mathematics(run.config),
-        "ledger": run.closed_epoch,
-        "exact": run.config.train.exact,
-        "micro_batches": run.sampler.micro_batches,
-        "precision": run.config.train.precision,
-        "device": run.world.device.type,
-        "contract": contract(run.world),
-        "versions": {"python": platform.python_version(), **versions(*PACKAGES, "lockstep")},
-        "git_commit": git_commit(),
-    }
-    for name, result in results.items():
-        prefix = f"{split}_" if name == "weights" else f"ema_{split}_"
-        certificate = result.certificate()
-        summary |= {f"{prefix}{field}": value for field, value in certificate.items() if field != "num_examples"}
-        summary |= {f"num_{split}_examples": result.num_examples}
-    if run.ema:
-        summary["ema_weights_sha256"] = checkpoint.tensors_sha256(run.ema.model.state_dict())
-    return summary
+def summarize(run: Run, outcome: str, results: dict[str, Result], wall_seconds: float, rows: list[Row]) -> Summary:
+    """Build the summary from the state, the last evaluation and the rows. Collective: every rank must call it."""
+    return Summary(
+        outcome=outcome,
+        step=run.step,
+        total_steps=run.total_steps,
+        world_size=run.world.world_size,
+        split=run.data.eval_split,
+        num_examples=len(run.data.test),
+        results={name: result.evaluation() for name, result in results.items()},
+        weights_sha256=checkpoint.tensors_sha256(run.module.state_dict()),
+        ema_weights_sha256=checkpoint.tensors_sha256(run.ema.model.state_dict()) if run.ema else None,
+        train_seconds=round(run.train_seconds, 3),
+        warm_up_seconds=round(run.warm_up_seconds, 3),
+        wall_seconds=round(wall_seconds, 3),
+        images_per_second=round(run.life_examples / run.life_seconds, 1) if run.life_seconds else None,
+        best=run.best,
+        skipped_steps=run.skips,
+        ledger=run.closed_epoch,
+        exact=run.config.train.exact,
+        num_micro_batches=run.sampler.micro_batches,
+        precision=run.config.train.precision,
+        device=run.world.device.type,
+        data=run.data.summary(),
+        config=mathematics(run.config),
+        environment=contract(run.world),
+        versions={"python": platform.python_version(), **versions(*PACKAGES, "lockstep")},
+        git_commit=git_commit(),
+        phases=phases(run.world),
+        fingerprints=fingerprint.receipt(rows),
+    )
 
 
 def phases(world: World) -> dict[str, list[float]]:
@@ -112,12 +110,12 @@ def phases(world: World) -> dict[str, list[float]]:
     return {"seconds": [round(total, 3) for total in totals.tolist()], **named}
 
 
-def read_finished(path: Path, run: Run) -> dict[str, Any] | None:
+def read_finished(run_dir: RunDir, run: Run) -> Summary | None:
     """Return the summary of a run that has nothing left to do; None on other ranks than 0."""
-    if not run.world.is_main or run.step < run.total_steps or not path.exists():
+    if not run.world.is_main or run.step < run.total_steps:
         return None
     try:
-        summary = json.loads(path.read_text())
-        return summary if summary["outcome"] == "finished" and summary["step"] == run.step else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # damaged: it is made anew
+        summary = run_dir.read_summary()
+    except UserError:  # damaged: it is written again
         return None
+    return summary if summary and summary.outcome == "finished" and summary.step == run.step else None

@@ -181,7 +181,7 @@ def test_run_without_a_current_summary_is_shown_as_unfinished(tmp_path: Path) ->
     assert "60 of 90, unfinished" in found.text
     assert "the run has not finished" in found.text
     assert SHA256[:12] not in found.text  # it is the hash of older weights
-    assert page(tmp_path, killed).count("img") == 0  # exhibits of an earlier end
+    assert page(tmp_path, killed).count("img") == 0  # samples of an earlier end
     assert "no word of its end" in page(tmp_path, killed).text
 
 
@@ -219,7 +219,7 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
         (None, ["run", "--output", "page.pdf"], "page.pdf. Expected a name that ends in .html"),
         (None, ["run", "--output", "run/metrics.jsonl/page.html"], "page.html cannot be written"),
         (None, ["damaged"], "summary.json is damaged. Expected"),
-        (None, ["torn"], "exhibits.safetensors is damaged"),
+        (None, ["torn"], "samples.safetensors is damaged"),
         ('{"event": "eval", "step": 1, "split": "test", "accuracy": "all"}\n', ["run"], "rows that no run writes"),
         (
             '{"event": "train", "step": 1, "loss": 1}\n{"event": "eval", "step": 1}\n',
@@ -241,7 +241,7 @@ def test_bad_input_is_one_line_and_exit_2(
     make_run(Path("damaged"), make_rows(), None)
     Path("damaged/summary.json").write_text("[1, 2")
     make_run(Path("torn"), make_rows(), make_summary())
-    Path("torn/exhibits.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    Path("torn/samples.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     if spoil is not None:
         Path("run/metrics.jsonl").write_text(spoil)
         Path("run/summary.json").unlink()

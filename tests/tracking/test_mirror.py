@@ -77,11 +77,11 @@ def check_media(server: Server, last: dict[str, Any], run: Path, summary: dict[s
     table = json.loads(server.files[last["confusion_table"]["path"]])
     assert [row[2] for row in table["data"]] == [count for line in summary["ema_test_confusion"] for count in line]
     assert table["data"][1][:2] == ["0", "1"]
-    exhibits = load_file(run / "exhibits.safetensors")
+    samples = load_file(run / "samples.safetensors")
     table = json.loads(server.files[last["mistakes"]["path"]])
     assert table["columns"] == ["image", "label", "prediction", "confidence", "position"]
-    assert [row[4] for row in table["data"]] == exhibits["mistakes_positions"][:24].tolist()
-    assert [int(row[1]) for row in table["data"]] == exhibits["mistakes_labels"][:24].tolist()
+    assert [row[4] for row in table["data"]] == samples["mistakes_positions"][:24].tolist()
+    assert [int(row[1]) for row in table["data"]] == samples["mistakes_labels"][:24].tolist()
     assert last["mistake_images"]["count"] == len(table["data"]) > 0
     assert all(server.files[name].startswith(b"\x89PNG") for name in last["mistake_images"]["filenames"])
     assert server.files[last["filters"]["path"]].startswith(b"\x89PNG")

@@ -75,7 +75,7 @@ def page(records: list[Record]) -> str:
         ],
         legend=[(text, VARIABLES[colour], kind) for text, colour, kind in legend(together)],
         charts={name: markupsafe.Markup(svg(together, name)) for name in PANELS},
-        exhibits=[(record, record is best, exhibits(record, most), matrix(record)) for record in records],
+        samples=[(record, record is best, samples(record, most), matrix(record)) for record in records],
         lives=[(record, lives(record)) for record in records],
         phases=(list(spent), table(list(spent.values()))),
         names=[record.name for record in records],
@@ -141,9 +141,9 @@ def matrix(record: Record) -> dict[str, Any] | None:
     }
 
 
-def exhibits(record: Record, most: int) -> dict[str, Any]:
+def samples(record: Record, most: int) -> dict[str, Any]:
     """Mistakes and filters of a finished run as images for the template; empty if the run left none."""
-    path = record.path / "exhibits.safetensors"
+    path = record.path / "samples.safetensors"
     if record.summary.get("outcome") != "finished" or not path.exists():
         return {"mistakes": [], "filters": []}
     import safetensors.numpy

@@ -173,7 +173,7 @@ class Mirror:
         return shown
 
     def _media(self) -> dict[str, Any]:
-        """The pictures and tables of a finished run, from its summary.json and exhibits.safetensors."""
+        """The pictures and tables of a finished run, from its summary.json and samples.safetensors."""
         options, summary = self.config.wandb, read_summary(self.run_dir)
         shown: dict[str, Any] = {}
         names = class_names(summary["data"]["name"])
@@ -187,7 +187,7 @@ class Mirror:
             shown["confusion"] = self.wandb.plot_table(
                 "wandb/confusion_matrix/v1", table, dict(zip(fields, fields, strict=True)), title
             )
-        path = self.run_dir / "exhibits.safetensors"
+        path = RunDir(self.run_dir).samples
         if options.mistakes and path.exists():
             import numpy as np
             import safetensors.numpy

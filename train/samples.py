@@ -1,4 +1,4 @@
-"""What a run shows beside numbers: its most confident mistakes and the filters that it learned first -> exhibits.safetensors.
+"""What a run shows beside numbers: its most confident mistakes and the filters that it learned first -> samples.safetensors.
 
 Invariant: everything is of the evaluation that counts, of the averaged weights where there are any. Deliberately without
 words or pictures: the report and W&B draw.
