@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
         from train.loop import train
 
         run_dir = run_directory(config, argv, world)
-        outcome, summary = train(config, world, run_dir, argv)
+        summary = train(config, world, RunDir(run_dir), argv)
     except (UserError, RunError) as error:
         return complain(error, world)
     except Exception:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
         world.close()
     if world.is_main:
         report(RunDir(run_dir), summary, write_page=config.log.report)
-    return FINISHED if outcome == "finished" else PREEMPTED
+    return FINISHED if summary.outcome == "finished" else PREEMPTED
 
 
 def page_problem(run_dir: RunDir) -> str | None:

@@ -21,7 +21,7 @@ class Tracer:
         self.profiler = torch.profiler.profile() if wanted and is_main else None
         self.began: int | None = None  # after this step
 
-    def wants(self, step: int) -> bool:
+    def should_start(self, step: int) -> bool:
         """Whether to begin before the update after `step` updates."""
         return self.began is None and self.first <= step < self.last
 
@@ -31,7 +31,7 @@ class Tracer:
         if self.profiler is not None:
             self.profiler.start()
 
-    def ends(self, step: int, is_last: bool) -> bool:
+    def should_stop(self, step: int, *, is_last: bool = False) -> bool:
         """Whether update `step` was the last that is wanted, or the run's last, and a trace has begun."""
         return self.began is not None and self.last > 0 and (is_last or step == self.last)
 
