@@ -98,7 +98,7 @@ def _words(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
-def choose_checkpoint(run_dir: Path, notify: Callable[[str], None]) -> tuple[Path, checkpoint.State]:
+def choose_checkpoint(run_dir: Path, notify: Callable[[str], None]) -> tuple[Path, checkpoint.Snapshot]:
     """Return a run's best checkpoint, or its newest whole one where the best is gone; raise UserError if there is none."""
     found = checkpoint.latest(run_dir / "checkpoints", notify)
     if found is None:

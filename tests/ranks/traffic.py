@@ -5,12 +5,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from runs import Run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from train.cli import parse
-from train.run import set_up
-from train.step import train_step
-from train.storage import data
 from train.world.world import World
 
 
@@ -18,15 +16,15 @@ def main(argv: list[str]) -> int:
     config = parse(argv)
     world = World.open(config.train)
     try:
-        run = set_up(config, world, data.load(config.data, world))
+        run = Run.open(config, world)
         seen: list[int] = []
 
         def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
             seen.append(bucket.buffer().nbytes)
             return allreduce_hook(state, bucket)
 
-        run.model.register_comm_hook(dist.group.WORLD, hook)  # type: ignore[operator]
-        train_step(run)
+        run.state.model.register_comm_hook(dist.group.WORLD, hook)  # type: ignore[operator]
+        run.steps()
         print(json.dumps(seen))
     finally:
         world.close()

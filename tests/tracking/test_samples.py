@@ -30,7 +30,7 @@ def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World)
         probabilities = module(normalize(digits.test.images, digits.mean, digits.std)).softmax(1)
     wrong = (probabilities.argmax(1) != digits.test.labels).nonzero()[:, 0].tolist()
     at, confidences = shown["mistakes_positions"], shown["mistakes_confidences"]
-    assert len(wrong) == summary["num_test_examples"] - summary["ema_test_correct"] > MOST_MISTAKES
+    assert len(wrong) == summary["num_examples"] - summary["results"]["ema"]["correct"] > MOST_MISTAKES
     assert set(at.tolist()) <= set(wrong)
     assert len(at) == MOST_MISTAKES
     torch.testing.assert_close(confidences, probabilities.amax(1)[at])
@@ -53,5 +53,5 @@ def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World)
 def test_world_size_does_not_change_exact_samples(tmp_path: Path) -> None:
     exact = f"{SMALL} --train.exact true --train.micro_batches 4"
     summaries = [train(size, tmp_path / str(size), exact) for size in (1, 2)]
-    assert len({json.dumps(summary["test_confusion"]) for summary in summaries}) == 1
+    assert len({json.dumps(summary["results"]["raw"]["confusion"]) for summary in summaries}) == 1
     assert len({(tmp_path / str(size) / "samples.safetensors").read_bytes() for size in (1, 2)}) == 1

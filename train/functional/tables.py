@@ -51,6 +51,12 @@ class StepResult:
     stop_flags: int  # how many ranks were asked to stop; not used with one rank
 
 
+def shares(num_examples: int, num_micro_batches: int, device: torch.device) -> Tensor:
+    """Return the share of the examples that each micro-batch has, float32 [M], as `Sampler.micro_batch` cuts."""
+    counts = (torch.arange(num_micro_batches + 1, device=device) * num_examples // num_micro_batches).diff().float()
+    return counts / counts.sum()
+
+
 class StepTables:
     """The tables of one rank. They hold a stretch: consecutive steps of one epoch."""
 
@@ -102,13 +108,11 @@ class StepTables:
     def weights(self, num_examples: int) -> tuple[Tensor, Tensor]:
         """Return what a batch's summed loss is multiplied by, float32 [], and its micro-batches' shares, float32 [M].
 
-        Made once for each size of a batch. The shares are those that `Sampler.micro_batch` cuts.
+        Made once for each size of a batch.
         """
         if num_examples not in self._weights:
             weight = torch.full((), self.loss_scale / num_examples, device=self.device)
-            num_parts = self.sampler.micro_batches
-            counts = (torch.arange(num_parts + 1, device=self.device) * num_examples // num_parts).diff().float()
-            self._weights[num_examples] = weight, counts / counts.sum()
+            self._weights[num_examples] = weight, shares(num_examples, self.sampler.micro_batches, self.device)
         return self._weights[num_examples]
 
     def found_inf(self) -> Tensor:
