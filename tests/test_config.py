@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import train.config
 from train import __version__
-from train.cli import make_parser, parse, recipe_name
+from train.cli import make_parser, parse, recipe_name, to_yaml
 from train.config import Config
 from train.errors import UserError
 from train.mathematics import mathematics
@@ -198,7 +198,7 @@ def test_graphs_are_switched_on_and_off_by_yaml_too(text: str, tmp_path: Path) -
     wanted = {"true": "on", "false": "off"}.get(text, text.strip("'"))
     config = parse(["--config", str(file)])
     assert config.train.cuda_graphs == wanted
-    file.write_text(config.to_yaml())
+    file.write_text(to_yaml(config))
     assert parse(["--config", str(file)]) == config == parse(["--train.cuda_graphs", wanted])
 
 
@@ -211,7 +211,7 @@ def test_to_yaml_is_read_back_to_an_equal_config(text: str, tmp_path: Path) -> N
         seed=3, wandb=train.config.WandbConfig(project=text, tags=[text]), optim=train.config.OptimConfig(lr=1e-5)
     )
     file = tmp_path / "config.yaml"
-    file.write_text(config.to_yaml())
+    file.write_text(to_yaml(config))
     assert parse(["--config", str(file)]) == config
 
 

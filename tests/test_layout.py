@@ -10,7 +10,6 @@ from conftest import ROOT
 # The rooms from the ground up: a module imports from its own room and from those before it.
 GROUND = {
     "train.errors",
-    "train.yamlfile",
     "train.config",
     "train.mathematics",
     "train.cli",
@@ -131,7 +130,7 @@ def test_functional_knows_nothing_of_ranks_and_files() -> None:
 
 
 LIGHT_STEMS = (
-    "errors yamlfile config labels mathematics device cli world signals process rundir records "
+    "errors config labels mathematics device cli world signals process rundir records "
     "charts page fingerprint clock watchdog mirror tracker lease versions __main__"
 )
 LIGHT = [path for path in TRAIN if path.stem in LIGHT_STEMS.split()]

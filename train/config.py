@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from train import yamlfile
 from train.errors import UserError
 
 LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product of two fits 64 bits
@@ -356,7 +355,3 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_ranges("", self)
-
-    def to_yaml(self) -> str:
-        """Return the resolved config as YAML, which `--config` reads back to an equal Config."""
-        return yamlfile.dump(dataclasses.asdict(self))

@@ -11,6 +11,7 @@ from typing import TypeVar
 import safetensors.torch
 
 from train import samples
+from train.cli import to_yaml
 from train.config import Config
 from train.errors import RunError, UserError
 from train.evaluate import Result, evaluate
@@ -88,7 +89,7 @@ def open_run(
     warnings = restore(plan, state, found[1], found[0]) if found else []
 
     def open_records() -> list[Row]:
-        lease.write(RunDir(lease.run_dir).config, config.to_yaml().encode())
+        lease.write(RunDir(lease.run_dir).config, to_yaml(config).encode())
         with lease.writing() as staging:
             return metrics.open(state.step, staging)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import yamlfile
+from train.cli import load_yaml
 from train.errors import UserError
 
 Row = dict[str, Any]
@@ -233,7 +233,7 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    content = yamlfile.load(text)
+    content = load_yaml(text)
     if not isinstance(content, dict):
         raise ValueError("it is no mapping")
     return content
