@@ -16,7 +16,7 @@ from train import __version__
 from train.cli import make_parser, parse, recipe_name, to_yaml
 from train.config import Config
 from train.errors import UserError
-from train.mathematics import mathematics
+from train.functional.trajectory import trajectory
 
 SECTIONS = {
     field.name: field.default_factory for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)
@@ -293,13 +293,13 @@ def test_recipe_name_is_the_last_files_stem(argv: list[str], name: str | None) -
     assert recipe_name(argv) == name
 
 
-def test_mathematics_holds_what_decides_the_weights_and_nothing_else() -> None:
-    flat = mathematics(Config())
+def test_trajectory_holds_what_decides_the_weights_and_nothing_else() -> None:
+    flat = trajectory(Config())
     assert {"seed", "optim.lr", "train.micro_batches", "train.precision", "data.name", "augment.shift"} <= set(flat)
     assert not {path for path in flat if path.split(".")[0] in ("run", "eval", "checkpoint", "log", "wandb")}
     assert not {"data.root", "data.fallback", "train.device", "train.num_threads", "train.timeout"} & set(flat)
-    assert flat != mathematics(with_value("optim.lr", 0.2))
-    assert flat == mathematics(with_value("train.device", "cpu"))
+    assert flat != trajectory(with_value("optim.lr", 0.2))
+    assert flat == trajectory(with_value("train.device", "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def gpu_names() -> list[str]:
 
 def facts(argv: list[str], repeats: int) -> dict[str, Any]:
     """What the figures depend on."""
-    from train.summary import git_commit
+    from train.world.environment import git_commit
     from train.world.versions import versions
 
     found = {"python": platform.python_version(), **versions("torch", "accelerate", "lightning", "lockstep")}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from train.cli import Parser
 from train.errors import UserError
-from train.mathematics import contract_differences, differences, mathematics
+from train.functional.trajectory import contract_differences, differences, trajectory
 from train.report import records
 from train.report.records import Record
 from train.tracking import fingerprint
@@ -111,7 +111,7 @@ def line_of_config(records: list[Record]) -> str:
     missing = [record.name for record in records if not record.config]
     if missing:
         return f"not compared: {' and '.join(missing)} has no config.yaml"
-    return ", ".join(differences(*(mathematics(record.config) for record in records))) or "the same mathematics"
+    return ", ".join(differences(*(trajectory(record.config) for record in records))) or "the same mathematics"
 
 
 def compare(records: list[Record]) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from train.cli import Parser, parse, split_arguments
 from train.config import Config, read_steps
 from train.errors import UserError
-from train.mathematics import contract_differences, differences, mathematics
+from train.functional.trajectory import contract_differences, differences, trajectory
 from train.report import records
 from train.report.records import Record
 from train.tracking import fingerprint
@@ -52,7 +52,7 @@ def read_checkpoints(directory: Path, first: int) -> tuple[tuple[Path, "State"] 
 def check_claims(config: Config, data_sha256: str, claims: list[Claim], run_dir: Path) -> None:
     """Raise UserError if the config or the data are not those that the run was trained with."""
     for source, claim in claims:
-        if changed := differences(claim["mathematics"], mathematics(config)):
+        if changed := differences(claim["mathematics"], trajectory(config)):
             raise UserError(f"{run_dir / 'config.yaml'} is not what {source} was trained with: {', '.join(changed)}.")
         if (expected := claim["data_sha256"]) != data_sha256:
             raise UserError(

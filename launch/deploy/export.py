@@ -24,11 +24,11 @@ from train.cli import Parser, parse, split_arguments
 from train.config import Config
 from train.errors import UserError
 from train.evaluate import Result, evaluate, predictions_sha256
-from train.mathematics import contract_differences
+from train.functional.trajectory import contract_differences
 from train.report import records
 from train.run import contract
 from train.storage import data
-from train.summary import git_commit
+from train.world.environment import git_commit
 from train.world.world import World
 
 TIE = 1e-3  # two logits closer than this may change places between two programs of the same weights

@@ -45,7 +45,7 @@ class Facts:
     weights: str  # raw, or ema: averaged
     weights_sha256: str
     step: int
-    config: dict[str, Any]  # the run's mathematics
+    config: dict[str, Any]  # the trajectory config
 
     def encode(self) -> dict[str, str]:
         """As metadata strings."""
@@ -128,7 +128,7 @@ def from_run(
     if not tensors:
         raise UserError(f"{path} has no averaged weights: the run's optim.ema is 0. Use --weights raw.")
     try:
-        config, normalization = state.meta["mathematics"], state.meta["normalization"]
+        config, normalization = state.meta["trajectory"], state.meta["normalization"]
         facts = Facts(
             model=config["model.name"],
             data=data_name,

@@ -15,8 +15,8 @@ from train.world.versions import versions
 
 from train import run
 from train.config import TrainConfig
-from train.mathematics import contract_differences
-from train.summary import PACKAGES
+from train.functional.trajectory import contract_differences
+from train.tracking.summary import PACKAGES
 from train.world import meter, reduce, world
 from train.world.clock import Clock, Record
 from train.world.meter import DeviceMeter

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from train.mathematics import mathematics
+from train.functional.trajectory import trajectory
 from train.report.records import Group, step_label
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def draw_series(
 ) -> list[float]:
     """Draw a field of an event's rows, each value as `shown(value)`; return what was drawn."""
     drawn: list[float] = []
-    recipes = [repr(mathematics(group.records[0].config)) for group in groups]
+    recipes = [repr(trajectory(group.records[0].config)) for group in groups]
     for index, group in enumerate(groups):
         widen = 1.4 * min(recipes[index + 1 :].count(recipes[index]), 3)  # a curve that lies under the same run's
         averages = group.records[0].averages  # several runs: only the evaluations that count, else nobody can read it

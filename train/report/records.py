@@ -12,9 +12,9 @@ from itertools import compress, groupby
 from pathlib import Path
 from typing import Any
 
-from train import yamlfile
+from train.cli import load_yaml
 from train.errors import UserError
-from train.mathematics import mathematics
+from train.functional.trajectory import trajectory
 
 Row = dict[str, Any]
 MOST_RANKS = 8  # that have a column of their own
@@ -128,7 +128,7 @@ def read(run_dir: Path, name: str) -> Record:
     kept: dict[str, Any] = (
         summary if is_current else {key: summary[key] for key in ("data", "total_steps") if key in summary}
     )
-    return Record(run_dir, name, rows, kept, read_mapping(run_dir / "config.yaml", yamlfile.load))
+    return Record(run_dir, name, rows, kept, read_mapping(run_dir / "config.yaml", load_yaml))
 
 
 def parse_rows(text: str) -> list[Row]:
@@ -230,7 +230,7 @@ def groups(records: list[Record]) -> list[Group]:
     """Put runs together that differ in nothing but the seed. The same seed twice is a comparison: such runs stay apart."""
     alike: dict[str, list[Record]] = {}
     for record in records:
-        fields = mathematics(record.config) | {"seed": None, "data_sha256": record.data.get("sha256")}
+        fields = trajectory(record.config) | {"seed": None, "data_sha256": record.data.get("sha256")}
         alike.setdefault(json.dumps(fields, sort_keys=True, default=str) if record.config else record.name, []).append(
             record
         )

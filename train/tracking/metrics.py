@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.config import Config
-from train.report.records import parse_rows
+from train.rundir import parse_rows
 from train.tracking.tracker import Tracker, histograms, mode_of
 
 if TYPE_CHECKING:

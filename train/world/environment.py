@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.mathematics import differences
+from train.functional.trajectory import differences
 
 if TYPE_CHECKING:
     from train.world.world import World
@@ -41,3 +43,17 @@ def environment_differences(before: dict[str, Any], after: dict[str, Any]) -> li
     first, second = ({**fingerprint, **fingerprint.get("versions", {})} for fingerprint in (before, after))
     common = (first.keys() & second.keys()) - {"versions"}
     return differences({name: first[name] for name in common}, {name: second[name] for name in common})
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+` if files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(Path(__file__).parent), *arguments), capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
