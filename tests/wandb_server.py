@@ -14,12 +14,12 @@ from typing import Any
 
 from ranks.processes import launch, rows
 
-from train.tracking.mirror import MIRRORED
+from train.tracking.wandb import SHOWN
 
 USER = "tester"
 KEY = "5ec2e7" * 7
 SHORT = "--train.max_steps 20 --log.every_steps 5 --eval.every_steps 10 --checkpoint.every_steps 10"
-PATIENT = "--wandb.start_seconds 100 --wandb.finish_seconds 100"  # this machine may be busy
+PATIENT = "--wandb.timeout 100"  # this machine may be busy
 TIMEOUT_SECONDS = 60.0
 
 
@@ -287,7 +287,7 @@ def expected(run: Path) -> list[dict[str, Any]]:
     """The numbers that W&B must show, row by row, made from metrics.jsonl and summary.json by rules of this test's own."""
     found = []
     for row in rows(run):
-        if row["event"] in MIRRORED:
+        if row["event"] in SHOWN:
             group = "eval_ema" if row.get("ema") else row["event"]
             numbers = {
                 f"{group}/{name}": value
