@@ -6,17 +6,15 @@ from pathlib import Path
 from train.cli import Parser
 from train.errors import CRASHED, FINISHED, UserError
 from train.rundir import EXAMPLE, RunDir
+from train.tracking import wandb
 
 
 def main(argv: list[str]) -> int:
     """Send each run and print what was sent. Return the exit code: 0, or 1 if W&B cannot be reached."""
     parser = Parser(prog="python -m launch sync", description=__doc__)
-    parser.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="+", help=f"directory of a run that has ended: {EXAMPLE}"
-    )
+    help_text = f"directory of a run that has ended, such as {EXAMPLE}"
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help=help_text)
     runs = parser.parse_args(argv).runs
-    from train.tracking import wandb
-
     for run_dir in map(RunDir, runs):
         run_dir.require_config()
         if not run_dir.read_rows():

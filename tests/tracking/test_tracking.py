@@ -1,4 +1,4 @@
-"""train.tracking.wandb, launch sync: W&B shows what metrics.jsonl says, whatever happens to the server or the run.
+"""train.tracking.wandb, launch sync: W&B shows what is in metrics.jsonl, whatever happens to the server or the run.
 
 Against a local server (wandb_server.py), with wandb's own processes: its protocol is not ours to fake on this side.
 """
@@ -89,7 +89,7 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
     steps = [row["item"]["_step"] for found in records for row in found["history"]]
     assert steps == list(
         range(len(expected(run)))
-    )  # the second life goes on behind the first, so that both can be merged
+    )  # the second attempt continues the first, so that both can be merged
     assert records[0]["run"][0]["config"]["update"]["seed"] == 0
     assert [alert["title"] for found in records for alert in found["alert"]] == ["r preempted"] * 2
     assert [found["exit"][0]["exit_code"] for found in records] == [75, 75]

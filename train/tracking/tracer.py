@@ -1,7 +1,7 @@
 """Write a trace of some steps by torch.profiler (`train.profile_steps A:B`), which ui.perfetto.dev opens.
 
-Only rank 0 is traced. The profiler's own start and end do not count as training time. All ranks count the traced steps, since
-they read their results together before and after them.
+Only rank 0 is traced. The profiler's own start and end do not count as training time. All ranks count the traced steps,
+since they read their results together before and after them.
 """
 
 import torch

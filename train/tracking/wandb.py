@@ -3,7 +3,7 @@
 Training starts that process and tells it when the run is over. Everything else comes from the run directory, so that
 `launch sync` can send at any later time what is missing.
 
-Invariant: row i in W&B (its own `_step`) is row i of those that W&B shows of metrics.jsonl; the summary of a finished run is
+Invariant: row i in W&B (its own `_step`) is row i of the SHOWN rows of metrics.jsonl, and the summary of a finished run is
 one more row. So the number of rows in W&B tells which ones are missing, and no row is sent twice.
 """
 
@@ -26,7 +26,7 @@ from train.rundir import Row, RunDir, Summary, Tail
 from train.world import signals
 from train.world.process import die_with_parent
 
-SHOWN = ("train", "eval", "weights")  # the events of the rows that W&B shows
+SHOWN = ("train", "eval", "weights")  # events whose rows W&B shows
 POLL_SECONDS, SYNC_SECONDS, FINISH_SECONDS, TRANSMIT_SECONDS = 0.5, 10, 120, 5
 MAX_MISTAKES = 24  # each is two files to upload
 
@@ -37,7 +37,7 @@ def mode_of(config: Config) -> str:
 
 
 def wandb_id(run_dir: RunDir) -> str:
-    """Return the run's W&B id. The first call takes it from a sweep's agent or draws it; a resume finds it in a file."""
+    """Return the run's id in W&B, from its file. The first call draws it, or takes it from a sweep's agent."""
     if not run_dir.wandb_id.exists():
         run_dir.wandb_id.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     return run_dir.wandb_id.read_text().strip()
