@@ -69,8 +69,7 @@ RULES: dict[str, tuple[list[Any], list[Any]]] = {
     "log.spike": ([-1.0, 0.5, 1.0], [0.0, 1.1]),
     "log.slow_rank": ([-1.0, 0.5, 1.0], [0.0, 1.1]),
     "optim.max_skips": ([0, -1], [1]),
-    "wandb.start_seconds": ([0], [1]),
-    "wandb.finish_seconds": ([0], [1]),
+    "wandb.timeout": ([0], [1]),
 }
 # rules about several fields: (fields, what the message must advise)
 PAIRS = [

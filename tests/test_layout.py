@@ -98,7 +98,7 @@ def test_room_is_small_enough_to_look_around_in(room: Path) -> None:
     [
         ("torch.distributed", {"world", "reduce"}),
         ("accelerate", {"world"}),
-        ("wandb", {"mirror"}),
+        ("wandb", {"wandb"}),
         ("jsonargparse", {"cli"}),
         ("importlib.metadata", {"environment"}),  # elsewhere a package without metadata would end a run
     ],
@@ -135,7 +135,7 @@ def test_functional_knows_nothing_of_ranks_and_files() -> None:
 
 LIGHT_STEMS = (
     "errors config labels trajectory device cli world signals process rundir records "
-    "charts page fingerprint clock watchdog mirror tracker lease environment __main__"
+    "charts page fingerprint clock watchdog wandb lease environment __main__"
 )
 LIGHT = [path for path in TRAIN if path.stem in LIGHT_STEMS.split()]
 

@@ -18,6 +18,11 @@ from train.errors import UserError
 
 Row = dict[str, Any]
 SCHEMA = 2  # of summary.json
+ATTEMPT_EVENTS = (
+    "start",
+    "preempted",
+    "save_failed",
+)  # about an attempt: their rows stay when steps are computed again
 EXAMPLE = "runs/mnist-20260101-120000"
 
 
@@ -161,9 +166,21 @@ class RunDir:
         """What W&B keeps of an offline run."""
         return self.path / "wandb"
 
+    @property
+    def wandb_id(self) -> Path:
+        """The id of the run in W&B."""
+        return self.path / "wandb_id"
+
     def read_rows(self) -> list[Row]:
         """Return the whole rows; none if there is no file."""
         return parse_rows(self.metrics.read_text(errors="replace")) if self.metrics.is_file() else []
+
+    def remove_rows_after(self, step: int, staging: Path | None = None) -> list[Row]:
+        """Remove the rows of later steps, which a resume computes again, and a torn last line; return the other rows."""
+        rows = [row for row in self.read_rows() if row["step"] <= step or row["event"] in ATTEMPT_EVENTS]
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.metrics, content.encode(), staging, should_sync=True)
+        return rows
 
     def read_summary(self) -> Summary | None:
         """Return the summary, or None if there is none. Raises UserError if it cannot be read."""

@@ -209,7 +209,7 @@ def test_slow_rank_is_named_once() -> None:
     for step in range(10, 60, 10):
         means = watch.ranks(step, [[0.010, 0.031, 0.011]] * 10)
         assert means == pytest.approx([0.010, 0.031, 0.011])
-    assert said.lines == ["warning: rank 1 works 31.0 ms on a step, the median rank 11.0 ms: all wait for it."]
+    assert said.lines == ["warning: rank 1 is slow: 31.0 ms per step, median 11.0 ms. All ranks wait for it."]
     assert said.rows == [("slow_rank", 10)]
     assert watch.ranks(60, [[0.01]] * 10) is None
 
@@ -229,6 +229,6 @@ def test_slow_rank_is_named_in_the_log_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(2, run, "--train.max_steps 25 --log.every_steps 5", MUTANT="accidents.slow_rank")
     assert [row["rank"] for row in rows(run, "slow_rank")] == [1]
-    assert "warning: rank 1 works" in (tmp_path / "run-logs" / "rank-0.log").read_text()
+    assert "warning: rank 1 is slow" in (tmp_path / "run-logs" / "rank-0.log").read_text()
     for row in rows(run, "train"):
         assert row["rank_seconds"][1] >= 0.06 > 0.0 < row["rank_seconds"][0]
