@@ -27,6 +27,10 @@ ALIAS = re.compile(r"^(--[\w.]+=)?[\[{&-](.*[\s\[{,:])?&\w.*[\s\[{,:]\*\w", re.D
 RENAMED = {
     "train.micro_batches": "train.num_micro_batches",
     "train.micro_batch_limit": "train.max_micro_batch_size",
+    "wandb.entity": "wandb.project, as ENTITY/PROJECT",
+    **dict.fromkeys(("wandb.start_seconds", "wandb.finish_seconds"), "wandb.timeout"),
+    **dict.fromkeys(("wandb.histograms", "wandb.confusion", "wandb.mistakes"), "wandb.media"),
+    **dict.fromkeys(("wandb.checkpoints", "wandb.code"), "wandb.artifacts"),
 }
 
 
@@ -155,7 +159,7 @@ def _no_field(wrong: str, names: Sequence[str], source: str = "") -> UserError:
     """Return the refusal of an unknown config field, with its new name or the nearest valid one."""
     renamed = [new for old, new in RENAMED.items() if wrong in (old, old.partition(".")[2])]
     if renamed:
-        return UserError(f"{wrong}{source} is now called {renamed[0]}. Use that name.")
+        return UserError(f"{wrong}{source} is now {renamed[0]}.")
     return UserError(
         f"There is no config field {wrong[:80]}{source}. {did_you_mean(wrong, names, 'See --help for the names.')}"
     )
