@@ -162,8 +162,8 @@ class RunDir:
         return self.path / "wandb"
 
     def read_rows(self) -> list[Row]:
-        """Return the whole rows; none if there is no file."""
-        return parse_rows(self.metrics.read_text(errors="replace")) if self.metrics.is_file() else []
+        """Return the whole rows; none if there is no file. Raises UserError if it cannot be read."""
+        return _read(self.metrics, parse_rows) or []
 
     def read_summary(self) -> Summary | None:
         """Return the summary, or None if there is none. Raises UserError if it cannot be read."""
@@ -241,7 +241,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text()) if path.exists() else None
+        return parse(path.read_text(errors="replace")) if path.exists() else None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
