@@ -172,8 +172,8 @@ class RunDir:
         return self.path / "wandb_id"
 
     def read_rows(self) -> list[Row]:
-        """Return the whole rows; none if there is no file."""
-        return parse_rows(self.metrics.read_text(errors="replace")) if self.metrics.is_file() else []
+        """Return the whole rows; none if there is no file. Raises UserError if it cannot be read."""
+        return _read(self.metrics, parse_rows) or []
 
     def remove_rows_after(self, step: int, staging: Path | None = None) -> list[Row]:
         """Remove the rows of later steps, which a resume computes again, and a torn last line; return the other rows."""
@@ -258,7 +258,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text()) if path.exists() else None
+        return parse(path.read_text(errors="replace")) if path.exists() else None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

@@ -128,7 +128,7 @@ class Journal:
         """Write the row of the steps since the last such row; in exact mode only."""
         if self.fingerprints:
             first, last = self.fingerprints[0].step, self.fingerprints[-1].step
-            self.metrics.record("fingerprint", last, first=first, **encode(self.fingerprints))
+            self.metrics.record("fingerprint", last, first=first, **fingerprint.encode(self.fingerprints))
             self.fingerprints.clear()
 
     def _log(self) -> None:
@@ -184,10 +184,3 @@ def _blame(plan: Plan, result: StepResult) -> str:
     named = ", ".join(map(str, examples[:MAX_NAMED_EXAMPLES])) + (", ..." if examples[MAX_NAMED_EXAMPLES:] else "")
     others = f" (and {len(bad) - 1} more)" if bad[1:] else ""
     return f"loss {losses[bad[0]]} in micro-batch {bad[0]}{others} of {len(losses)}, training examples {named}"
-
-
-def encode(results: list[StepResult]) -> dict[str, list[str]]:
-    """Return the bits of each step's loss and gradient norm."""
-    return {
-        name: [fingerprint.encode(name, getattr(result, name)) for result in results] for name in ("loss", "grad_norm")
-    }
