@@ -33,8 +33,6 @@ SUBCOMMANDS = {
     "compare": "say where two runs differ: mathematics, losses, gradient norms, weights",
     "replay": "compute steps of an exact run again and compare their bits",
     "selftest": "prove on this machine, in half a minute, that kills and world sizes change nothing",
-    "completion": "print a script that completes subcommands, config fields and their values in bash or zsh",
-    "model": "print a model's layers, volumes and parameters",
     "plan": "say what a run would do on N nodes of G GPUs: shares, lr, bytes, memory, the sbatch command",
     "doctor": "check this machine, or a Slurm cluster, and say how to repair it",
 }

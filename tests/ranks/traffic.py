@@ -1,11 +1,12 @@
-"""A rank of a real gloo group that makes one step and prints the bytes of the buckets that a DDP hook of its own saw."""
+"""A rank of a real gloo group that makes one step and prints what it computed and what it handed to torch.distributed."""
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from train.cli import parse
 from train.run import set_up
@@ -17,17 +18,43 @@ from train.world.world import World
 def main(argv: list[str]) -> int:
     config = parse(argv)
     world = World.open(config.train)
+    sent: Counter[str] = Counter()
+
+    def count(function: str, name: str, size: Callable[[Any], int]) -> None:
+        original = getattr(dist, function)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            sent[name] += size(arguments[0])
+            return original(*arguments, **named)
+
+        setattr(dist, function, counted)
+
+    def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent["gradients"] += bucket.buffer().nbytes
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())  # not reduced: only its size counts here
+        return future
+
     try:
         run = set_up(config, world, data.load(config.data, world))
-        seen: list[int] = []
-
-        def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            seen.append(bucket.buffer().nbytes)
-            return allreduce_hook(state, bucket)
-
-        run.model.register_comm_hook(dist.group.WORLD, hook)  # type: ignore[operator]
+        if not config.train.exact:
+            run.model.register_comm_hook(dist.group.WORLD, hook)  # type: ignore[operator]
+        count("batch_isend_irecv", "exchange", lambda operations: operations[0].tensor.nbytes)
+        count("all_gather", "gather", lambda tensors: tensors[0].nbytes)
+        count("all_reduce", "statistics", lambda tensor: tensor.nbytes)
         train_step(run)
-        print(json.dumps(seen))
+        own = run.sampler.own_micro_batches(world.rank, world.world_size)
+        found = {
+            "sent": sent,
+            "micro_batches": [own.start, own.stop],
+            "num_rows": len(run.tables.examples[0]),
+            "total_steps": run.total_steps,
+            "num_parameters": sum(parameter.numel() for parameter in run.module.parameters()),
+            "optimizer_bytes": sum(
+                value.nbytes for state in run.optimizer.state.values() for value in state.values() if value is not None
+            ),
+        }
+        print(json.dumps(found))
     finally:
         world.close()
     return 0
