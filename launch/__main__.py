@@ -5,7 +5,7 @@ import sys
 
 from train import __version__
 from train.cli import did_you_mean
-from train.errors import BAD_INPUT, FINISHED, UserError
+from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError
 from train.world.process import keep_others_from_writing
 
 ROOMS = {  # where a subcommand's module lies, unless beside this file
@@ -54,9 +54,9 @@ def main(argv: list[str]) -> int:
             hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
             raise UserError(f"There is no subcommand {name}. {hint}")
         return importlib.import_module(ROOMS.get(name, f"launch.{name}")).main(argv[1:])
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return BAD_INPUT if isinstance(error, UserError) else CRASHED
 
 
 if __name__ == "__main__":
