@@ -178,8 +178,6 @@ LAUNCH = {
     "model --name cnm": "Did you mean cnn?",
     "model --nam cnn": "Did you mean --name?",
     "data --name minst": "Did you mean mnist?",
-    "completion bahs": "Did you mean bash?",
-    "completion": "required: shell",
     "replay": "required: RUN",
     "replay /nowhere --steps 0:1": "/nowhere is not a directory",
     "compare /nowhere /nowhere": "/nowhere",

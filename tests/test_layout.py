@@ -153,7 +153,7 @@ def test_slow_packages_are_imported_in_functions_only(path: Path) -> None:
     } == set()
 
 
-@pytest.mark.parametrize("path", [path for path in LAUNCH if path.parent.name != "deploy"], ids=name_of)
+@pytest.mark.parametrize("path", LAUNCH, ids=name_of)
 def test_launch_imports_the_config_and_nothing_heavy(path: Path) -> None:
     names = at_import(path)
     own = {name if name in MODULES else name.rpartition(".")[0] for name in loads(names, "train")}

@@ -75,7 +75,7 @@ def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--", *SMALL, "--seeed", "1"], "There is no config field seeed"),
         (["--nodes", "2", "--gpus-per-node", "8", "--", *SMALL], "16 processes cannot share train.micro_batches 8"),
-        (["--time", "5", "--", *SMALL], "'5' stands alone"),
+        (["--time", "5", "--", *SMALL], "unexpected argument: '5'"),
         (["--gpus-per-node", "-1", "--", *SMALL], "--gpus-per-node is -1"),
         (["--signal-seconds", "-1", "--", *SMALL], "--signal-seconds is -1"),
         (["--sweep", "seeds", "--", *SMALL], "--sweep needs --array"),
