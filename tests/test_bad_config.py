@@ -124,7 +124,9 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "name of dots": (["--run.name", ".."], "run.name is '..'"),
     "name with a NUL": (["--run.name", "a\0b"], "run.name is"),
     "contradiction": (["--train.exact", "true"], "train.exact needs train.micro_batches"),
-    "more portions than examples": (["--train.micro_batches", "8", "--train.global_batch_size", "4"], "more than train.global_batch_size, 4 examples"),
+    "more micro-batches than examples": (
+        ["--train.micro_batches", "8", "--train.global_batch_size", "4"], "more than train.global_batch_size, 4 examples",
+    ),
 }  # fmt: skip
 
 
