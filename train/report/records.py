@@ -15,7 +15,6 @@ from typing import Any
 from train.errors import UserError
 from train.functional.trajectory import trajectory
 from train.rundir import EXAMPLE, Row, RunDir, Summary
-from train.rundir import parse_rows as parse_rows  # tracking/metrics.py still imports it from here
 
 MAX_RANK_COLUMNS = 8  # of more ranks, only the range is shown
 
