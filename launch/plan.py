@@ -42,10 +42,10 @@ def num_examples(config: Config) -> tuple[int, int]:
 
 def count_micro_batches(config: Config, nodes: int, per_node: int, has_norm: bool) -> int:
     """Return the micro-batches of a step. Refuse a world that is too large, naming the largest that fits."""
-    from train.run import plan_micro_batches
+    from train.state import resolve_num_micro_batches
 
     try:
-        return plan_micro_batches(config, nodes * per_node, has_norm)
+        return resolve_num_micro_batches(config, nodes * per_node, has_batch_norm=has_norm)
     except UserError as error:
         largest = config.train.micro_batches or (0 if has_norm else config.train.global_batch_size)
         if not largest:
@@ -122,7 +122,7 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[st
     per_node = max(gpus_per_node, 1)  # without GPUs: one rank per node
     world_size = nodes * per_node
     model = models.build(config.model, 0)
-    norms, num = models.norms(model), num_examples(config)
+    norms, num = models.batch_norms(model), num_examples(config)
     micro_batches = count_micro_batches(config, nodes, per_node, bool(norms))
     sampler = Sampler(num[0], config.train.global_batch_size, micro_batches, config.seed)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch

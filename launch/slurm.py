@@ -65,9 +65,10 @@ def check_options(options: Namespace, extra: list[str]) -> None:
 def check_world(config: Config, world_size: int) -> None:
     """Raise UserError if so many ranks cannot share the training: the rule that the ranks themselves apply."""
     from train.functional import models
-    from train.run import plan_micro_batches
+    from train.state import resolve_num_micro_batches
 
-    plan_micro_batches(config, world_size, bool(models.norms(models.build(config.model, config.seed))))
+    has_batch_norm = bool(models.batch_norms(models.build(config.model, config.seed)))
+    resolve_num_micro_batches(config, world_size, has_batch_norm=has_batch_norm)
 
 
 def check_lines(path: Path, arguments: list[str]) -> None:

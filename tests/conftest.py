@@ -17,7 +17,7 @@ from train.world.world import World
 if TYPE_CHECKING:
     from wandb_server import Server
 
-    from train.storage.checkpoint import State
+    from train.storage.checkpoint import Snapshot
 
 TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 ROOT = Path(__file__).parent.parent
@@ -108,13 +108,13 @@ def env(tmp_path: Path, server: "Server") -> dict[str, str]:
     return {**server.env, "WANDB_API_KEY": KEY, "HOME": str(tmp_path / "home")}
 
 
-def small_state(step: int = 10) -> "State":
+def small_state(step: int = 10) -> "Snapshot":
     """A small state whose tensors depend on its step."""
     import torch
 
-    from train.storage.checkpoint import SCHEMA, State
+    from train.storage.checkpoint import SCHEMA, Snapshot
 
-    return State(
+    return Snapshot(
         model={"fc.weight": torch.arange(6.0).view(2, 3) + step, "fc.bias": torch.zeros(2)},
         optimizer={"fc.weight/momentum_buffer": torch.ones(2, 3) * step, "fc.weight/step": torch.tensor(float(step))},
         ema={"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)},

@@ -203,7 +203,7 @@ def examine(training: Training, expected: dict[str, Any], steps: int) -> dict[st
         path.name for path in training.run.rglob("*") if "writing" in path.name or path.name in (".ranks", "verdict")
     ]
     logged = Counter(row["step"] for row in rows(training.run, "train"))
-    names = ("weights_sha256", "ema_weights_sha256", "test_predictions_sha256")
+    names = ("weights_sha256", "ema_weights_sha256", "results")
     found = json.loads((training.run / "summary.json").read_text())
     return {
         "runs": 1,

@@ -63,7 +63,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "section is a number": (b"train: 3\n", "train is 3"),
     "section is a list": (b"train: [epochs]\n", "train is ['epochs']"),
     "section is null": (b"train:\n", "train is None"),
-    "section in section": (b"train: {optim: {lr: 1}}\n", "no config field train.functional.optim"),
+    "section in section": (b"train: {optim: {lr: 1}}\n", "no config field train.optim"),
     "field is a mapping": (b"optim: {lr: {value: 1}}\n", "optim.lr"),
     "field is a list": (b"optim: {lr: [1]}\n", "optim.lr"),
     "int is true": (b"train: {epochs: true}\n", "train.epochs: Expected an int"),
@@ -71,7 +71,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "int is a date": (b"seed: 2024-01-01\n", "seed: Expected an int"),
     "int is infinite": (b"train: {epochs: .inf}\n", "train.epochs: Expected an int"),
     "5,000 digits": (b"seed: " + b"9" * 5000, "not YAML"),
-    "400 digits": (b"train: {epochs: 1" + b"0" * 400 + b"}", "Use 10,000,000 or less"),
+    "400 digits": (b"train: {epochs: 1" + b"0" * 400 + b"}", "to 10,000,000."),
     "negative": (b"train: {global_batch_size: -512}\n", "train.global_batch_size is -512"),
     "NaN": (b"optim: {lr: .nan}\n", "optim.lr is nan"),
     "infinite": (b"optim: {clip_norm: .inf}\n", "optim.clip_norm is inf"),
@@ -104,10 +104,10 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "not UTF-8": (["--wandb.notes", "\udcff"], "is not UTF-8"),
     "unknown in UTF-8": (["--größe", "1"], "no config field größe"),
     "epochs of e": (["--train.epochs", "1e2"], "train.epochs: Expected an int"),
-    "epochs too many": (["--train.epochs", "10000000000"], "Use 10,000,000 or less"),
-    "threads too many": (["--train.num_threads", "100000"], "Use 0 (automatic) to 4096"),
+    "epochs too many": (["--train.epochs", "10000000000"], "to 10,000,000."),
+    "threads too many": (["--train.num_threads", "100000"], "Use 0 (automatic) to 4,096"),
     "batch and portions too large": (
-        ["--train.micro_batches", "999999999", "--train.global_batch_size", "1000000007"], "Use 10,000,000 or less",
+        ["--train.micro_batches", "999999999", "--train.global_batch_size", "1000000007"], "to 10,000,000.",
     ),
     "lr overflows": (["--optim.lr", "1e400"], "optim.lr is inf"),
     "clip_norm overflows": (["--optim.clip_norm", "1e999"], "optim.clip_norm is inf"),
@@ -124,7 +124,9 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "name of dots": (["--run.name", ".."], "run.name is '..'"),
     "name with a NUL": (["--run.name", "a\0b"], "run.name is"),
     "contradiction": (["--train.exact", "true"], "train.exact needs train.micro_batches"),
-    "more portions than examples": (["--train.micro_batches", "8", "--train.global_batch_size", "4"], "more than the 4 examples"),
+    "more micro-batches than examples": (
+        ["--train.micro_batches", "8", "--train.global_batch_size", "4"], "more than train.global_batch_size, 4 examples",
+    ),
 }  # fmt: skip
 
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from conftest import ROOT, TORCH
 from ranks.processes import Ranks
+from runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.cli import parse
 from train.evaluate import predict
-from train.run import Run, set_up
-from train.step import train_step
+from train.step import prepare_step, train_step
 from train.storage import data
 from train.world.clock import Clock
 
@@ -91,15 +91,15 @@ def opened(flags: str) -> Iterator[Run]:
             stack.enter_context(mock.patch(f"{place}._device_dtype_check_for_fused", return_value=None))
         devices = "torch.optim.optimizer._get_fused_kernels_supported_devices"
         stack.enter_context(mock.patch(devices, return_value=["cpu", "cuda", "meta"]))
-        yield set_up(config, MetaWorld(), source)  # type: ignore[arg-type]
+        yield Run.open(config, MetaWorld(), source)
 
 
 def seen_step(run: Run) -> Seen:
     """Make a step and return what was seen of it; what the host fills the tables with is not part of it."""
-    if run.step == run.tables.stop:
-        run.tables.fill(run.step)
+    prepare_step(run.plan, run.state)
     with Seen() as seen:
-        train_step(run)
+        train_step(run.plan, run.state)
+    run.state.step += 1
     return seen
 
 
@@ -114,7 +114,7 @@ def test_a_step_reads_no_number_and_stays_on_its_device(model: str, mode: str, o
             seen = seen_step(run)
             assert seen.kernels["_fused_sgd_" if optimizer == "sgd" else "_fused_adamw_"] == 2
             assert +seen.strays == Counter()
-        assert run.sampler.steps_per_epoch == 2
+        assert run.plan.sampler.steps_per_epoch == 2
 
 
 @pytest.mark.parametrize(
@@ -124,18 +124,21 @@ def test_each_kind_of_input_stays_on_its_device(flags: str) -> None:
     with opened(f"{flags} --model.name tiny") as run:
         assert +seen_step(run).strays == Counter()
         with Seen() as seen:
-            predict(run.module, run.data.test.images[:100], run.data, run.world, run.memory_format)
+            plan = run.plan
+            predict(run.state.module, plan.data.test.images[:100], plan.data, plan.world, plan.memory_format)
         assert +seen.strays == Counter()
 
 
 def test_this_test_sees_a_read_and_a_stray_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     with opened("--model.name tiny") as run:
-        monkeypatch.setattr("train.step._clip", lambda run: torch.full((), float(run.parameters[0].sum()), device=META))
+        monkeypatch.setattr(
+            "train.step._clip", lambda plan, state: torch.full((), float(state.parameters[0].sum()), device=META)
+        )
         with pytest.raises(RuntimeError, match="meta"):
             seen_step(run)
-        monkeypatch.setattr("train.step._clip", lambda run: torch.zeros((), device=META) + torch.zeros(()))
+        monkeypatch.setattr("train.step._clip", lambda plan, state: torch.zeros((), device=META) + torch.zeros(()))
         assert seen_step(run).strays["zeros"] == 1
-        monkeypatch.setattr("train.step._clip", lambda run: torch.zeros(3, device=META) + torch.zeros(3))
+        monkeypatch.setattr("train.step._clip", lambda plan, state: torch.zeros(3, device=META) + torch.zeros(3))
         with pytest.raises(RuntimeError, match="device"):
             seen_step(run)
 
@@ -158,7 +161,7 @@ def test_a_step_has_no_more_operations_than_it_had(recipe: str) -> None:
 def test_optimizers_that_graphs_record_are_capturable() -> None:
     for name in ("sgd", "adamw"):
         with opened(f"--model.name tiny --optim.name {name}") as run:
-            assert all(group["capturable"] for group in run.optimizer.param_groups)
+            assert all(group["capturable"] for group in run.state.optimizer.param_groups)
 
 
 @pytest.mark.parametrize("mode", ["", EXACT])
@@ -190,8 +193,8 @@ FACTORIES = {
 }
 READS = {"item", "tolist", "numpy", "cpu", "nonzero"}
 DEVICE_CODE = {  # functions of each module that work on the host
-    "step": {"is_left_out", "_blame"}, "augment": set(), "rng": set(), "models": set(), "graphs": set(), "optim": {"lr"},
-    "tables": {"fill", "_send", "fetch", "decode", "read"}, "warmup": set(), "reduce": set(),
+    "step": {"prepare_step"}, "augment": set(), "rng": set(), "models": set(), "graphs": set(),
+    "optim": {"lr"},    "tables": {"fill", "_send", "fetch", "decode", "read"}, "warmup": set(), "reduce": set(),
 }  # fmt: skip
 
 

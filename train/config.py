@@ -1,41 +1,71 @@
-"""Frozen dataclasses: the only home of defaults, units and rules. Nothing heavy is imported here, so `--help` is instant.
+"""Frozen dataclasses: the only home of defaults, units, ranges and rules. Imports nothing heavy, so `--help` is instant.
 
-A field's docstring is its help text. A rule that needs no knowledge of the machine is checked in `__post_init__`. Rules
-about ranks and devices are in `device.py`, `run.py` and `world.py`. A wrong value is a `UserError`: one line, exit code 2.
+A field's docstring is its help text. Its range is declared with its default and checked by `_check_ranges`. Rules about
+ranks and devices are in `state.py` and `world/`. A wrong value is a UserError.
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from train import yamlfile
 from train.errors import UserError
+
+LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product of two fits 64 bits
+SECONDS, STEPS, EXAMPLES, PIXELS, DEGREES = "seconds", "steps", "examples", "pixels", "degrees"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have."""
+
+    low: float
+    high: float = LARGEST
+    unit: str = ""
+    zero: str = ""  # what 0 means, if it is special
+    is_open: bool = False  # whether `high` itself is excluded
+
+    def holds(self, value: float) -> bool:
+        """Return whether a value is inside; NaN is not."""
+        if self.zero and value == 0:
+            return True
+        return self.low <= value < self.high if self.is_open else self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        """Say the range as an advice."""
+        low, high = f"{self.low:,g}", f"{self.high:,.0f}" if self.high >= 1000 else f"{self.high:g}"
+        start = f"0 ({self.zero})" + ("" if self.low == 0 else f" or {low}") if self.zero else low
+        if self.high == math.inf:
+            return f"{start} or more"
+        return f"{start} or more, and less than {high}" if self.is_open else f"{start} to {high}"
+
+
+def number(default: Any, low: float, high: float = LARGEST, unit: str = "", **options: Any) -> Any:
+    """Declare a numeric field: its default and its Range."""
+    return field(default=default, metadata={"range": Range(low, high, unit, **options)})
+
+
+def _check_ranges(section: str, config: Any) -> None:
+    """Raise UserError for the first field whose value is outside its range."""
+    for declared in dataclasses.fields(config):
+        allowed, value = declared.metadata.get("range"), getattr(config, declared.name)
+        if allowed is not None and not allowed.holds(value):
+            path = f"{section}.{declared.name}" if section else declared.name
+            raise UserError(f"{path} is {value!s:.40}{' ' + allowed.unit if allowed.unit else ''}. Use {allowed}.")
+
+
+def _check(is_good: bool, message: str) -> None:
+    if not is_good:
+        raise UserError(message)
 
 
 def read_steps(name: str, text: str) -> tuple[int, int]:
-    """Read `A:B`, the steps after A until B, or raise UserError."""
+    """Read `A:B`, the steps after A up to B. Raises UserError."""
     match = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
     if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"{name} is {text}. Use A:B with A < B, such as 0:10 for the first ten steps.")
     return int(match[1]), int(match[2])
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
-LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product of two fits 64 bits
-
-
-def _check_counts(section: str, config: Any) -> None:
-    """Refuse a whole number that nobody can mean, before it is multiplied, looped over or allocated."""
-    for name, value in vars(config).items():
-        _check(
-            not isinstance(value, int) or value <= LARGEST,
-            f"{section}.{name} is {value!s:.40}. Use {LARGEST:,} or less.",
-        )
 
 
 @dataclass(frozen=True)
@@ -47,20 +77,17 @@ class RunConfig:
     name: str | None = None
     """Directory of this run inside run.dir. Default: the recipe's file name and the time."""
     resume: str = "auto"
-    """auto: continue the run directory's latest good checkpoint; never: refuse a used directory; or a checkpoint's path."""
-    time_limit: float = 0.0
-    """Minutes after which the run saves and leaves with exit code 75, as on a signal; 0: off. The next start goes on."""
+    """auto: continue from the newest good checkpoint; never: refuse a used directory; or the path of a checkpoint."""
+    time_limit: float = number(0.0, 0, 1e6, "minutes", zero="off")
+    """Minutes after which the run saves and exits with code 75, as on a signal; 0: off. The next start continues it."""
 
     def __post_init__(self) -> None:
+        _check_ranges("run", self)
         _check(bool(self.dir), "run.dir is empty. Give a directory, such as runs.")
-        if self.name is not None:
-            bad = not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", self.name)
-            _check(
-                not bad,
-                f"run.name is {self.name[:220]!r}. Use 1 to 200 letters, digits and . _ = + -: it names a directory.",
-            )
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", self.name):
+            allowed = "Use 1 to 200 letters, digits and . _ = + -: it names a directory."
+            raise UserError(f"run.name is {self.name[:220]!r}. {allowed}")
         _check(bool(self.resume), "run.resume is empty. Use auto, never, or the path of a checkpoint.")
-        _check(0 <= self.time_limit <= 1e6, f"run.time_limit is {self.time_limit} minutes. Use 0 (off) to 1e6.")
 
 
 @dataclass(frozen=True)
@@ -68,22 +95,20 @@ class DataConfig:
     """Which images, and where they come from."""
 
     name: Literal["mnist", "fashion_mnist", "kmnist", "digits", "random"] = "mnist"
-    """Data set. digits: 1,797 real digits that scikit-learn carries; random: noise, for measuring throughput."""
+    """Data set. digits: 1,797 real digits that come with scikit-learn; random: noise, for measuring throughput."""
     root: str | None = None
-    """Directory with torchvision's layout (ROOT/MNIST/raw/*.gz). Default: $MNIST_ROOT, else a cache directory."""
+    """Directory in torchvision's layout (ROOT/MNIST/raw/*.gz). Default: $MNIST_ROOT, else a cache directory."""
     download: bool = True
     """Download the files if root does not hold them."""
     fallback: bool = False
-    """Train on digits, loudly, if the data set cannot be had."""
-    validation: int = 0
+    """Fall back to digits, with a warning, if the data set is unavailable."""
+    validation: int = number(0, 0, unit=EXAMPLES, zero="off")
     """Hold out the last N training examples and evaluate on them instead of on the test split (to choose recipes)."""
-    random_examples: int = 60000
+    random_examples: int = number(60000, 6, unit=EXAMPLES)
     """Training examples of the random data set (its test split has a sixth of it)."""
 
     def __post_init__(self) -> None:
-        _check_counts("data", self)
-        _check(self.validation >= 0, f"data.validation is {self.validation} examples. Use 0 (off) or more.")
-        _check(self.random_examples >= 6, f"data.random_examples is {self.random_examples}. Use 6 or more.")
+        _check_ranges("data", self)
 
 
 @dataclass(frozen=True)
@@ -91,38 +116,33 @@ class ModelConfig:
     """The network."""
 
     name: Literal["cnn", "vgg", "vgg_wide", "tiny", "tiny_bn"] = "cnn"
-    """cnn: the classic MNIST CNN; vgg, vgg_wide: accurate ones, with BatchNorm; tiny, tiny_bn: small ones for tests."""
-    dropout: float = 0.0
-    """Probability with which a feature in front of the last layer is dropped in training."""
+    """cnn: the classic MNIST CNN; vgg, vgg_wide: accurate, with BatchNorm; tiny, tiny_bn: small ones for tests."""
+    dropout: float = number(0.0, 0, 1, zero="off", is_open=True)
+    """Probability of dropping a feature before the last layer, in training."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.dropout < 1, f"model.dropout is {self.dropout}. Use 0 (off) or more, and less than 1.")
+        _check_ranges("model", self)
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of the training images; each is off at 0 and a function of (seed, step, row of the global batch)."""
+    """Random changes of the training images. Each is off at 0 and a function of (seed, step, row of the global batch)."""
 
-    shift: int = 0
+    shift: int = number(0, 0, 14, PIXELS, zero="off")
     """Largest shift in x and in y, in pixels."""
-    rotate: float = 0.0
+    rotate: float = number(0.0, 0, 180, DEGREES, zero="off")
     """Largest rotation, in degrees."""
-    scale: float = 0.0
+    scale: float = number(0.0, 0, 1, zero="off", is_open=True)
     """Largest relative change of size: 0.1 scales by 0.9 to 1.1."""
-    shear: float = 0.0
+    shear: float = number(0.0, 0, 90, DEGREES, zero="off", is_open=True)
     """Largest shear, in degrees."""
-    erase: float = 0.0
-    """Probability that a square of the image is blanked."""
-    erase_size: int = 8
+    erase: float = number(0.0, 0, 1, zero="off")
+    """Probability of blanking a square of the image."""
+    erase_size: int = number(8, 1, 28, PIXELS)
     """Largest side of the blanked square, in pixels."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.shift <= 14, f"augment.shift is {self.shift} pixels. Use 0 (off) to 14.")
-        _check(0 <= self.rotate <= 180, f"augment.rotate is {self.rotate} degrees. Use 0 (off) to 180.")
-        _check(0 <= self.scale < 1, f"augment.scale is {self.scale}. Use 0 (off) or more, and less than 1.")
-        _check(0 <= self.shear < 90, f"augment.shear is {self.shear} degrees. Use 0 (off) or more, and less than 90.")
-        _check(0 <= self.erase <= 1, f"augment.erase is {self.erase}. It is a probability: 0 (off) to 1.")
-        _check(1 <= self.erase_size <= 28, f"augment.erase_size is {self.erase_size} pixels. Use 1 to 28.")
+        _check_ranges("augment", self)
 
     @property
     def is_on(self) -> bool:
@@ -132,221 +152,178 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The update. The learning rate is never scaled by the world size: the global batch is the same on all of them."""
+    """The update. The learning rate is never scaled by the world size: the global batch does not depend on it."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd: Nesterov momentum; adamw: decoupled weight decay."""
-    lr: float = 0.1
+    lr: float = number(0.1, 1e-12, 1000, is_open=True)
     """Highest learning rate of the schedule."""
-    momentum: float = 0.9
+    momentum: float = number(0.9, 0, 1, is_open=True)
     """Momentum of sgd; first beta of adamw."""
-    beta2: float = 0.999
+    beta2: float = number(0.999, 0, 1, is_open=True)
     """Second beta of adamw."""
-    weight_decay: float = 0.0
-    """Weight decay of kernels and matrices; biases and norms have none."""
+    weight_decay: float = number(0.0, 0, 1, is_open=True)
+    """Weight decay of kernels and matrices. Biases and BatchNorm have none."""
     schedule: Literal["one_cycle", "cosine", "linear", "constant"] = "one_cycle"
-    """Shape of lr(step) after the warm-up; one_cycle warms up along a cosine too."""
-    warmup: float = 0.2
+    """Shape of lr(step) after the warm-up; one_cycle also warms up along a cosine."""
+    warmup: float = number(0.2, 0, 1)
     """Share of all steps in which the learning rate rises."""
-    final_lr: float = 0.0
+    final_lr: float = number(0.0, 0, 1)
     """Learning rate after the last step, as a share of optim.lr."""
-    clip_norm: float = 0.0
+    clip_norm: float = number(0.0, 0, 1e9, zero="off", is_open=True)
     """Largest gradient norm (L2, over all parameters); 0: off."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, 0, 1, is_open=True)
     """Share of the target's mass that is spread over all classes."""
-    ema: float = 0.0
-    """Decay per step of the moving average of the weights, which is evaluated beside them; 0: off."""
+    ema: float = number(0.0, 0, 1, zero="off", is_open=True)
+    """Decay per step of the moving average of the weights, which is evaluated too; 0: off."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient norm of NaN or infinity does: stop the run, or skip that update. Never reaches the weights."""
-    max_skips: int = 10
+    """If a loss or gradient norm is NaN or infinite: stop the run, or skip the update. It never reaches the weights."""
+    max_skips: int = number(10, 1, unit=STEPS)
     """Updates that optim.nonfinite skip may leave out in the whole run; one more stops it."""
 
     def __post_init__(self) -> None:
-        _check(0 < self.lr < 1000, f"optim.lr is {self.lr}. Use a positive number below 1000, such as 0.1.")
-        for name in ("momentum", "beta2", "weight_decay", "label_smoothing", "ema"):
-            value = getattr(self, name)
-            _check(0 <= value < 1, f"optim.{name} is {value}. Use 0 or more, and less than 1.")
-        for name in ("warmup", "final_lr"):
-            value = getattr(self, name)
-            _check(0 <= value <= 1, f"optim.{name} is {value}. It is a share: 0 to 1.")
-        _check(
-            self.max_skips >= 1, f"optim.max_skips is {self.max_skips} updates. Use 1 or more, or optim.nonfinite stop."
-        )
-        _check(
-            0 <= self.clip_norm < 1e9, f"optim.clip_norm is {self.clip_norm}. Use 0 (off) or a positive norm below 1e9."
-        )
+        _check_ranges("optim", self)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, in what portions, in which arithmetic, on what."""
+    """Training length, batch sizes, precision and device."""
 
-    epochs: int = 1
+    epochs: int = number(1, 1)
     """Passes over the training split."""
-    max_steps: int = 0
+    max_steps: int = number(0, 0, unit=STEPS, zero="off")
     """Train this many steps instead of train.epochs; 0: off. The schedule ends there too."""
-    global_batch_size: int = 512
+    global_batch_size: int = number(512, 1, unit=EXAMPLES)
     """Examples per step over all ranks: the same set, in the same order, on any world size."""
-    micro_batches: int = 0
-    """Portions of the global batch, each one forward and backward pass; 0: as few as the ranks and the limit allow. Exact
-    mode and BatchNorm need it fixed: it is part of the mathematics there, and the largest possible world size."""
-    micro_batch_limit: int = 0
-    """Examples whose activations fit in memory in one pass; 0: no limit. Decides the portions where micro_batches is 0."""
+    micro_batches: int = number(0, 0, zero="automatic")
+    """Micro-batches per step, each one forward and backward pass; 0: as few as the ranks and the limit allow. Exact mode and
+    BatchNorm need a fixed number: it decides the result there, and it is the largest possible world size."""
+    micro_batch_limit: int = number(0, 0, unit=EXAMPLES, zero="no limit")
+    """Examples whose activations fit in memory in one pass; 0: no limit. Used where micro_batches is 0."""
     exact: bool = False
     """Sum gradients in one fixed order, so that every world size gives the same bits."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of forward and backward; weights and the update stay fp32. tf32 and fp16 need a GPU."""
+    """Precision of forward and backward. Weights and update stay fp32. tf32 and fp16 need a GPU."""
     compile: bool = False
-    """Compile the model by torch.compile."""
+    """Compile the model with torch.compile."""
     cuda_graphs: Literal["auto", "on", "off", True, False] = "auto"  # in YAML on and off are booleans
-    """Replay the step as one CUDA graph: the same bits, sooner. On one GPU, not in fp16. auto: on where possible."""
+    """Replay the step as one CUDA graph: faster, with the same bits. On one GPU, not in fp16. auto: on where possible."""
     channels_last: bool = True
     """Lay images out with the channel innermost, which convolutions prefer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPUs if there are any."""
-    num_threads: int = 0
+    num_threads: int = number(0, 0, 4096, zero="automatic")
     """CPU threads of each process; 0: an equal share of the cores (in exact mode 1, since the bits depend on it)."""
-    timeout: int = 120
-    """Seconds without progress after which a rank ends with an error that says who is to blame (at least 600 in the warm-up)."""
+    timeout: int = number(120, 1, unit=SECONDS)
+    """Seconds without progress after which a rank ends with an error that names the cause (at least 600 in the warm-up)."""
     profile_steps: str | None = None
-    """A:B: write what rank 0 does in the steps after A until B to RUN/trace.json.gz, which ui.perfetto.dev opens."""
+    """A:B: trace rank 0 in the steps after A up to B, to RUN/trace.json.gz, which ui.perfetto.dev opens."""
 
     def __post_init__(self) -> None:
-        _check_counts("train", self)
-        object.__setattr__(self, "cuda_graphs", {True: "on", False: "off"}.get(self.cuda_graphs, self.cuda_graphs))  # type: ignore
-        for name, unit in (("epochs", "epochs"), ("global_batch_size", "examples"), ("timeout", "seconds")):
-            value = getattr(self, name)
-            _check(value >= 1, f"train.{name} is {value} {unit}. Use 1 or more.")
-        for name in ("max_steps", "micro_batches", "micro_batch_limit", "num_threads"):
-            value = getattr(self, name)
-            _check(value >= 0, f"train.{name} is {value}. Use 0 (automatic) or more.")
+        _check_ranges("train", self)
+        asked: Any = self.cuda_graphs
+        object.__setattr__(self, "cuda_graphs", {True: "on", False: "off"}.get(asked, asked))
         if self.profile_steps is not None:
             read_steps("train.profile_steps", self.profile_steps)
-        _check(self.num_threads <= 4096, f"train.num_threads is {self.num_threads}. Use 0 (automatic) to 4096.")
-        size, parts, limit = self.global_batch_size, self.micro_batches, self.micro_batch_limit
-        _check(parts > 0 or not self.exact, "train.exact needs train.micro_batches: the largest world size, such as 8.")
-        _check(
-            parts <= size, f"train.micro_batches is {parts}, more than the {size} examples of train.global_batch_size."
-        )
-        if parts and size % parts:
-            near = f"{size // parts * parts} or {(size // parts + 1) * parts}"
-            down = next(d for d in range(parts, 0, -1) if size % d == 0)
+        self._check_micro_batches()
+
+    def _check_micro_batches(self) -> None:
+        size, count, limit = self.global_batch_size, self.micro_batches, self.micro_batch_limit
+        wanted = "the largest world size, such as 8"
+        _check(count > 0 or not self.exact, f"train.exact needs train.micro_batches: {wanted}.")
+        if count > size:
+            raise UserError(f"train.micro_batches is {count}, more than train.global_batch_size, {size} examples.")
+        if count and size % count:
+            near = f"{size // count * count} or {(size // count + 1) * count}"
+            divisor = next(d for d in range(count, 0, -1) if size % d == 0)
             raise UserError(
-                f"train.global_batch_size is {size}, which {parts} micro-batches do not divide. "
-                f"Use {near}, or train.micro_batches {down}."
+                f"train.global_batch_size is {size}, which {count} micro-batches do not divide. "
+                f"Use {near}, or train.micro_batches {divisor}."
             )
-        if parts and limit and size // parts > limit:
+        if count and limit and size // count > limit:
             raise UserError(
-                f"train.micro_batches {parts} makes portions of {size // parts} examples, more than "
+                f"train.micro_batches {count} makes micro-batches of {size // count} examples, more than "
                 f"train.micro_batch_limit {limit}. Use train.micro_batches {-(-size // limit)} or more."
             )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """When and in what portions the test split is evaluated."""
+    """When the test split is evaluated, and in which batches."""
 
-    every_steps: int = 0
+    every_steps: int = number(0, 0, unit=STEPS, zero="once an epoch")
     """Steps between evaluations; 0: once an epoch. The last step is always evaluated."""
-    batch_size: int = 500
-    """Examples per pass. Portions are the same on every world size."""
+    batch_size: int = number(500, 1, unit=EXAMPLES)
+    """Examples per pass: the same batches on every world size."""
 
     def __post_init__(self) -> None:
-        _check_counts("eval", self)
-        _check(self.every_steps >= 0, f"eval.every_steps is {self.every_steps}. Use 0 (once an epoch) or more.")
-        _check(self.batch_size >= 1, f"eval.batch_size is {self.batch_size} examples. Use 1 or more.")
+        _check_ranges("eval", self)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    every_steps: int = 0
+    every_steps: int = number(0, 0, unit=STEPS, zero="once an epoch")
     """Steps between checkpoints; 0: once an epoch. The last step, the best one and a preemption always save."""
-    keep: int = 2
-    """Newest checkpoints that stay, beside the best."""
+    keep: int = number(2, 1)
+    """Newest checkpoints that stay, in addition to the best."""
 
     def __post_init__(self) -> None:
-        _check_counts("checkpoint", self)
-        _check(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}. Use 0 (once an epoch) or more.")
-        _check(
-            self.keep >= 1, f"checkpoint.keep is {self.keep}. Use 1 or more: without one there is nothing to resume."
-        )
+        _check_ranges("checkpoint", self)
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written down while training."""
+    """What is recorded during training."""
 
-    every_steps: int = 10
+    every_steps: int = number(10, 1, unit=STEPS)
     """Steps between rows of metrics.jsonl."""
     progress: bool = True
     """Show progress: a bar on a terminal, plain lines elsewhere."""
-    spike: float = 3.0
+    spike: float = number(3.0, 1.001, 1e9, zero="off")
     """Warn of a logged loss this many times the largest of the 20 rows before it; 0: off."""
-    slow_rank: float = 2.0
+    slow_rank: float = number(2.0, 1.001, 1e9, zero="off")
     """Name a rank whose own work takes this many times as long as the median rank's; 0: off."""
     report: bool = True
     """Write report.html at the end of the run."""
 
     def __post_init__(self) -> None:
-        _check_counts("log", self)
-        _check(self.every_steps >= 1, f"log.every_steps is {self.every_steps}. Use 1 or more.")
-        for name in ("spike", "slow_rank"):
-            value = getattr(self, name)
-            _check(value == 0 or value > 1, f"log.{name} is {value}. Use 0 (off) or more than 1.")
+        _check_ranges("log", self)
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases: a mirror of metrics.jsonl, never in the way of training."""
+    """Weights & Biases. It follows metrics.jsonl from a process of its own, and never slows or stops training."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: what $WANDB_MODE says, else online with a key and a server that answers soon, else offline; online: give the server
-    10 seconds. What could not be sent, `python -m launch sync` sends later."""
+    """auto: the mode in $WANDB_MODE, else online. online: use the server, or fall back to offline without a key or an
+    answer. offline: write to the run directory. `python -m launch sync RUN` sends later what is missing."""
     project: str = "lockstep"
-    """Project that the run appears in."""
-    entity: str | None = None
-    """User or team. Default: the key's own."""
+    """PROJECT or ENTITY/PROJECT in which the run appears. The entity is a user or a team; default: the key's own."""
     group: str | None = None
     """Runs with the same group are shown together."""
     tags: list[str] = field(default_factory=list)
     """Labels of the run."""
     notes: str | None = None
     """A sentence about the run."""
-    start_seconds: int = 2
-    """Seconds within which the server must answer in mode auto. Training does not wait meanwhile."""
-    finish_seconds: int = 5
-    """Longest wait at the end for what was not sent yet, in seconds."""
-    histograms: bool = True
-    """Show the distribution of each parameter tensor, at each evaluation."""
-    confusion: bool = True
-    """Show the confusion matrix at the end."""
-    mistakes: bool = True
-    """Show the most confident mistakes, as a table and as images, and the first layer's filters at the end."""
-    checkpoints: bool = True
-    """Keep the best and the last checkpoint as artifacts."""
-    code: bool = True
-    """Keep the source code as an artifact (git's state is always noted)."""
-    system: bool = True
-    """Show the load of CPU, GPU, memory, disk and network."""
-    alerts: bool = True
-    """Send an alert when the run is preempted, fails or finishes."""
+    timeout: int = number(5, 1, unit=SECONDS)
+    """Seconds to wait for the server: to connect, while training runs, and at the end for what is not sent yet."""
+    media: bool = True
+    """Show histograms of the weights at each evaluation, and the confusion matrix, mistakes and filters at the end."""
+    artifacts: bool = True
+    """Keep the source code, the best checkpoint and the last one as artifacts."""
 
     def __post_init__(self) -> None:
-        for name in ("start_seconds", "finish_seconds"):
-            value = getattr(self, name)
-            _check(
-                value >= 1, f"wandb.{name} is {value}. Use 1 or more seconds; wandb.mode offline waits for no server."
-            )
+        _check_ranges("wandb", self)
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that a run depends on."""
 
-    seed: int = 0
-    """Source of everything random: initial weights, order, augmentation, dropout."""
+    seed: int = number(0, 0, math.inf)
+    """Source of all randomness: initial weights, order, augmentation, dropout."""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -359,8 +336,4 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        _check(self.seed >= 0, f"seed is {self.seed}. Use 0 or more.")
-
-    def to_yaml(self) -> str:
-        """The resolved config as YAML that `--config` reads back to an equal Config."""
-        return yamlfile.dump(dataclasses.asdict(self))
+        _check_ranges("", self)

@@ -84,7 +84,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory
         table[2, rows] += 1
         table[3, rows] = logits.softmax(1).amax(1).double()
     model.train(was_training)
-    world.sum_(table)
+    world.all_reduce_sum_(table)
     world.wait()
     predictions, losses, seen, confidences = table.cpu()
     if not bool((seen == 1).all()):

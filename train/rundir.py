@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import yamlfile
+from train.cli import load_yaml
 from train.errors import UserError
 
 Row = dict[str, Any]
 SCHEMA = 2  # of summary.json
+ATTEMPT_EVENTS = (
+    "start",
+    "preempted",
+    "save_failed",
+)  # about an attempt: their rows stay when steps are computed again
 EXAMPLE = "runs/mnist-20260101-120000"
 
 
@@ -161,9 +166,21 @@ class RunDir:
         """What W&B keeps of an offline run."""
         return self.path / "wandb"
 
+    @property
+    def wandb_id(self) -> Path:
+        """The id of the run in W&B."""
+        return self.path / "wandb_id"
+
     def read_rows(self) -> list[Row]:
-        """Return the whole rows; none if there is no file."""
-        return parse_rows(self.metrics.read_text(errors="replace")) if self.metrics.is_file() else []
+        """Return the whole rows; none if there is no file. Raises UserError if it cannot be read."""
+        return _read(self.metrics, parse_rows) or []
+
+    def remove_rows_after(self, step: int, staging: Path | None = None) -> list[Row]:
+        """Remove the rows of later steps, which a resume computes again, and a torn last line; return the other rows."""
+        rows = [row for row in self.read_rows() if row["step"] <= step or row["event"] in ATTEMPT_EVENTS]
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.metrics, content.encode(), staging, should_sync=True)
+        return rows
 
     def read_summary(self) -> Summary | None:
         """Return the summary, or None if there is none. Raises UserError if it cannot be read."""
@@ -233,7 +250,7 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    content = yamlfile.load(text)
+    content = load_yaml(text)
     if not isinstance(content, dict):
         raise ValueError("it is no mapping")
     return content
@@ -241,7 +258,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text()) if path.exists() else None
+        return parse(path.read_text(errors="replace")) if path.exists() else None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

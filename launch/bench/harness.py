@@ -79,8 +79,7 @@ def gpu_names() -> list[str]:
 
 def facts(argv: list[str], repeats: int) -> dict[str, Any]:
     """Return what the figures depend on."""
-    from train.summary import git_commit
-    from train.world.versions import versions
+    from train.world.environment import git_commit, versions
 
     found = {"python": platform.python_version(), **versions("torch", "accelerate", "lightning", "lockstep")}
     command = shlex.join(["python", "-m", "launch", "bench", *argv])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from train.config import Config
-    from train.run import Run
+    from train.state import Plan, State
     from train.storage.data import Data
 
 LOOP = (
@@ -47,10 +47,11 @@ IMPORT_TORCH, BARE_EPOCH = "python -c 'import torch'", "an epoch of the bare loo
 
 
 @contextmanager
-def opened(flags: str) -> Iterator["Run"]:
-    """Set up and warm up a run on one process, and close it in the end."""
+def opened(flags: str) -> Iterator[tuple["Plan", "State", Callable[[], None]]]:
+    """Set up and warm up a run on one process; yield what makes its next step too. Close it in the end."""
     from train.cli import parse
-    from train.run import set_up
+    from train.state import set_up
+    from train.step import prepare_step
     from train.storage import data
     from train.warmup import warm_up
     from train.world.world import World
@@ -58,9 +59,15 @@ def opened(flags: str) -> Iterator["Run"]:
     config = parse(flags.split())
     world = World.open(config.train)
     try:
-        run = set_up(config, world, data.load(config.data, world))
-        warm_up(run, lambda line: print(line, file=sys.stderr))
-        yield run
+        plan, state = set_up(config, world, data.load(config.data, world))
+        take_step = warm_up(plan, state, lambda line: print(line, file=sys.stderr))
+
+        def step() -> None:
+            prepare_step(plan, state)
+            take_step(plan, state)
+            state.step += 1
+
+        yield plan, state, step
     finally:
         world.close()
 
@@ -155,22 +162,18 @@ def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
 
 def epoch_seconds(flags: str, *, bare: bool) -> float:
     """Return the seconds of an epoch of our loop, or of the bare one, after a warm-up."""
-    from train.step import train_step
-
-    with opened(flags) as run:
-        step = bare_step(run.config, run.data) if bare else lambda: train_step(run)
+    with opened(flags) as (plan, _, own_step):
+        step = bare_step(plan.config, plan.data) if bare else own_step
         seconds_of(step, WARM_UP_STEPS)
-        return seconds_of(step, run.sampler.steps_per_epoch)
+        return seconds_of(step, plan.sampler.steps_per_epoch)
 
 
 def throughput(repeats: int) -> list[Row]:
     """Measure our step and the bare one."""
-    from train.step import train_step
-
-    with opened(LOOP) as run:
-        steps = GPU_STEPS if run.world.device.type == "cuda" else STEPS
-        batch = run.config.train.global_batch_size
-        loops = {"bare loop": bare_step(run.config, run.data), "lockstep": lambda: train_step(run)}
+    with opened(LOOP) as (plan, _, own_step):
+        steps = GPU_STEPS if plan.world.device.type == "cuda" else STEPS
+        batch = plan.config.train.global_batch_size
+        loops = {"bare loop": bare_step(plan.config, plan.data), "lockstep": own_step}
         works = {name: rate(step, steps, batch) for name, step in loops.items()}
         return compared(in_turns(works, repeats), "images/s", "bare loop")
 
@@ -190,18 +193,18 @@ def data(repeats: int) -> list[Row]:
         "affine": AugmentConfig(shift=2, rotate=12, scale=0.1, shear=10),
         "erase": AugmentConfig(erase=0.5),
     }
-    with opened(f"{LOOP} --data.random_examples {6 * TEST_EXAMPLES}") as run:
-        source, device = run.data, run.world.device
+    with opened(f"{LOOP} --data.random_examples {6 * TEST_EXAMPLES}") as (plan, state, _):
+        source, device = plan.data, plan.world.device
 
         def batch(config: AugmentConfig) -> object:
-            rows = torch.from_numpy(run.sampler.examples(0, 0, BATCH)).to(device)
+            rows = torch.from_numpy(plan.sampler.examples(0, 0, BATCH)).to(device)
             keys = rng.row_keys(1, 0, BATCH, device)
             return augment(source.train.images[rows], keys, config, source.mean, source.std)
 
-        options = (source, run.config.eval.batch_size, run.world, run.memory_format)
+        options = (source, plan.config.eval.batch_size, plan.world, plan.memory_format)
         works = {name: rate(partial(batch, kind), 20, BATCH) for name, kind in kinds.items()}
         rows = [Row(name, "images/s", values) for name, values in in_turns(works, repeats).items()]
-        whole = {"evaluation": lambda: seconds_of(lambda: evaluate(run.module, *options))}
+        whole = {"evaluation": lambda: seconds_of(lambda: evaluate(state.module, *options))}
         whole["evaluation"]()  # warm up
         return [*rows, Row(f"evaluation of {TEST_EXAMPLES:,} images", "s", in_turns(whole, repeats)["evaluation"])]
 
@@ -223,19 +226,19 @@ def sampler(repeats: int) -> list[Row]:
 
 def checkpoint(repeats: int) -> list[Row]:
     """Measure the parts of a save and of a load, with AdamW's two tensors per parameter."""
-    from train.run import make_state
-    from train.step import train_step
+    from train.state import snapshot
     from train.storage import checkpoint as checkpoints
 
-    with opened(f"{LOOP} --optim.name adamw --optim.ema 0.9") as run, tempfile.TemporaryDirectory() as place:
-        train_step(run)
-        state = make_state(run)
-        files, steps = checkpoints.encode(state), itertools.count()
+    with opened(f"{LOOP} --optim.name adamw --optim.ema 0.9") as opened_run, tempfile.TemporaryDirectory() as place:
+        plan, state, step = opened_run
+        step()
+        saved = snapshot(plan, state)
+        files, steps = checkpoints.encode(saved), itertools.count()
         staging = Path(tempfile.mkdtemp(dir=place))
         path = checkpoints.write(Path(place), 10**7, files, staging)
         parts: dict[str, Callable[[], object]] = {
-            "collect the state": lambda: make_state(run),
-            "encode": lambda: checkpoints.encode(state),
+            "collect the state": lambda: snapshot(plan, state),
+            "encode": lambda: checkpoints.encode(saved),
             "write and sync": lambda: checkpoints.write(Path(place), next(steps), files, staging),
             "read and verify": lambda: checkpoints.read(path),
         }

@@ -177,9 +177,9 @@ def peers(repeats: int) -> list[Row]:
     except ImportError as error:
         raise UserError("bench peers needs Lightning: pip install 'lockstep[bench]'.") from error
     flags = f"{LOOP} --data.random_examples {NUM_EXAMPLES}"
-    with opened(flags) as run:
-        config = run.config
-        images, labels = run.data.train.images[:, 0].cpu().numpy(), run.data.train.labels.cpu().numpy()
+    with opened(flags) as (plan, _, _):
+        config, split = plan.config, plan.data.train
+        images, labels = split.images[:, 0].cpu().numpy(), split.labels.cpu().numpy()
     works = {
         "lockstep": partial(speed, partial(epoch_seconds, flags, bare=False)),
         "bare loop": partial(speed, partial(epoch_seconds, flags, bare=True)),

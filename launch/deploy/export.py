@@ -18,7 +18,6 @@ from train import __version__
 from train.cli import Parser, parse, split_arguments
 from train.config import Config
 from train.errors import FINISHED, RunError, UserError
-from train.mathematics import contract_differences
 from train.report import records
 from train.rundir import RunDir
 
@@ -95,7 +94,7 @@ def check_checkpoint(found: "Result", deployed: Deployed, run: RunDir, split: st
 
     Raises Mismatch if they differ. Returns a warning instead if another machine or version may be the reason.
     """
-    from train.run import contract
+    from train.world.environment import environment, environment_differences
 
     step, weights, summary = deployed.facts.step, deployed.facts.weights, run.read_summary()
     rows = [row for row in run.read_rows() if row["event"] == "eval" and row["step"] == step]
@@ -107,7 +106,7 @@ def check_checkpoint(found: "Result", deployed: Deployed, run: RunDir, split: st
     for claim, here, source in claims:
         if claim != here:
             message = f"Step {step} predicts other than its run did: {here[:12]}, {source} says {claim[:12]}"
-            if summary and (changed := contract_differences(summary.environment, contract(world))):
+            if summary and (changed := environment_differences(summary.environment, environment(world))):
                 return f"{message}. Close calls may flip on another machine: {', '.join(changed)}."
             raise Mismatch(f"{message}. Nothing was exported.")
     return None
@@ -136,7 +135,7 @@ def card(name: str, kind: str, size: int, deployed: Deployed, run: RunDir, sourc
     import yaml
 
     from train.evaluate import predictions_sha256
-    from train.summary import git_commit
+    from train.world.environment import git_commit
 
     facts, module, summary = deployed.facts, deployed.logits, run.read_summary()
     assert isinstance(module, torch.nn.Module)

@@ -21,7 +21,7 @@ from train.rundir import EXAMPLE, RunDir
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from train.storage.checkpoint import State
+    from train.storage.checkpoint import Snapshot
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx"}
 BATCH = 500  # images per pass
@@ -40,7 +40,7 @@ class Facts:
     weights: str  # raw, or ema: averaged
     weights_sha256: str
     step: int
-    config: dict[str, Any]  # the run's fields that decide the weights
+    config: dict[str, Any]  # the trajectory config
 
     def encode(self) -> dict[str, str]:
         """Return the metadata strings."""
@@ -94,7 +94,7 @@ class Deployed:
             return torch.cat([self.logits(batch).float() for batch in inputs.split(BATCH)])
 
 
-def choose_checkpoint(run: RunDir, notify: Callable[[str], None]) -> "tuple[Path, State]":
+def choose_checkpoint(run: RunDir, notify: Callable[[str], None]) -> "tuple[Path, Snapshot]":
     """Return a run's best checkpoint, or its newest whole one if the best is gone. Raises UserError if there is none."""
     from train.storage import checkpoint
 
@@ -126,7 +126,7 @@ def from_run(
     if not tensors:
         raise UserError(f"{path} has no averaged weights: the run's optim.ema is 0. Use --weights raw.")
     try:
-        config, normalization = state.meta["mathematics"], state.meta["normalization"]
+        config, normalization = state.meta["trajectory"], state.meta["normalization"]
         facts = Facts(
             model=config["model.name"],
             data=data_name,

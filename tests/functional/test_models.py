@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from train.config import ModelConfig
 from train.functional.hashing import key
-from train.functional.models import MODELS, BatchNorm2d, Dropout, build, merge_statistics, norms
+from train.functional.models import MODELS, BatchNorm2d, Dropout, batch_norms, build, merge_statistics
 from train.functional.rng import row_keys
 from train.functional.sampler import Sampler
-from train.step import _shares
+from train.functional.tables import shares
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def test_model_maps_images_to_logits(name: str) -> None:
     logits.sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
     assert model.eval()(inputs(1)).shape == (1, 10)
-    assert bool(norms(model)) == (name in ("vgg", "vgg_wide", "tiny_bn"))
+    assert bool(batch_norms(model)) == (name in ("vgg", "vgg_wide", "tiny_bn"))
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -194,7 +194,7 @@ def test_statistics_weigh_as_the_sampler_cuts(num_examples: int, micro_batches: 
     for step in (0, sampler.steps_per_epoch - 1):
         bounds = [sampler.micro_batch(step, index) for index in range(micro_batches)]
         counts = torch.tensor([float(stop - start) for start, stop in bounds])
-        found = _shares(sampler.batch_rows(step), micro_batches, torch.device("cpu"))
+        found = shares(sampler.batch_rows(step), micro_batches, torch.device("cpu"))
         assert torch.equal(found, counts / sampler.batch_rows(step))
 
 

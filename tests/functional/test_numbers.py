@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
+from runs import Run
 from safetensors.torch import load_file
 
 from train.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
@@ -16,10 +17,8 @@ from train.errors import RunError
 from train.functional import optim
 from train.functional.sampler import Sampler
 from train.functional.tables import StepResult
-from train.run import set_up
-from train.step import is_left_out, train_step
-from train.storage import checkpoint, data
 from train.tracking.alarms import Alarms
+from train.tracking.journal import is_skipped
 from train.world.world import World
 
 EXACT = (
@@ -58,11 +57,11 @@ def test_stop_after_a_real_divergence_leaves_finite_weights(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["sgd --optim.lr 0.05", "adamw --optim.lr 0.003"])
-def test_skipping_is_mathematics_on_every_world_size_and_through_kills(tmp_path: Path, name: str) -> None:
+def test_skipping_is_the_same_on_every_world_size_and_through_kills(tmp_path: Path, name: str) -> None:
     flags = (EXACT, f"--optim.nonfinite skip --optim.name {name} --optim.clip_norm 1")
     broken = {"MUTANT": "accidents.broken_loss"}
     alone = train(1, tmp_path / "alone", *flags, **broken)
-    assert alone["skips"] == 2
+    assert alone["skipped_steps"] == 2
     assert alone["weights_sha256"] != train(1, tmp_path / "sound", *flags)["weights_sha256"]
     ranks = Ranks(4, arguments(tmp_path / "killed", *flags), tmp_path / "killed-logs", **broken)
     wait_for_step(tmp_path / "killed", 14)  # after the first skip
@@ -70,7 +69,7 @@ def test_skipping_is_mathematics_on_every_world_size_and_through_kills(tmp_path:
     ranks.wait()
     for run, world_size in (("two", 2), ("killed", 2)):
         summary = train(world_size, tmp_path / run, *flags, **broken)
-        for field in ("weights_sha256", "ema_weights_sha256", "test_predictions_sha256", "skips", "fingerprints"):
+        for field in ("weights_sha256", "ema_weights_sha256", "results", "skipped_steps", "fingerprints"):
             assert summary[field] == alone[field], (run, field)
         assert [row["step"] for row in rows(tmp_path / run, "skipped")] == [13, 16]
         assert [row["loss"] is None for row in rows(tmp_path / run, "train")] == [
@@ -79,7 +78,7 @@ def test_skipping_is_mathematics_on_every_world_size_and_through_kills(tmp_path:
     for path in (tmp_path / "alone" / "checkpoints").glob("step-*/*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
     log = (tmp_path / "two-logs" / "rank-0.log").read_text()
-    assert "warning: step 13 gave numbers that are not finite: no update (1 left out so far)." in log
+    assert "warning: step 13 is skipped: its loss or gradient is not finite (1 skipped so far)." in log
 
 
 def test_a_skipped_first_step_leaves_no_uninitialized_momentum(tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_s
     ranks = Ranks(2, arguments(tmp_path / "run", *skip, "--optim.max_skips 1"), tmp_path / "logs", **broken)
     assert set(ranks.wait()) == {1}
     assert "of step 16 is not finite" in ranks.output()
-    assert "optim.max_skips 1 were left out before it" in ranks.output()
+    assert "after optim.max_skips 1 skipped steps" in ranks.output()
     assert max((tmp_path / "run" / "checkpoints").glob("step-*")).name == "step-00000015"
     ranks = Ranks(1, arguments(tmp_path / "stopped", EXACT), tmp_path / "stopped-logs", **broken)
     assert ranks.wait() == [1]
@@ -105,25 +104,26 @@ def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_s
 
 
 def looked_at(table: list[list[float]], **config: Any) -> tuple[SimpleNamespace, list[int]]:
-    """Let is_left_out look at steps 11, 12, ... whose rows are [is broken, *losses]."""
+    """Let is_skipped look at steps 11, 12, ... whose rows are [is broken, *losses]."""
     results = [
         StepResult(11 + n, sum(losses), 1.0, not is_broken, losses, [0.0], 0)
         for n, (is_broken, *losses) in enumerate(table)
     ]
     sampler = Sampler(100, 8, len(table[0]) - 1, seed=0)
-    run = SimpleNamespace(config=SimpleNamespace(optim=OptimConfig(**config)), skips=0, sampler=sampler)
-    return run, [result.step for result in results if is_left_out(run, result)]  # type: ignore[arg-type]
+    plan: Any = SimpleNamespace(config=SimpleNamespace(optim=OptimConfig(**config)), sampler=sampler)
+    state: Any = SimpleNamespace(skipped_steps=0)
+    return state, [result.step for result in results if is_skipped(plan, state, result)]
 
 
 def test_a_late_look_finds_every_broken_step() -> None:
     """On a GPU the numbers are looked at where the run waits anyway: several steps at once."""
     table = [[0.0, 1.0, 2.0], [1.0, math.nan, 2.0], [0.0, 1.0, 1.0], [1.0, 1.0, math.inf]]
-    run, skipped = looked_at(table, nonfinite="skip")
-    assert (skipped, run.skips) == ([12, 14], 2)
+    state, skipped = looked_at(table, nonfinite="skip")
+    assert (skipped, state.skipped_steps) == ([12, 14], 2)
     with pytest.raises(RunError, match="step 12 is not finite: loss nan in micro-batch 0 of 2"):
         looked_at(table)
     with pytest.raises(
-        RunError, match=r"step 14 is not finite: loss inf in micro-batch 1 of 2.*optim.max_skips 1 were left out"
+        RunError, match=r"step 14 is not finite: loss inf in micro-batch 1 of 2.*after optim.max_skips 1 skipped"
     ):
         looked_at(table, nonfinite="skip", max_skips=1)
 
@@ -146,19 +146,19 @@ def test_steps_that_the_fp16_scaler_leaves_out_are_not_mistaken_for_it(world: Wo
     """Gradients overflow while the loss scale is being found: the scaler leaves those updates out, and no step is broken."""
     config = Config(data=DataConfig(name="digits"), model=ModelConfig(name="tiny"), train=TrainConfig(device="cpu"))
     scaler = world.accelerator.scaler = torch.amp.GradScaler("cpu")
-    run = set_up(config, world, data.load(config.data, world))
-    overflow = next(run.module.parameters()).register_hook(lambda gradient: gradient * torch.inf)
-    before = checkpoint.tensors_sha256(run.module.state_dict())
-    train_step(run)
-    (result,) = run.tables.read(0, 1)
+    run = Run.open(config, world)
+    overflow = next(run.state.module.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+    before = run.sha256()
+    run.steps()
+    (result,) = run.plan.tables.read(0, 1)
     assert not math.isfinite(result.grad_norm)
-    assert checkpoint.tensors_sha256(run.module.state_dict()) == before
+    assert run.sha256() == before
     assert scaler.get_scale() == 2.0**15  # from 2**16
     overflow.remove()
-    train_step(run)
-    assert checkpoint.tensors_sha256(run.module.state_dict()) != before
-    assert not any(is_left_out(run, result) for result in run.tables.read(0, 2))
-    assert run.skips == 0
+    run.steps()
+    assert run.sha256() != before
+    assert not any(is_skipped(run.plan, run.state, result) for result in run.plan.tables.read(0, 2))
+    assert run.state.skipped_steps == 0
 
 
 class Said:
@@ -209,7 +209,7 @@ def test_slow_rank_is_named_once() -> None:
     for step in range(10, 60, 10):
         means = watch.ranks(step, [[0.010, 0.031, 0.011]] * 10)
         assert means == pytest.approx([0.010, 0.031, 0.011])
-    assert said.lines == ["warning: rank 1 works 31.0 ms on a step, the median rank 11.0 ms: all wait for it."]
+    assert said.lines == ["warning: rank 1 is slow: 31.0 ms per step, median 11.0 ms. All ranks wait for it."]
     assert said.rows == [("slow_rank", 10)]
     assert watch.ranks(60, [[0.01]] * 10) is None
 
@@ -229,6 +229,6 @@ def test_slow_rank_is_named_in_the_log_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(2, run, "--train.max_steps 25 --log.every_steps 5", MUTANT="accidents.slow_rank")
     assert [row["rank"] for row in rows(run, "slow_rank")] == [1]
-    assert "warning: rank 1 works" in (tmp_path / "run-logs" / "rank-0.log").read_text()
+    assert "warning: rank 1 is slow" in (tmp_path / "run-logs" / "rank-0.log").read_text()
     for row in rows(run, "train"):
         assert row["rank_seconds"][1] >= 0.06 > 0.0 < row["rank_seconds"][0]

@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from train.config import ModelConfig, OptimConfig
+from train.functional.models import batch_norms
 from train.functional.models import build as build_model
-from train.functional.models import norms
 from train.functional.optim import Ema, build, grad_norm, lr
 
 SCHEDULES = ("one_cycle", "cosine", "linear", "constant")
@@ -117,7 +117,9 @@ def test_build_decays_kernels_and_matrices_only(name: str, optimizer: str) -> No
     decays = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
     assert len(decays) == len(list(model.parameters()))
     for parameter_name, parameter in model.named_parameters():
-        is_bias_or_norm = parameter_name.endswith("bias") or any(parameter is norm.weight for norm in norms(model))
+        is_bias_or_norm = parameter_name.endswith("bias") or any(
+            parameter is norm.weight for norm in batch_norms(model)
+        )
         assert decays[id(parameter)] == (0 if is_bias_or_norm else 0.05), parameter_name
 
 

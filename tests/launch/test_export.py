@@ -66,7 +66,7 @@ def test_raw_weights_and_another_checkpoint_are_taken_when_asked(digits_run: Pat
     assert facts.weights_sha256 == json.loads((digits_run / "summary.json").read_text())["weights_sha256"]
 
 
-def change_states(run: Path, change: Callable[[checkpoint.State], checkpoint.State]) -> None:
+def change_states(run: Path, change: Callable[[checkpoint.Snapshot], checkpoint.Snapshot]) -> None:
     """Write all checkpoints of a run anew, each a whole one."""
     for path in checkpoint.directories(run / "checkpoints"):
         state = change(checkpoint.decode(checkpoint.read(path)))
@@ -77,8 +77,8 @@ def change_states(run: Path, change: Callable[[checkpoint.State], checkpoint.Sta
 def test_best_checkpoint_is_taken_and_the_newest_where_it_is_damaged(run: Path, tmp_path: Path, capsys: Any) -> None:
     newest, *_, oldest = [checkpoint.step_of(path) for path in checkpoint.directories(run / "checkpoints")]
 
-    def oldest_is_best(state: checkpoint.State) -> checkpoint.State:
-        return checkpoint.State(
+    def oldest_is_best(state: checkpoint.Snapshot) -> checkpoint.Snapshot:
+        return checkpoint.Snapshot(
             state.model, state.optimizer, state.ema, state.meta | {"best": {"step": oldest, "accuracy": 1.0}}
         )
 
@@ -195,7 +195,7 @@ def test_export_refuses_in_one_line(case: str, run: Path, tmp_path: Path, capsys
 
 
 def test_run_without_averages_or_checkpoints_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change_states(run, lambda state: checkpoint.State(state.model, state.optimizer, {}, state.meta))
+    change_states(run, lambda state: checkpoint.Snapshot(state.model, state.optimizer, {}, state.meta))
     assert "Use --weights raw" in refusal([run, "--weights", "ema"], capsys)
     shutil.rmtree(run / "checkpoints")
     assert "has no checkpoint" in refusal([run], capsys)

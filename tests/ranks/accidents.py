@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import train.functional.tables
-import train.journal
 import train.loop
-import train.run
 import train.step
+import train.tracking.journal
 import train.world.world
 from ranks import mutants
 from train.functional.sampler import Sampler
+from train.state import Plan
 from train.storage import checkpoint
 
 RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
 
 
-def _in_micro_batch(change: Callable[[train.run.Run, int, torch.Tensor], torch.Tensor]) -> None:
+def _in_micro_batch(change: Callable[[Any, nn.Module, int, torch.Tensor], torch.Tensor]) -> None:
     inner = train.step._micro_batch_loss
 
-    def loss(run: train.run.Run, index: int, batch: Any) -> torch.Tensor:
-        return change(run, index, inner(run, index, batch))
+    def loss(plan: Plan, model: nn.Module, index: int, batch: Any) -> torch.Tensor:
+        return change(batch, model, index, inner(plan, model, index, batch))
 
     train.step._micro_batch_loss = loss
 
@@ -38,9 +39,9 @@ def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
     own_rows, inner = train.step._own_rows, train.step.augment
     steps = [0]
 
-    def here(run: train.run.Run, step: int) -> Any:
+    def here(plan: Plan, step: int) -> Any:
         steps.append(step + 1)
-        return own_rows(run, step)
+        return own_rows(plan, step)
 
     def augment(*arguments: Any) -> torch.Tensor:
         if steps[-1] == STEP and rank in (None, RANK):
@@ -53,16 +54,18 @@ def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
 def broken_loss() -> None:
     """Micro-batch 2 of update STEP, and of STEP + 3, has an infinite loss."""
     _in_micro_batch(
-        lambda run, index, loss: loss * torch.inf if index == 2 and run.step + 1 in (STEP, STEP + 3) else loss
+        lambda batch, model, index, loss: (
+            loss * torch.inf if index == 2 and batch.step + 1 in (STEP, STEP + 3) else loss
+        )
     )
 
 
 def broken_gradient() -> None:
     """Micro-batch 2 of update STEP has a finite loss whose gradient is NaN."""
 
-    def change(run: train.run.Run, index: int, loss: torch.Tensor) -> torch.Tensor:
-        if index == 2 and run.step + 1 == STEP:
-            return loss + sum(p * 0 for p in run.module.parameters() for p in [p.sum()]).sqrt()
+    def change(batch: Any, model: nn.Module, index: int, loss: torch.Tensor) -> torch.Tensor:
+        if index == 2 and batch.step + 1 == STEP:
+            return loss + sum(p * 0 for p in model.parameters() for p in [p.sum()]).sqrt()
         return loss
 
     _in_micro_batch(change)
@@ -70,7 +73,7 @@ def broken_gradient() -> None:
 
 def spike() -> None:
     """The loss of update STEP is a hundred times what it is."""
-    _in_micro_batch(lambda run, index, loss: loss + (99 * loss).detach() if run.step + 1 == STEP else loss)
+    _in_micro_batch(lambda batch, model, index, loss: loss + (99 * loss).detach() if batch.step + 1 == STEP else loss)
 
 
 def stopped() -> None:
@@ -170,7 +173,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "augment": (train.step, "augment"),
     "forward_backward": (train.step, "_micro_batch_loss"),
     "optimizer": (train.step.optim, "grad_norm"),
-    "log": (train.journal.Journal, "_log"),
+    "log": (train.tracking.journal.Journal, "_log"),
     "evaluate": (train.loop, "evaluate"),
     "save": (checkpoint, "write"),
 }
@@ -209,14 +212,14 @@ def runs_ahead() -> None:
     """The host runs ahead, as on a GPU: rows of the log are read and written later."""
     train.world.world.World.runs_ahead = True  # type: ignore[assignment, method-assign]
     if "LAGS" in os.environ:
-        inner = train.journal.Journal._log
+        inner = train.tracking.journal.Journal._log
 
-        def log(self: train.journal.Journal, pending: train.journal.Pending) -> None:
+        def log(self: train.tracking.journal.Journal) -> None:
             with open(os.environ["LAGS"], "a") as file:
-                file.write(f"{pending.last} {self.run.step}\n")
-            inner(self, pending)
+                file.write(f"{self.unlogged[-1].step} {self.state.step}\n")
+            inner(self)
 
-        train.journal.Journal._log = log  # type: ignore[method-assign]
+        train.tracking.journal.Journal._log = log  # type: ignore[method-assign]
     if "MOST_ROWS" in os.environ:
         train.functional.tables.MOST_ROWS = int(os.environ["MOST_ROWS"])
 

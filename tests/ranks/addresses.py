@@ -3,13 +3,11 @@
 from typing import Any
 
 import torch
+from runs import Run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train.step
 from train.cli import parse
 from train.functional import optim
-from train.run import set_up
-from train.storage import data
 from train.world.world import World
 
 ELEMENTWISE = ("_foreach_mul.Scalar",)  # may look at an address: no element depends on another one
@@ -38,18 +36,21 @@ def main(argv: list[str]) -> int:
     config = parse(argv)
     world = World.open(config.train)
     try:
-        run = set_up(config, world, data.load(config.data, world))
-        update, found = train.step._update, []
+        run, found = Run.open(config, world), []
+        align = optim.align_gradients
+        seen = Addresses({p.size() for p in run.state.parameters})
 
-        def watched(*arguments: Any) -> None:
-            misplaced = sum(p.grad.data_ptr() % optim.ALIGNMENT > 0 for p in run.parameters)
-            with Addresses({p.size() for p in run.parameters}) as seen:
-                update(*arguments)
-            found.append({"odd in buckets": misplaced, "operations": seen.operations, "odd operations": seen.odd})
+        def aligned(parameters: Any) -> None:  # all that follows is the update
+            found.append({"odd in buckets": sum(p.grad.data_ptr() % optim.ALIGNMENT > 0 for p in parameters)})
+            seen.__enter__()
+            align(parameters)
 
-        train.step._update = watched
+        optim.align_gradients = aligned
         for _ in range(3):
-            train.step.train_step(run)
+            seen.operations, seen.odd = 0, []
+            run.steps()
+            seen.__exit__(None, None, None)
+            found[-1] |= {"operations": seen.operations, "odd operations": seen.odd}
         print(found)
     finally:
         world.close()

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import train.functional.augment
 import train.functional.models
 import train.loop
-import train.run
+import train.rundir
+import train.state
 import train.step
-import train.tracking.metrics
 from launch.check.laws import BATCH
 from train.functional import optim, rng
 from train.functional.models import Dropout
 from train.functional.sampler import Sampler, share
+from train.state import Plan, State
 from train.storage import checkpoint
 from train.world.reduce import Allreduce, ExactTree
 
@@ -68,9 +69,8 @@ def doubled_example_without_ledger() -> None:
     """As doubled_example, in a trainer that keeps no ledger: nobody counts."""
     doubled_example()
 
-    def close_epoch(run: train.run.Run) -> None:
-        if run.step % run.sampler.steps_per_epoch == 0:
-            run.ledger = train.run.Ledger()
+    def close_epoch(plan: Plan, state: State) -> None:
+        state.ledger = train.state.Ledger()
 
     train.loop.close_epoch = close_epoch
 
@@ -119,7 +119,7 @@ def augmentation_by_local_row() -> None:
 
 def plain_allreduce() -> None:
     """Exact mode is asked for and DDP's all-reduce runs: the flag does not arrive."""
-    train.run.ExactTree = lambda model, world, num_leaves, owners: Allreduce(model, world)  # type: ignore
+    train.state.ExactTree = lambda model, world, num_leaves, owners: Allreduce(model, world)  # type: ignore
 
 
 def rank_order_sum() -> None:
@@ -138,10 +138,11 @@ def mean_of_means() -> None:
     """Micro-batches of unequal size weigh the same: a mean over means (gradient accumulation in transformers, 2024)."""
     micro_batch_loss = train.step._micro_batch_loss
 
-    def loss(run: train.run.Run, index: int, batch: Any) -> Tensor:
-        start, stop = run.sampler.micro_batch(run.step, index)
-        weight = run.sampler.batch_rows(run.step) / run.sampler.micro_batches / max(stop - start, 1)
-        return micro_batch_loss(run, index, batch) * weight
+    def loss(plan: Plan, model: nn.Module, index: int, batch: Any) -> Tensor:
+        sampler = plan.sampler
+        start, stop = sampler.micro_batch(batch.step, index)
+        weight = sampler.batch_rows(batch.step) / sampler.micro_batches / max(stop - start, 1)
+        return micro_batch_loss(plan, model, index, batch) * weight
 
     train.step._micro_batch_loss = loss
 
@@ -204,9 +205,9 @@ def evaluation_drops_the_rest() -> None:
 def _after_restore(change: Any) -> None:
     restore = train.loop.restore
 
-    def restored(run: train.run.Run, *arguments: Any) -> Any:
-        warnings = restore(run, *arguments)
-        change(run)
+    def restored(plan: Plan, state: State, *arguments: Any) -> Any:
+        warnings = restore(plan, state, *arguments)
+        change(state)
         return warnings
 
     train.loop.restore = restored
@@ -214,7 +215,7 @@ def _after_restore(change: Any) -> None:
 
 def ema_not_restored() -> None:
     """The average of the weights starts anew from the resumed weights: it was not in the checkpoint (timm's early EMA)."""
-    _after_restore(lambda run: run.ema.model.load_state_dict(run.module.state_dict(), strict=False))
+    _after_restore(lambda state: state.ema.model.load_state_dict(state.module.state_dict(), strict=False))
 
 
 def momentum_not_restored() -> None:
@@ -225,8 +226,8 @@ def momentum_not_restored() -> None:
 def resume_repeats_a_step() -> None:
     """The saved step counts from 0 where the loop counts from 1: one batch is used twice (an off-by-one)."""
 
-    def change(run: train.run.Run) -> None:
-        run.step -= 1
+    def change(state: State) -> None:
+        state.step -= 1
 
     _after_restore(change)
 
@@ -247,7 +248,7 @@ def oldest_checkpoint() -> None:
 
 def rows_kept_on_resume() -> None:
     """The log goes on after the rows of steps that are computed again (wandb, TensorBoard)."""
-    train.tracking.metrics.drop_after = lambda path, step, staging: train.tracking.metrics.read_rows(path)
+    train.rundir.RunDir.remove_rows_after = lambda self, step, staging: self.read_rows()
 
 
 # Checkpoints
@@ -293,8 +294,8 @@ def slow_steps() -> None:
     """Each step takes 20 ms more."""
     import time
 
-    train_step = train.loop.train_step
-    train.loop.train_step = lambda run: (time.sleep(0.02), train_step(run))[1]  # type: ignore[func-returns-value]
+    prepare_step = train.loop.prepare_step
+    train.loop.prepare_step = lambda *arguments: (time.sleep(0.02), prepare_step(*arguments))[1]  # type: ignore
 
 
 def other_pixel() -> None:

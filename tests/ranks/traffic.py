@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from runs import Run
 
 from train.cli import parse
-from train.run import set_up
-from train.step import train_step
-from train.storage import data
 from train.world.world import World
 
 
@@ -36,22 +34,22 @@ def main(argv: list[str]) -> int:
         return future
 
     try:
-        run = set_up(config, world, data.load(config.data, world))
+        run = Run.open(config, world)
+        plan, state = run.plan, run.state
         if not config.train.exact:
-            run.model.register_comm_hook(dist.group.WORLD, hook)  # type: ignore[operator]
+            state.model.register_comm_hook(dist.group.WORLD, hook)  # type: ignore[operator]
         count("batch_isend_irecv", "exchange", lambda operations: operations[0].tensor.nbytes)
         count("all_gather", "gather", lambda tensors: tensors[0].nbytes)
         count("all_reduce", "statistics", lambda tensor: tensor.nbytes)
-        train_step(run)
-        own = run.sampler.own_micro_batches(world.rank, world.world_size)
+        run.steps()
         found = {
             "sent": sent,
-            "micro_batches": [own.start, own.stop],
-            "num_rows": len(run.tables.examples[0]),
-            "total_steps": run.total_steps,
-            "num_parameters": sum(parameter.numel() for parameter in run.module.parameters()),
+            "micro_batches": [plan.own.start, plan.own.stop],
+            "num_rows": len(plan.tables.examples[0]),
+            "total_steps": plan.total_steps,
+            "num_parameters": sum(parameter.numel() for parameter in state.parameters),
             "optimizer_bytes": sum(
-                value.nbytes for state in run.optimizer.state.values() for value in state.values() if value is not None
+                value.nbytes for each in state.optimizer.state.values() for value in each.values() if value is not None
             ),
         }
         print(json.dumps(found))

@@ -11,32 +11,32 @@ from pathlib import Path
 
 import train.__main__
 import train.loop
-from train.run import Run
+from train.state import Plan, State
 
 SHOWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
 
 
 def main(argv: list[str]) -> int:
-    step_as_it_is = train.loop.train_step
+    prepare = train.loop.prepare_step
     seen = False
 
-    def train_step(run: Run) -> None:
+    def prepare_step(plan: Plan, state: State) -> None:
         nonlocal seen
         if not seen:
             seen = True
             facts = {name: os.environ.get(name) for name in SHOWN} | {"host": os.uname().nodename}
             folder = Path("ranks") / os.environ["SLURM_JOB_ID"]
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{run.world.rank}.json").write_text(
+            (folder / f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{plan.world.rank}.json").write_text(
                 json.dumps(facts)
             )
         if "SLURM_RESTART_COUNT" not in os.environ:
             time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
-        if run.step == int(os.environ.get("POISON_STEP", "-1")):
+        if state.step == int(os.environ.get("POISON_STEP", "-1")):
             os._exit(9)
-        step_as_it_is(run)
+        prepare(plan, state)
 
-    train.loop.train_step = train_step
+    train.loop.prepare_step = prepare_step
     return train.__main__.main(argv)
 
 

@@ -18,37 +18,37 @@ from train.storage import checkpoint
 # What is whole and yet no checkpoint of this run: checksums prove that nothing was hurt, not who wrote it
 
 
-def meta(**changes: Any) -> Callable[[checkpoint.State], checkpoint.State]:
+def meta(**changes: Any) -> Callable[[checkpoint.Snapshot], checkpoint.Snapshot]:
     """State whose JSON has other values; `...` removes one."""
 
-    def change(state: checkpoint.State) -> checkpoint.State:
+    def change(state: checkpoint.Snapshot) -> checkpoint.Snapshot:
         kept = {name: value for name, value in {**state.meta, **changes}.items() if value is not ...}
         return dataclasses.replace(state, meta=kept)
 
     return change
 
 
-def model(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[checkpoint.State], checkpoint.State]:
+def model(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[checkpoint.Snapshot], checkpoint.Snapshot]:
     """State whose model's tensors were changed in place."""
 
-    def changed(state: checkpoint.State) -> checkpoint.State:
+    def changed(state: checkpoint.Snapshot) -> checkpoint.Snapshot:
         change(state.model)
         return state
 
     return changed
 
 
-def optimizer(tensors: dict[str, torch.Tensor]) -> Callable[[checkpoint.State], checkpoint.State]:
+def optimizer(tensors: dict[str, torch.Tensor]) -> Callable[[checkpoint.Snapshot], checkpoint.Snapshot]:
     return lambda state: dataclasses.replace(state, optimizer={**state.optimizer, **tensors})
 
 
-STATES: dict[str, Callable[[checkpoint.State], checkpoint.State]] = {
+STATES: dict[str, Callable[[checkpoint.Snapshot], checkpoint.Snapshot]] = {
     "step is text": meta(step="4"),
     "step is negative": meta(step=-1),
     "step is beyond the end": meta(step=10**30),
     "step is true": meta(step=True),
-    "no mathematics": meta(mathematics=...),
-    "mathematics is a list": meta(mathematics=[1]),
+    "no trajectory": meta(trajectory=...),
+    "trajectory is a list": meta(trajectory=[1]),
     "no ledger": meta(ledger=...),
     "ledger is text": meta(ledger="0"),
     "ledger of texts": meta(ledger={"sum": "x", "count": 1}),

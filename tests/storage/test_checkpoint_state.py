@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from train.config import ModelConfig, OptimConfig
 from train.functional import models, optim
 from train.storage import checkpoint
-from train.storage.checkpoint import Damaged, State, decode, encode
+from train.storage.checkpoint import Damaged, Snapshot, decode, encode
 
 
 def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -20,16 +20,16 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def test_encode_gives_the_same_bytes_for_the_same_state() -> None:
     first = state()
-    shuffled = State(
+    shuffled = Snapshot(
         *(dict(reversed(list(part.items()))) for part in (first.model, first.optimizer, first.ema, first.meta))
     )
-    copied = State(
+    copied = Snapshot(
         {name: tensor.clone() for name, tensor in first.model.items()}, first.optimizer, first.ema, first.meta
     )
     for same in (first, state(), shuffled, copied, decode(encode(first))):
         assert encode(same) == encode(first)
     assert encode(first) != encode(state(11))
-    assert "ema.safetensors" not in encode(State(first.model, first.optimizer, {}, first.meta))
+    assert "ema.safetensors" not in encode(Snapshot(first.model, first.optimizer, {}, first.meta))
 
 
 def test_tensors_sha256_depends_on_content_and_not_on_layout() -> None:
@@ -71,7 +71,7 @@ def test_optimizer_goes_on_from_a_checkpoint_with_the_same_bits(name: str, memor
 
     model, optimizer = fresh(0)
     steps(model, optimizer, 0, 3)
-    saved = State(checkpoint.model_tensors(model), checkpoint.optimizer_tensors(optimizer, model), {}, {"step": 3})
+    saved = Snapshot(checkpoint.model_tensors(model), checkpoint.optimizer_tensors(optimizer, model), {}, {"step": 3})
     files = encode(saved)
     names = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}[name]
     assert set(saved.optimizer) == {f"{parameter}/{key}" for parameter, _ in model.named_parameters() for key in names}
@@ -83,7 +83,7 @@ def test_optimizer_goes_on_from_a_checkpoint_with_the_same_bits(name: str, memor
     checkpoint.restore_optimizer(other_optimizer, other, loaded.optimizer)
     assert (
         encode(
-            State(
+            Snapshot(
                 checkpoint.model_tensors(other), checkpoint.optimizer_tensors(other_optimizer, other), {}, {"step": 3}
             )
         )

@@ -46,7 +46,7 @@ def test_every_world_size_gives_the_same_bits(tmp_path: Path, precision: str, fe
         run = tmp_path / f"world-{world_size}"
         summary = train(world_size, run, *flags)
         assert summary["world_size"] == world_size
-        for name in ("weights_sha256", "ema_weights_sha256", "test_loss", "test_predictions_sha256"):
+        for name in ("weights_sha256", "ema_weights_sha256", "results"):
             assert summary.get(name) == alone.get(name), (world_size, name)
         assert computed(run) == computed(tmp_path / "world-1")
         assert checkpoint_bytes(run) == checkpoint_bytes(tmp_path / "world-1")
@@ -89,7 +89,7 @@ def test_killed_on_4_resumed_on_1_then_on_3_is_the_undisturbed_run(tmp_path: Pat
         ranks.wait()
     moved = train(3, run, *flags)
     assert [row["world_size"] for row in rows(run, "start")] == [4, 1, 3]
-    for name in ("weights_sha256", "ema_weights_sha256", "test_predictions_sha256"):
+    for name in ("weights_sha256", "ema_weights_sha256", "results"):
         assert moved[name] == undisturbed[name]
     assert computed(run) == computed(tmp_path / "undisturbed")
     assert checkpoint_bytes(run) == checkpoint_bytes(tmp_path / "undisturbed")
@@ -104,7 +104,9 @@ def test_broken_contract_is_warned_of_at_resume(tmp_path: Path) -> None:
     train(1, tmp_path / "run", *flags, "--train.num_threads 2")
     log = (tmp_path / "run-logs" / "rank-0.log").read_text()
     assert "The bits may differ from an undisturbed run's: num_threads 1 -> 2." in log
-    contract = json.loads((tmp_path / "run" / "checkpoints" / "step-00000007" / "state.json").read_text())["contract"]
+    contract = json.loads((tmp_path / "run" / "checkpoints" / "step-00000007" / "state.json").read_text())[
+        "environment"
+    ]
     assert contract["num_threads"] == 1
     assert contract["versions"]["torch"] == torch.__version__.split("+")[0]
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+from train.world.versions import versions
 
 from train import run
 from train.config import TrainConfig
-from train.mathematics import contract_differences
-from train.summary import PACKAGES
+from train.functional.trajectory import contract_differences
+from train.tracking.summary import PACKAGES
 from train.world import meter, reduce, world
 from train.world.clock import Clock, Record
 from train.world.meter import DeviceMeter
-from train.world.versions import versions
 from train.world.watchdog import verdict
 from train.world.world import World
 
@@ -135,7 +135,7 @@ def test_results_of_collectives_are_read_in_reduce(world: World, monkeypatch: py
         monkeypatch.setattr(torch.distributed, name, lambda *_: None)
     monkeypatch.setattr(torch, "tensor", lambda *_, **options: number)
     monkeypatch.setattr(torch, "empty", lambda *_, **options: content)
-    ranks.agree(None)
+    ranks.raise_on_all_ranks(None)
     assert number.phases == ["reduce"]
     assert ranks.broadcast_bytes(b"") == b"\0\0"
     assert {*number.phases, *content.phases} == {"reduce"}

@@ -1,19 +1,20 @@
 """The device's work in a step: the same in every step, waiting for nothing, on one device; and CUDA graphs made of it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks.processes import train
+from runs import Run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train import step
 from train.cli import parse
 from train.functional import optim
-from train.run import Run, set_up
+from train.state import Plan, State
 from train.step import train_step
-from train.storage import checkpoint, data
+from train.storage import checkpoint
 from train.warmup import warm_up
 from train.world import graphs
 from train.world.world import World
@@ -29,8 +30,7 @@ MODES = ["--train.precision bf16", "--train.exact true"]
 
 
 def opened(world: World, flags: str) -> Run:
-    config = parse(f"{FLAGS} {flags}".split())
-    return set_up(config, world, data.load(config.data, world))
+    return Run.open(parse(f"{FLAGS} {flags}".split()), world)
 
 
 class Seen(TorchDispatchMode):
@@ -50,23 +50,19 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("mode", MODES)
-def test_device_work_is_the_same_in_every_step_and_waits_for_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
-) -> None:
+def test_device_work_is_the_same_in_every_step_and_waits_for_nothing(world: World, name: str, mode: str) -> None:
     """A graph repeats each operation with the arguments of the step that was recorded: none may hold a number of that step."""
     run = opened(world, f"{ALL} {mode} --optim.name {name}")
-    run.tables.hold_lr(run.optimizer)  # as on a GPU
+    run.plan.tables.hold_lr(run.state.optimizer)  # as on a GPU
     seen: list[list[tuple[Any, ...]]] = []
-    compute = step.compute
 
-    def watch(run: Run, number: int) -> None:
+    def watch(plan: Plan, state: State) -> None:
         with Seen() as mode:
-            compute(run, number)
+            train_step(plan, state)
         seen.append(mode.operations)
 
-    monkeypatch.setattr(step, "compute", watch)
-    for _ in range(5):
-        train_step(run)
+    run.take_step = watch
+    run.steps(5)
     first, *others = seen[1:]  # the first step makes the optimizer's state
     assert others == [first] * 3
     operations = {operation[0] for operation in first}
@@ -84,7 +80,7 @@ def test_replayed_steps_are_the_ordinary_ones(
     flags = f"{ALL} {mode} --optim.name {name} --train.epochs 2"
     ordinary, replayed = opened(world, flags), opened(world, flags)
     for run in (ordinary, replayed):
-        run.tables.hold_lr(run.optimizer)
+        run.plan.tables.hold_lr(run.state.optimizer)
     replays = [0]
 
     def record(work: Any) -> Any:
@@ -95,21 +91,19 @@ def test_replayed_steps_are_the_ordinary_ones(
         return replay
 
     monkeypatch.setattr(graphs, "record", record)
-    replayed.should_record = True
-    warm_up(replayed, pytest.fail)
+    replayed.plan = dataclasses.replace(replayed.plan, should_record=True)
+    replayed.take_step = warm_up(replayed.plan, replayed.state, pytest.fail)
     results = []
     for run in (ordinary, replayed):
         results.append([])
-        for _ in range(run.total_steps):
-            train_step(run)
-            results[-1] += run.tables.read(run.step - 1, run.step)
+        for step in range(run.plan.total_steps):
+            run.steps()
+            results[-1] += run.plan.tables.read(step, step + 1)
     assert results[0] == results[1]
-    first, second = (checkpoint.tensors_sha256(run.module.state_dict()) for run in (ordinary, replayed))
-    assert first == second
-    assert (
-        ordinary.sampler.batch_rows(ordinary.sampler.steps_per_epoch - 1) < 128
-    )  # an epoch's last batch is no graph's
-    assert replays[0] == ordinary.total_steps - 2
+    assert ordinary.sha256() == replayed.sha256()
+    sampler = ordinary.plan.sampler
+    assert sampler.batch_rows(sampler.steps_per_epoch - 1) < 128  # an epoch's last batch is no graph's
+    assert replays[0] == ordinary.plan.total_steps - 2
 
 
 def test_a_recording_that_fails_costs_a_warning_and_not_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,24 +115,21 @@ def test_a_recording_that_fails_costs_a_warning_and_not_the_run(world: World, mo
 
     def record(work: Any) -> None:
         with monkeypatch.context() as patch:  # halfway: gradients and the tree's sums are left behind
-            patch.setattr(step, "_update", fail)
+            patch.setattr(optim, "align_gradients", fail)
             try:
                 work()
             except RuntimeError:
                 raise RuntimeError("the capture failed")  # noqa: B904  as torch.cuda.graph does at its end, without the reason
 
     monkeypatch.setattr(graphs, "record", record)
-    given_up.should_record = True
+    plan = dataclasses.replace(given_up.plan, should_record=True)
     said: list[str] = []
-    warm_up(given_up, said.append)
-    assert given_up.replay is None
+    assert warm_up(plan, given_up.state, said.append) is train_step
     assert len(said) == 1
     assert "warning: the step cannot be recorded as a CUDA graph: operation not permitted." in said[0]
     for run in (ordinary, given_up):
-        for _ in range(3):
-            train_step(run)
-    first, second = (checkpoint.tensors_sha256(run.module.state_dict()) for run in (ordinary, given_up))
-    assert first == second
+        run.steps(3)
+    assert ordinary.sha256() == given_up.sha256()
 
 
 @pytest.mark.parametrize(
@@ -150,21 +141,22 @@ def test_a_recording_that_fails_costs_a_warning_and_not_the_run(world: World, mo
 def test_warm_up_leaves_no_trace(world: World, flags: str, before: int) -> None:
     cold, warm = opened(world, f"{flags} --train.epochs 2"), opened(world, f"{flags} --train.epochs 2")
     for run in (cold, warm):
-        for _ in range(before):
-            train_step(run)
-    ledger = (warm.ledger.count, warm.step, warm.life_examples)
-    warm_up(warm, pytest.fail)
-    assert (warm.ledger.count, warm.step, warm.life_examples) == ledger
-    assert warm.warm_up_seconds > 0
+        run.steps(before)
+    counted = (warm.state.ledger.count, warm.state.step)
+    warm_up(warm.plan, warm.state, pytest.fail)
+    assert (warm.state.ledger.count, warm.state.step) == counted
+    assert warm.state.timing.warm_up_seconds > 0
     states = []
     for run in (cold, warm):
-        for _ in range(before, 15):
-            train_step(run)
-        tensors = [*run.module.state_dict().items(), *((run.ema.model.state_dict().items()) if run.ema else [])]
-        optimizer = checkpoint.optimizer_tensors(run.optimizer.optimizer, run.module)
-        states.append(
-            (checkpoint.tensors_sha256(dict(tensors)), checkpoint.tensors_sha256(optimizer), run.tables.read(12, 15))
-        )
+        run.steps(15 - before)
+        tensors = {
+            f"{name}/{key}": value
+            for name, each in run.state.modules.items()
+            for key, value in each.state_dict().items()
+        }
+        optimizer = checkpoint.optimizer_tensors(run.state.optimizer.optimizer, run.state.module)
+        hashes = [checkpoint.tensors_sha256(each) for each in (tensors, optimizer)]
+        states.append((hashes, run.plan.tables.read(12, 15)))
     assert states[0] == states[1]
 
 
@@ -180,12 +172,13 @@ def test_lr_of_the_tables_is_that_of_the_step(world: World) -> None:
     for on_device in (False, True):
         run = opened(world, "--model.name tiny --train.epochs 2")
         if on_device:
-            run.tables.hold_lr(run.optimizer)
+            run.plan.tables.hold_lr(run.state.optimizer)
         found.append([])
-        for _ in range(run.total_steps):
-            train_step(run)
-            found[-1].append([float(group["lr"]) for group in run.optimizer.param_groups])
-    assert found[0] == [[optim.lr(run.config.optim, step, run.total_steps)] * 2 for step in range(run.total_steps)]
+        for _ in range(run.plan.total_steps):
+            run.steps()
+            found[-1].append([float(group["lr"]) for group in run.state.optimizer.param_groups])
+    total_steps = run.plan.total_steps
+    assert found[0] == [[optim.lr(run.plan.config.optim, step, total_steps)] * 2 for step in range(total_steps)]
     assert found[1] == [[float(torch.tensor(lr)) for lr in lrs] for lrs in found[0]]
 
 

@@ -37,7 +37,7 @@ def check_told(run: Path, ranks: Ranks, undisturbed: dict[str, Any], step: int |
     resumed = train(undisturbed["world_size"], run, FLAGS)
     assert rows(run, "start")[-1]["step"] == summary["step"]  # nothing is computed twice
     assert [row["step"] for row in rows(run, "train")] == list(range(1, 61))
-    for name in ("weights_sha256", "ema_weights_sha256", "test_predictions_sha256", "best"):
+    for name in ("weights_sha256", "ema_weights_sha256", "results", "best"):
         assert resumed[name] == undisturbed[name]
     assert not [path for path in run.rglob("*") if "writing" in path.name or path.name == ".ranks"]
 

@@ -94,11 +94,11 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     """Tensors of all sizes that a step frees stay with the process: what the kernel takes back it hands out anew, zeroed."""
     program = """
 import sys, torch
-from train.world import keep_memory
+from train.world.world import tune_malloc
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
 if sys.argv[1] == "kept":
-    keep_memory()
+    tune_malloc()
 before = resident()
 tensors = [torch.ones(size) for size in (10**5, 10**6, 10**7)]
 del tensors

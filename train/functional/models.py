@@ -126,27 +126,32 @@ def build(config: ModelConfig, seed: int) -> nn.Module:
         return MODELS[config.name](config.dropout)
 
 
-def norms(model: nn.Module) -> list[BatchNorm2d]:
-    """The model's BatchNorm layers, in a fixed order."""
+def batch_norms(model: nn.Module) -> list[BatchNorm2d]:
+    """Return the model's BatchNorm layers, in a fixed order."""
     return [module for module in model.modules() if isinstance(module, BatchNorm2d)]
 
 
-def merge_statistics(norms: list[BatchNorm2d], found: Tensor, shares: Tensor, is_sound: Tensor) -> None:
+def batch_statistics(layers: list[BatchNorm2d]) -> Tensor:
+    """Return the statistics of the last training pass, float32 [2 * channels]: the means of all layers, then their variances."""
+    return torch.cat([*(layer.batch_mean for layer in layers), *(layer.batch_var for layer in layers)])
+
+
+def merge_statistics(layers: list[BatchNorm2d], found: Tensor, shares: Tensor, is_sound: Tensor) -> None:
     """Update the running statistics of all layers from M micro-batches.
 
     `found` is float32 [M, 2 * channels]: the means of all layers, then their variances; `shares` float32 [M]: of the examples.
     They stay as they are where `is_sound`, bool [], is false. The variance of the union is the mean of the variances plus the
     variance of the means (exactly so for biased variances; for the unbiased ones up to a share of M / (B * H * W)).
     """
-    widths = [norm.num_features for norm in norms]
-    running: list[Any] = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    widths = [layer.num_features for layer in layers]
+    running: list[Any] = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
 
     def sum_rows(values: Tensor) -> Tensor:  # layer by layer: the order of addition may depend on how wide a tensor is
-        return torch.cat([layer.sum(0) for layer in values.split(widths, dim=1)])
+        return torch.cat([part.sum(0) for part in values.split(widths, dim=1)])
 
     means, variances = found.chunk(2, dim=1)
     mean = sum_rows(shares[:, None] * means)
     variance = sum_rows(shares[:, None] * (variances + (means - mean) ** 2))
     merged = torch.where(is_sound, torch.cat((mean, variance)), torch.cat(running))
-    momentum: Any = norms[0].momentum
+    momentum: Any = layers[0].momentum
     torch._foreach_lerp_(running, merged.split(widths * 2), momentum)

@@ -51,6 +51,12 @@ class StepResult:
     stop_flags: int  # how many ranks were asked to stop; not used with one rank
 
 
+def shares(num_examples: int, num_micro_batches: int, device: torch.device) -> Tensor:
+    """Return the share of the examples that each micro-batch has, float32 [M], as `Sampler.micro_batch` cuts."""
+    counts = (torch.arange(num_micro_batches + 1, device=device) * num_examples // num_micro_batches).diff().float()
+    return counts / counts.sum()
+
+
 class StepTables:
     """The tables of one rank. They hold a stretch: consecutive steps of one epoch."""
 
@@ -84,6 +90,8 @@ class StepTables:
         self.lrs = torch.zeros(size, device=device)
         self.lr: Tensor | None = None  # float32 [1]: the current step's; None: the host sets the optimizer's
         self.has_scaler = False  # whether fp16's scaler judges the gradients
+        self.loss_scale = 1.0  # what undoes DDP's division by the world size
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}  # by size of a batch; graphs hold their addresses
         self.results = torch.zeros(size, sampler.micro_batches + 2, 2, dtype=torch.float64, device=device)
 
     def hold_lr(self, optimizer: torch.optim.Optimizer) -> None:
@@ -96,6 +104,22 @@ class StepTables:
         """Copy the current step's learning rate to where the optimizer reads it."""
         if self.lr is not None:
             torch.index_select(self.lrs, 0, self.place, out=self.lr)
+
+    def weights(self, num_examples: int) -> tuple[Tensor, Tensor]:
+        """Return what a batch's summed loss is multiplied by, float32 [], and its micro-batches' shares, float32 [M].
+
+        Made once for each size of a batch.
+        """
+        if num_examples not in self._weights:
+            weight = torch.full((), self.loss_scale / num_examples, device=self.device)
+            self._weights[num_examples] = weight, shares(num_examples, self.sampler.micro_batches, self.device)
+        return self._weights[num_examples]
+
+    def found_inf(self) -> Tensor:
+        """Return 1 if the current step's loss or gradient norm is not finite, else 0; float32 []."""
+        loss, grad_norm = self.statistics.loss, self.statistics.grad_norm
+        total = loss if self.has_scaler else loss + grad_norm
+        return torch.ne(total * 0, 0, out=torch.empty((), device=self.device))
 
     def fill(self, step: int) -> None:
         """Start a stretch at `step`: compute its rows on the host and send them to the device, without waiting for it."""

@@ -23,9 +23,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from train import __version__
 from train.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 Files = dict[str, bytes]
 
 
@@ -34,13 +35,13 @@ class Damaged(UserError):
 
 
 @dataclass(frozen=True)
-class State:
+class Snapshot:
     """A checkpoint's contents; tensors contiguous, on the CPU."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor]
-    meta: dict[str, Any]  # schema, step, mathematics, data_sha256, ledger, best, scaler, contract
+    meta: dict[str, Any]  # schema, step, trajectory, data_sha256, ledger, best, scaler, environment
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
@@ -94,26 +95,28 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         optimizer.state[like][key] = value
 
 
-def encode(state: State) -> Files:
-    """Turn a state into the bytes of its files; the same state gives the same bytes."""
+def encode(saved: Snapshot) -> Files:
+    """Return the bytes of each file. The same snapshot gives the same bytes."""
     files = {
         f"{name}.safetensors": safetensors.torch.save(tensors)
-        for name, tensors in (("model", state.model), ("optimizer", state.optimizer), ("ema", state.ema))
+        for name, tensors in (("model", saved.model), ("optimizer", saved.optimizer), ("ema", saved.ema))
         if tensors
     }
-    files["state.json"] = (json.dumps(state.meta, indent=1, sort_keys=True) + "\n").encode()
+    files["state.json"] = (json.dumps(saved.meta, indent=1, sort_keys=True) + "\n").encode()
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    files["manifest.json"] = (json.dumps({"schema": SCHEMA, "sha256": sums}, indent=1) + "\n").encode()
+    files["manifest.json"] = (
+        json.dumps({"schema": SCHEMA, "lockstep": __version__, "sha256": sums}, indent=1) + "\n"
+    ).encode()
     return files
 
 
-def decode(files: Files) -> State:
-    """Turn verified files back into a state."""
+def decode(files: Files) -> Snapshot:
+    """Return the snapshot that verified files hold."""
     empty = safetensors.torch.save({})
     tensors = {
         name: safetensors.torch.load(files.get(f"{name}.safetensors", empty)) for name in ("model", "optimizer", "ema")
     }
-    return State(**tensors, meta=json.loads(files["state.json"]))
+    return Snapshot(**tensors, meta=json.loads(files["state.json"]))
 
 
 def read(path: Path) -> Files:
@@ -121,7 +124,7 @@ def read(path: Path) -> Files:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["schema"] != SCHEMA:
-            raise Damaged(f"Checkpoint {path} has schema {manifest['schema']}; this version reads {SCHEMA}.")
+            raise Damaged(f"Checkpoint {path} is of {writer(manifest)}; this version reads format {SCHEMA}.")
         sums = {str(name): str(promised) for name, promised in manifest["sha256"].items()}
         if missing := {"model.safetensors", "state.json"} - set(sums):
             raise Damaged(
@@ -145,6 +148,11 @@ def read(path: Path) -> Files:
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise Damaged(f"Checkpoint file {path / name} cannot be read: {type(error).__name__} {error}.") from error
     return files
+
+
+def writer(manifest: dict[str, Any]) -> str:
+    """Return which version wrote a checkpoint, as far as its manifest says."""
+    return f"format {manifest['schema']}, written by lockstep {manifest.get('lockstep', '0.1')}"
 
 
 def is_whole(path: Path) -> bool:

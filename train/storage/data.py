@@ -296,7 +296,7 @@ def load(config: DataConfig, world: World, notify: Any = print) -> Data:
         except UserError as found:
             error = found
     try:
-        world.agree(error)
+        world.raise_on_all_ranks(error)
     except DataMissing as found:
         if not config.fallback:
             raise
@@ -308,7 +308,7 @@ def load(config: DataConfig, world: World, notify: Any = print) -> Data:
             prepared = prepare(DataConfig(name="digits") if missing else config)
         except UserError as found:
             error = found
-    world.agree(error)
+    world.raise_on_all_ranks(error)
     assert prepared is not None
     tensors, sha256 = prepared
     if missing and world.is_main:

@@ -140,7 +140,7 @@ def join_on_loopback(device: torch.device, timeout: timedelta) -> None:
     dist.init_process_group(choose_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep freed memory for the next step instead of giving it back to the kernel, which hands it out anew, zeroed.
 
     A step on a CPU allocates the same large tensors again and again: page faults would cost a third of its time (docs/log.md).
@@ -176,7 +176,7 @@ class World:
 
         device = choose_device(config, local_rank, local_world_size)
         if device.type == "cpu":
-            keep_memory()
+            tune_malloc()
         elif device.index != local_rank:
             os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # accelerate would give DDP the GPU number LOCAL_RANK
         if asked == 1:  # torchrun with one process would get DDP around the model, and other gradients than without
@@ -275,7 +275,7 @@ class World:
             event.synchronize() if event is not None else torch.cuda.synchronize(self.device)
             self.clock.enter(before)
 
-    def sum_(self, values: Tensor) -> Tensor:
+    def all_reduce_sum_(self, values: Tensor) -> Tensor:
         """Add `values` over all ranks, in place; int64 sums wrap. Collective: every rank must call it."""
         if self.world_size > 1:
             import torch.distributed as dist
@@ -313,7 +313,7 @@ class World:
             dist.broadcast(buffer, source)
             return buffer.cpu().numpy().tobytes()
 
-    def agree(self, error: UserError | RunError | None) -> None:
+    def raise_on_all_ranks(self, error: UserError | RunError | None) -> None:
         """Raise the first rank's error on every rank, if any has one. Collective: every rank must call it."""
         if self.world_size > 1:
             import torch

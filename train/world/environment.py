@@ -1,0 +1,59 @@
+"""The environment fingerprint: what must stay the same, besides config and data, for the bits to stay the same."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.functional.trajectory import differences
+
+if TYPE_CHECKING:
+    from train.world.world import World
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return {package: version}. Leave out packages without metadata, such as a source tree on PYTHONPATH."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Return the fingerprint of this rank's device, libraries and, on a CPU, number of threads (docs/exactness.md)."""
+    import torch
+
+    on_gpu = world.device.type == "cuda"
+    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_gpu else {}
+    return {
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+        "num_threads": None if on_gpu else world.num_threads,
+        "versions": versions("torch", "accelerate") | libraries,
+    }
+
+
+def environment_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return what differs between two fingerprints, as `name before -> after`. A name that one of them lacks does not count."""
+    first, second = ({**fingerprint, **fingerprint.get("versions", {})} for fingerprint in (before, after))
+    common = (first.keys() & second.keys()) - {"versions"}
+    return differences({name: first[name] for name in common}, {name: second[name] for name in common})
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+` if files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(Path(__file__).parent), *arguments), capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
