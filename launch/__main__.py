@@ -8,7 +8,7 @@ from train.cli import did_you_mean
 from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError
 from train.world.process import keep_others_from_writing
 
-ROOMS = {  # where a subcommand's module lies, unless beside this file
+ROOMS = {  # modules of subcommands that are not next to this file
     "bench": "launch.bench.harness",
     "compare": "launch.check.compare",
     "demo": "launch.check.demo",
@@ -26,15 +26,15 @@ SUBCOMMANDS = {
     "bench": "measure: throughput, peers, exact mode's cost, scaling, start-up, time to accuracy",
     "data": "download and verify a data set",
     "report": "write a page about one or several runs",
-    "export": "write a run's best checkpoint into one verified file with a model card",
-    "predict": "say which class PNG or JPEG images show",
+    "export": "write a run's best checkpoint to one verified file with a model card",
+    "predict": "classify PNG or JPEG images",
     "watch": "show a run's progress in the terminal",
     "sync": "send W&B what it lacks of runs that were offline, killed or cut off",
-    "compare": "say where two runs differ: mathematics, losses, gradient norms, weights",
+    "compare": "show where two runs differ: config, losses, gradient norms, weights",
     "replay": "compute steps of an exact run again and compare their bits",
-    "selftest": "prove on this machine, in half a minute, that kills and world sizes change nothing",
-    "plan": "say what a run would do on N nodes of G GPUs: shares, lr, bytes, memory, the sbatch command",
-    "doctor": "check this machine, or a Slurm cluster, and say how to repair it",
+    "selftest": "show on this machine, in half a minute, that kills and world sizes change nothing",
+    "plan": "show what a run would do on N nodes of G GPUs: shares, lr, bytes, memory, the sbatch command",
+    "doctor": "check this machine, or a Slurm cluster, and print how to repair it",
 }
 
 

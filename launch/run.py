@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from train.cli import Parser, did_you_mean, parse, run_name, split_arguments
 from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, UserError
@@ -25,6 +26,7 @@ SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved check
 POLL_SECONDS = 0.05
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 DEV = Path("/dev")
+TRAIN = (sys.executable, "-m", "train")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 # both would listen on the first interface that reaches other machines
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
@@ -46,8 +48,17 @@ def count_gpus() -> int:
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, nproc: int, arguments: list[str], restart: int, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(
+        self,
+        nproc: int,
+        arguments: list[str],
+        restart: int,
+        *,
+        quiet: bool = False,
+        output: IO[str] | None = None,
+        program: tuple[str, ...] = TRAIN,
+    ) -> None:
+        self.quiet, self.output, self.program = quiet, output, program
         self.processes: list[subprocess.Popen] = []
         # Ranks inherit the mask and lift it once their handlers are installed, seconds later: no signal is lost before.
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
@@ -57,8 +68,8 @@ class Ranks:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
     def _start(self, nproc: int, arguments: list[str], restart: int) -> None:
-        output = subprocess.DEVNULL if self.quiet else None
-        command = (sys.executable, "-m", "train", *arguments)
+        output = subprocess.DEVNULL if self.quiet else self.output
+        command = (*self.program, *arguments)
         tie = functools.partial(die_with_parent, os.getpid())
         env = {**ON_LOOPBACK, **os.environ, "LOCKSTEP_RESTART": str(restart)}
         # Rank 0 serves the rendezvous on this socket: no other process can take its port, or reach it from another machine.

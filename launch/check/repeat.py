@@ -3,12 +3,25 @@
 Invariant: torch's settings and the environment are afterwards what they were before.
 """
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
+from unittest import mock
 
-from launch.dryrun import environment
 from train.config import Config, DataConfig
 
 STEPS, MOST_EXAMPLES = 3, 512  # of a step
+
+
+@contextlib.contextmanager
+def environment() -> Iterator[None]:
+    """Hide the caller's launcher from the environment, and put the environment back at the end."""
+    with mock.patch.dict(os.environ):
+        for name in list(os.environ):
+            if name.startswith(("ACCELERATE_", "SLURM_", "LOCKSTEP_", "RANK", "WORLD_SIZE", "LOCAL_")):
+                del os.environ[name]
+        yield
 
 
 def weights(config: Config, times: int) -> tuple[list[str], str]:

@@ -133,7 +133,8 @@ def test_every_name_of_the_command_line_is_a_measure(capsys: pytest.CaptureFixtu
 
 def test_time_to_accuracy_trains_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
-    recipe.write_text("data: {name: digits}\nmodel: {name: tiny}\ntrain: {max_steps: 5, global_batch_size: 64}\n")
+    data = "data: {name: digits, random_examples: 640}"  # of the bare loop
+    recipe.write_text(f"{data}\nmodel: {{name: tiny}}\ntrain: {{max_steps: 5, global_batch_size: 64}}\n")
     rows = {row.name: row for row in measures.time_to_accuracy(2, str(recipe))}
     assert 0 < rows["test accuracy"].values[0] < 100
     assert rows["test accuracy"].values[0] != rows["test accuracy"].values[1]  # two seeds
