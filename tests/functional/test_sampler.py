@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from train.functional.hashing import key, mix64
-from train.functional.sampler import Sampler, expected_ledger, ledger_sum, permute, share
+from train.functional.sampler import Sampler, coverage_checksum, expected_coverage, permute, share
 
 PINNED = ([9306, 53218, 21082, 21579], [54210, 22312, 48372, 26207])  # the first rows of epochs 0 and 1 of seed 0
 WORLD_SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 60, 64, 100, 1000, 4095, 4096)
@@ -218,12 +218,12 @@ def test_ledger_notices_one_doubled_and_one_missing(size: int, data: st.DataObje
     doubled = data.draw(st.integers(0, size - 1))
     missing = data.draw(st.integers(0, size - 1).filter(lambda number: number != doubled))
     examples = np.arange(size)
-    expected, count = expected_ledger(size, 64)
-    assert (ledger_sum(np.random.default_rng(0).permutation(examples)), size) == (expected, count)
+    expected, count = expected_coverage(size, 64)
+    assert (coverage_checksum(np.random.default_rng(0).permutation(examples)), size) == (expected, count)
     examples[missing] = doubled
-    assert ledger_sum(examples) != expected
+    assert coverage_checksum(examples) != expected
 
 
 @given(size=st.integers(1, 2000), portion=st.integers(1, 2500))
 def test_ledger_adds_up_over_any_portions(size: int, portion: int) -> None:
-    assert expected_ledger(size, portion) == (ledger_sum(np.arange(size)), size)
+    assert expected_coverage(size, portion) == (coverage_checksum(np.arange(size)), size)
