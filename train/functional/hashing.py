@@ -1,4 +1,4 @@
-"""64-bit hashes, from which every random number of a run follows. Numpy only; `rng.py` has the same mixing on a device."""
+"""64-bit hashes, the source of every random number of a run. Numpy only; `rng.py` has the same on a device."""
 
 import hashlib
 

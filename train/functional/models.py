@@ -82,8 +82,8 @@ class Cnn(nn.Module):
 class Vgg(nn.Module):
     """A chain of convolutions with BatchNorm (after VGG; Simonyan and Zisserman, 2014) and one linear layer.
 
-    `layers` lists (width, kernel, padding, has_pool). Pooling comes before BatchNorm and ReLU, which then cost a quarter.
-    Max pooling commutes with ReLU, so nothing is lost.
+    `layers` lists (width, kernel, padding, has_pool). Pooling comes before BatchNorm and ReLU, which then cost a
+    quarter. Max pooling commutes with ReLU, so nothing is lost.
     """
 
     def __init__(self, layers: tuple[tuple[int, int, int, bool], ...], dropout: float = 0.0) -> None:
@@ -132,7 +132,7 @@ def batch_norms(model: nn.Module) -> list[BatchNorm2d]:
 
 
 def batch_statistics(layers: list[BatchNorm2d]) -> Tensor:
-    """Return the last training pass's statistics, float32 [2 * channels]: the means of all layers, then the variances."""
+    """Return the last training pass's statistics, float32 [2 * channels]: all layers' means, then the variances."""
     return torch.cat([*(layer.batch_mean for layer in layers), *(layer.batch_var for layer in layers)])
 
 
@@ -140,9 +140,9 @@ def merge_statistics(layers: list[BatchNorm2d], found: Tensor, shares: Tensor, i
     """Update the running statistics of all layers from M micro-batches.
 
     `found`, float32 [M, 2 * channels], holds the means of all layers, then the variances; `shares`, float32 [M], each
-    micro-batch's share of the examples. If `is_sound`, bool [], is false, nothing changes. The variance of the union is
-    the mean of the variances plus the variance of the means. That is exact for biased variances, and off by a share of at
-    most M / (B * H * W) for unbiased ones.
+    micro-batch's share of the examples. If `is_sound`, bool [], is false, nothing changes. The variance of the union
+    is the mean of the variances plus the variance of the means. That is exact for biased variances, and off by a
+    share of at most M / (B * H * W) for unbiased ones.
     """
     widths = [layer.num_features for layer in layers]
     running: list[Any] = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]

@@ -37,7 +37,7 @@ def row_keys(key: int | Tensor, start: int, stop: int, device: torch.device) -> 
 
 
 def uniform(keys: Tensor, num: int, salt: int = 0) -> Tensor:
-    """Return float32 [B, num] in [0, 1), 24 random bits each, from row keys int64 [B]. `salt` is the first column to draw."""
+    """Return float32 [B, num] in [0, 1), 24 random bits each, from row keys int64 [B]. `salt` is the first column."""
     columns = torch.arange(salt + 1, salt + num + 1, dtype=torch.int64, device=keys.device)
     bits = mix64(keys[:, None] + columns * _signed(GOLDEN))
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24

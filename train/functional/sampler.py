@@ -75,7 +75,7 @@ class Sampler:
         return self.batch_rows(step) == self.global_batch_size
 
     def micro_batch(self, step: int, index: int) -> tuple[int, int]:
-        """Return the rows [start, stop) of the global batch in micro-batch `index`. A tiny last batch has empty ones."""
+        """Return the rows [start, stop) of the global batch in micro-batch `index`, possibly none."""
         return share(self.batch_rows(step), self.num_micro_batches, index)
 
     def own_micro_batches(self, rank: int, world_size: int) -> range:
@@ -102,7 +102,7 @@ class Sampler:
 
 
 def coverage_checksum(examples: NDArray[np.int64]) -> int:
-    """Sum the hashes of examples mod 2**64, so that their order is irrelevant. Different multisets almost never collide."""
+    """Return the sum of the examples' hashes mod 2**64, in any order. Different multisets almost never agree."""
     return int(mix64(examples.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(1)).sum(dtype=np.uint64))
 
 

@@ -1,7 +1,8 @@
 """The tables on the device from which steps read their inputs and into which they write their results, a row per step.
 
-Invariant: everything that changes from one step to the next is in row `row_index`, which is itself a tensor on the device.
-The device's work is therefore the same in every step. A CUDA graph can repeat it, and no step waits for the host.
+Invariant: everything that changes from one step to the next is in row `row_index`, which is itself a tensor on the
+device. The device's work is therefore the same in every step. A CUDA graph can repeat it, and no step waits for the
+host.
 """
 
 import math
@@ -23,8 +24,8 @@ MAX_EXAMPLES, MAX_STEPS = 1 << 17, 4096  # of a stretch
 class StepStatistics:
     """The numbers of the current step: named views of one float64 tensor [M + 2, 2 + 2 * channels] for M micro-batches.
 
-    A rank writes the numbers that it computes and leaves zeros elsewhere. Adding zeros is exact, so the sum over the ranks
-    has the same bits on any world size.
+    A rank writes the numbers that it computes and leaves zeros elsewhere. Adding zeros is exact, so the sum over the
+    ranks has the same bits on any world size.
     """
 
     def __init__(self, num_micro_batches: int, num_channels: int, world_size: int, device: torch.device) -> None:
