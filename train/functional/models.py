@@ -83,7 +83,7 @@ class Vgg(nn.Module):
     """A chain of convolutions with BatchNorm (after VGG; Simonyan and Zisserman, 2014) and one linear layer.
 
     `layers` lists (width, kernel, padding, has_pool). Pooling comes before BatchNorm and ReLU, which then cost a
-    quarter. Max pooling commutes with ReLU, so nothing is lost.
+    quarter. Max pooling commutes with ReLU.
     """
 
     def __init__(self, layers: tuple[tuple[int, int, int, bool], ...], dropout: float = 0.0) -> None:
