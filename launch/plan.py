@@ -64,14 +64,14 @@ def shares(sampler: "Sampler", step: int, world_size: int) -> Shares:
 
 def check_epoch(sampler: "Sampler", world_size: int) -> str:
     """Return the checksum of an epoch over all ranks. Raise RuntimeError unless each example is used exactly once."""
-    from train.functional.sampler import expected_ledger, ledger_sum
+    from train.functional.sampler import coverage_checksum, expected_coverage
 
     total = count = 0
     for step in range(sampler.steps_per_epoch):
         for rank in range(world_size):
             examples = sampler.rank_examples(step, rank, world_size)
-            total, count = (total + ledger_sum(examples)) % 2**64, count + len(examples)
-    if (total, count) != expected_ledger(sampler.num_examples, 1 << 20):
+            total, count = (total + coverage_checksum(examples)) % 2**64, count + len(examples)
+    if (total, count) != expected_coverage(sampler.num_examples, 1 << 20):
         raise RuntimeError(f"All {world_size} ranks use {count} examples, checksum {total:016x}: not an epoch.")
     return f"{total:016x}"
 

@@ -183,7 +183,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) 
         ("--train.precision fp16", "fp16 needs a GPU"),
         ("--train.device cuda", "shows no GPU"),
         ("--data.validation 1438", "data.validation is 1438"),
-        ("--data.name kmnist --data.download false", "kmnist cannot be had"),
+        ("--data.name kmnist --data.download false", "kmnist not found"),
     ],
 )
 @pytest.mark.filterwarnings("default")

@@ -14,7 +14,7 @@ from train.cli import to_yaml
 from train.config import Config
 from train.errors import RunError, UserError
 from train.evaluate import Result, evaluate
-from train.functional.sampler import expected_ledger
+from train.functional.sampler import expected_coverage
 from train.rundir import Row, RunDir, Summary
 from train.state import Ledger, Plan, State, restore, set_up, snapshot
 from train.step import prepare_step
@@ -166,7 +166,7 @@ def evaluate_all(plan: Plan, state: State) -> dict[str, Result]:
 
 def close_epoch(plan: Plan, state: State) -> None:
     """Check that the epoch that ends used each example exactly once. Collective: every rank must call it."""
-    expected, found = expected_ledger(plan.sampler.num_examples, 1 << 20), state.ledger.reduced(plan.world)
+    expected, found = expected_coverage(plan.sampler.num_examples, 1 << 20), state.ledger.reduced(plan.world)
     if found != expected:
         raise RuntimeError(
             f"The sample ledger of the epoch that ended at step {state.step} has {found[1]} examples with sum "

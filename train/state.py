@@ -14,7 +14,7 @@ from torch import nn
 from train.config import Config
 from train.errors import UserError, one_line
 from train.functional import models, optim
-from train.functional.sampler import Sampler, ledger_sum
+from train.functional.sampler import Sampler, coverage_checksum
 from train.functional.tables import StepTables
 from train.functional.trajectory import differences, trajectory
 from train.storage import checkpoint
@@ -45,7 +45,7 @@ class Ledger:
     def fold(self) -> None:
         """Put what is pending into the sum."""
         if self.pending:
-            self.total = (self.total + ledger_sum(np.concatenate(self.pending))) % 2**64
+            self.total = (self.total + coverage_checksum(np.concatenate(self.pending))) % 2**64
             self.pending.clear()
 
     def reduced(self, world: World) -> tuple[int, int]:
@@ -190,7 +190,7 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     tables.loss_scale = reducer.loss_scale
     tables.has_scaler = world.accelerator.scaler is not None
     if world.device.type != "cpu":
-        tables.hold_lr(optimizer)
+        tables.keep_lr_on_device(optimizer)
     should_record = config.train.cuda_graphs != "off" and not why_not_recordable(world)
     if should_record:
         leave_default_stream(world.device)
@@ -215,7 +215,7 @@ def snapshot(plan: Plan, state: State) -> checkpoint.Snapshot:
         "schema": checkpoint.SCHEMA,
         "step": state.step,
         "trajectory": trajectory(plan.config),
-        "micro_batches": plan.sampler.micro_batches if plan.config.train.micro_batches else 0,
+        "micro_batches": plan.sampler.num_micro_batches if plan.config.train.micro_batches else 0,
         "data_sha256": plan.data.sha256,
         "normalization": {"mean": plan.data.mean, "std": plan.data.std},
         "ledger": dict(zip(("sum", "count"), state.ledger.reduced(plan.world), strict=True)),

@@ -39,7 +39,7 @@ def train_step(plan: Plan, state: State) -> None:
     world, clock, tables = plan.world, plan.world.clock, plan.tables
     statistics, is_alone = tables.statistics, world.world_size == 1
     num_examples = plan.sampler.batch_rows(state.step)
-    loss_weight, shares = tables.weights(num_examples)
+    loss_weight, shares = tables.loss_weights(num_examples)
     if not is_alone:
         statistics.summed.zero_()
     batch = _own_rows(plan, state.step)
@@ -66,7 +66,7 @@ def train_step(plan: Plan, state: State) -> None:
     found_inf = tables.found_inf()
     if state.batch_norms:
         models.merge_statistics(state.batch_norms, statistics.batch_norms.float(), shares, found_inf == 0)
-    tables.next_lr()
+    tables.load_lr()
     optimizer = state.optimizer.optimizer
     optimizer.found_inf = found_inf  # the fused kernels read it on the device
     # accelerate's wrapper is for the scaler. It also looks for packages on the disk, in every step.
@@ -74,7 +74,7 @@ def train_step(plan: Plan, state: State) -> None:
     optimizer.zero_grad(set_to_none=True)
     if state.ema:
         state.ema.update(state.module)
-    tables.keep()
+    tables.store_result()
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def _own_rows(plan: Plan, step: int) -> _Rows:
     config, data, tables = plan.config, plan.data, plan.tables
     start, _ = plan.sampler.rank_rows(step, plan.world.rank, plan.world.world_size)
     is_whole = plan.sampler.is_whole(step)
-    rows = tables.rows.index_select(0, tables.place)[0] if is_whole else tables.short_rows
+    rows = tables.rows.index_select(0, tables.row_index)[0] if is_whole else tables.short_rows
     images, labels = data.train.images[rows], data.train.labels[rows]
-    keys = tables.keys.index_select(0, tables.place)[0] if tables.has_keys else None
+    keys = tables.keys.index_select(0, tables.row_index)[0] if tables.has_keys else None
 
     def row_keys(column: int, is_on: object) -> Tensor | None:
         return rng.row_keys(keys[column], start, start + len(rows), rows.device) if keys is not None and is_on else None

@@ -35,7 +35,7 @@ def warm_up(plan: Plan, state: State, notify: Callable[[str], None]) -> Callable
         state.step += 1  # a whole batch: most are, and a recording repeats one size
     plan.tables.fill(state.step)
     for _ in range(graphs.CALLS_BEFORE if plan.should_record else 1):
-        plan.tables.place.zero_()
+        plan.tables.row_index.zero_()
         train_step(plan, state)
     if plan.should_record and sampler.is_whole(state.step):
         try:

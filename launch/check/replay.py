@@ -94,7 +94,7 @@ class Comparison:
         if step in self.weights:
             words.append("weights agree" if is_same else "weights DIFFER")
             self.num_saves += is_same and is_requested
-        for name, (value,) in fingerprint.encode(plan.tables.read(step - 1, step)).items():
+        for name, (value,) in fingerprint.encode(plan.tables.read_results(step - 1, step)).items():
             there = self.recorded[name].get(step, value)  # a step before those that were asked for may lack it
             is_same &= value == there
             outcome = f"{value} agrees" if value == there else f"DIFFERS: {fingerprint.difference(name, value, there)}"

@@ -1,4 +1,4 @@
-"""train.augment: normalization alone when off; otherwise a function of the rows' keys."""
+"""Augmentation is a function of the rows' keys, and only normalizes when it is off."""
 
 from typing import Any
 
@@ -24,19 +24,19 @@ EVERY = [
 
 
 def batch(num: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random images without a zero pixel, uint8 [num,1,28,28], and their keys."""
+    """Return random images without a zero pixel, uint8 [num,1,28,28], and their keys."""
     images = torch.randint(1, 256, (num, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return images, row_keys(key(seed, "augment", 0), 0, num, CPU)
 
 
 def blob() -> Tensor:
-    """One smooth image off its centre, float [1,1,28,28] in 0..255."""
+    """Return one smooth blob off the centre, float [1,1,28,28] in 0..255."""
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     return 255 * torch.exp(-((y - 9) ** 2 + (x - 13.5) ** 2) / 18)[None, None]
 
 
 def centre(images: Tensor) -> Tensor:
-    """Centres of mass relative to the images' middle, float [B,2] (y, x)."""
+    """Return the centres of mass relative to the images' middle, float [B,2] (y, x)."""
     weights = images[:, 0] / images.sum((1, 2, 3))[:, None, None]
     axis = torch.arange(28.0) - 13.5
     return torch.stack(((weights.sum(2) * axis).sum(1), (weights.sum(1) * axis).sum(1)), 1)
@@ -109,7 +109,7 @@ def test_affine_without_any_change_is_the_identity() -> None:
     assert torch.allclose(affine(images, keys, AugmentConfig()), images.float(), atol=0.01)
 
 
-def test_affine_turns_by_at_most_its_angle_to_both_sides() -> None:
+def test_affine_rotates_both_ways_by_at_most_its_angle() -> None:
     keys = row_keys(key(0, "augment", 0), 0, 400, CPU)
     found = centre(affine(blob().expand(400, -1, -1, -1), keys, AugmentConfig(rotate=30.0)))
     angles = torch.rad2deg(torch.atan2(found[:, 1], -found[:, 0]))

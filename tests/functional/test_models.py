@@ -1,4 +1,4 @@
-"""train.models: sizes, initial weights from the seed alone, dropout by keys, BatchNorm merged over micro-batches."""
+"""Models: sizes, initial weights from the seed alone, dropout by keys, BatchNorm merged over micro-batches."""
 
 import random
 
@@ -27,7 +27,7 @@ def keys(num: int, step: int = 0) -> Tensor:
 
 
 def norm_pair(channels: int = 5) -> tuple[BatchNorm2d, nn.BatchNorm2d]:
-    """Our BatchNorm and torch's, with the same weights, in training."""
+    """Return our BatchNorm and torch's, with the same weights, in training mode."""
     ours, theirs = BatchNorm2d(channels), nn.BatchNorm2d(channels)
     generator = torch.Generator().manual_seed(1)
     for name in ("weight", "bias", "running_mean"):
@@ -81,7 +81,7 @@ def test_build_leaves_the_global_generators_alone() -> None:
     assert np.random.get_state()[1].tolist() == before[2]  # type: ignore[index]
 
 
-def test_build_takes_any_seed() -> None:
+def test_build_accepts_any_seed() -> None:
     for seed in (0, 2**63, 2**64 - 1, 10**30):
         assert bool(build(ModelConfig(name="tiny"), seed).fc2.weight.isfinite().all())
 
@@ -156,7 +156,7 @@ def test_merge_of_micro_batches_equals_the_pooled_statistics(cuts: list[int]) ->
     batch = inputs(16, 5, 12) * torch.arange(1, 17)[:, None, None, None] + torch.arange(16)[:, None, None, None]
     ours, _ = norm_pair()
     start_mean, start_var = ours.running_mean.clone(), ours.running_var.clone()  # type: ignore[union-attr]
-    parts = [part if len(part) else batch[:1] for part in batch.split(cuts)]  # nothing: one example that weighs nothing
+    parts = [part if len(part) else batch[:1] for part in batch.split(cuts)]  # an empty part: one example with weight 0
     means = torch.stack([part.mean((0, 2, 3)) for part in parts])
     variances = torch.stack([part.var((0, 2, 3), unbiased=False) for part in parts])
     merge(ours, means, variances, cuts)
@@ -180,7 +180,7 @@ def test_merge_of_what_forward_left_is_close_to_one_big_batch(parts: int) -> Non
     assert torch.allclose(ours.running_var, theirs.running_var, rtol=2 * bias)  # type: ignore[arg-type]
 
 
-def test_cnn_is_the_composition_that_its_docstring_says() -> None:
+def test_cnn_is_the_composition_in_its_docstring() -> None:
     model, batch = build(ModelConfig(name="tiny"), 0), inputs()
     features = F.max_pool2d(F.relu(model.conv1(batch)), 2)
     features = F.max_pool2d(F.relu(model.conv2(features)), 2)
@@ -188,8 +188,8 @@ def test_cnn_is_the_composition_that_its_docstring_says() -> None:
 
 
 @pytest.mark.parametrize(("num_examples", "micro_batches"), [(100, 8), (37, 5), (3, 8), (64, 1), (60_000, 7)])
-def test_statistics_weigh_as_the_sampler_cuts(num_examples: int, micro_batches: int) -> None:
-    """A step computes the shares of its micro-batches on the device; the sampler, which cuts them, on the host."""
+def test_shares_of_statistics_follow_the_samplers_bounds(num_examples: int, micro_batches: int) -> None:
+    """A step computes its micro-batches' shares on the device; the sampler computes their bounds on the host."""
     sampler = Sampler(num_examples, 64, micro_batches, 0)
     for step in (0, sampler.steps_per_epoch - 1):
         bounds = [sampler.micro_batch(step, index) for index in range(micro_batches)]
@@ -200,7 +200,7 @@ def test_statistics_weigh_as_the_sampler_cuts(num_examples: int, micro_batches: 
 
 @pytest.mark.parametrize("is_sound", [True, False])
 def test_layers_that_are_merged_together_get_the_bits_of_each_alone(is_sound: bool) -> None:
-    """Also where the statistics are broken: then nothing changes."""
+    """Broken statistics change nothing."""
     together, alone = [[BatchNorm2d(width) for width in (4, 32, 17)] for _ in range(2)]
     rows, counts = 8, [5, 3, 8, 8, 1, 8, 8, 8]
     means, variances = ([inputs(rows, width, 1)[:, :, 0, 0].square() for width in (4, 32, 17)] for _ in range(2))

@@ -150,14 +150,14 @@ def test_steps_that_the_fp16_scaler_leaves_out_are_not_mistaken_for_it(world: Wo
     overflow = next(run.state.module.parameters()).register_hook(lambda gradient: gradient * torch.inf)
     before = run.sha256()
     run.steps()
-    (result,) = run.plan.tables.read(0, 1)
+    (result,) = run.plan.tables.read_results(0, 1)
     assert not math.isfinite(result.grad_norm)
     assert run.sha256() == before
     assert scaler.get_scale() == 2.0**15  # from 2**16
     overflow.remove()
     run.steps()
     assert run.sha256() != before
-    assert not any(is_skipped(run.plan, run.state, result) for result in run.plan.tables.read(0, 2))
+    assert not any(is_skipped(run.plan, run.state, result) for result in run.plan.tables.read_results(0, 2))
     assert run.state.skipped_steps == 0
 
 

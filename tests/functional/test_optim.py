@@ -1,4 +1,4 @@
-"""train.optim: the closed forms of lr against torch's schedulers, the groups, the moving average, the norm."""
+"""The learning rates are torch's schedulers', and so are the updates, the moving average and the norm."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ SCHEDULES = ("one_cycle", "cosine", "linear", "constant")
 
 
 def torch_lrs(make: object, total_steps: int, base: float) -> list[float]:
-    """What a torch scheduler sets in each step."""
+    """Return the learning rates that a torch scheduler sets."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
     scheduler = make(optimizer)  # type: ignore[operator]
     found = []
@@ -37,7 +37,7 @@ def our_lrs(config: OptimConfig, total_steps: int) -> list[float]:
 @pytest.mark.parametrize(("total_steps", "warmup"), [(10, 0.2), (100, 0.3), (235, 0.2), (50, 0.5), (1000, 0.05)])
 @pytest.mark.parametrize("final_lr", [0.01, 0.5])
 def test_lr_one_cycle_is_torchs(total_steps: int, warmup: float, final_lr: float) -> None:
-    """torch peaks at pct * total - 1 and ends at total - 1: with one more step and that peak both are one curve."""
+    """Torch peaks at pct * total - 1 and ends at total - 1, so it gets one more step and the share with our peak."""
     config = OptimConfig(lr=0.3, schedule="one_cycle", warmup=warmup, final_lr=final_lr)
     share = (warmup * total_steps + 1) / (total_steps + 1)
 
@@ -144,7 +144,7 @@ def test_build_updates_as_torchs_plain_optimizer(name: str) -> None:
         assert torch.allclose(left, right, rtol=1e-4, atol=1e-6)
 
 
-def test_build_takes_sgd_without_momentum() -> None:
+def test_build_accepts_sgd_without_momentum() -> None:
     model = nn.Linear(2, 2)
     model.weight.grad, model.bias.grad = torch.ones(2, 2), torch.ones(2)
     before = model.weight.detach().clone()
@@ -171,7 +171,7 @@ def test_ema_matches_torchs_averaged_model(name: str, decay: float) -> None:
         assert not torch.equal(tensor, model.state_dict()[key]), key
 
 
-def test_ema_is_a_copy_that_is_only_evaluated() -> None:
+def test_ema_is_a_copy_in_evaluation_mode() -> None:
     model = build_model(ModelConfig(name="tiny_bn"), 0).train()
     ema = Ema(model, 0.9)
     assert model.training

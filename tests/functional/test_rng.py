@@ -1,4 +1,4 @@
-"""train.rng: bits that depend on (key, row, column) alone, the same as numpy's, and uniform."""
+"""Random bits depend on (key, row, column) alone, are the same as numpy's, and are uniform."""
 
 import itertools
 
@@ -39,7 +39,7 @@ def test_row_keys_are_numpys() -> None:
 
 
 def test_uniform_is_pinned() -> None:
-    """A change of these numbers changes every run that was ever made."""
+    """If these numbers change, the result of every run changes."""
     found = uniform(row_keys(hashing.key(0, "augment", 0), 0, 2, CPU), 2) * 2**24
     assert found.to(torch.int64).tolist() == PINNED
 

@@ -1,4 +1,4 @@
-"""train.sampler: each example once, the same order on any world size, and an order that looks random."""
+"""The sampler uses each example once, in an order that is the same on any world size and passes for random."""
 
 import itertools
 import time
@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from train.functional.hashing import key, mix64
-from train.functional.sampler import Sampler, expected_ledger, ledger_sum, permute, share
+from train.functional.sampler import Sampler, coverage_checksum, expected_coverage, permute, share
 
 PINNED = ([9306, 53218, 21082, 21579], [54210, 22312, 48372, 26207])  # the first rows of epochs 0 and 1 of seed 0
 WORLD_SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 60, 64, 100, 1000, 4095, 4096)
 
 
 def epoch_examples(sampler: Sampler, epoch: int) -> NDArray[np.int64]:
-    """An epoch's examples in their order."""
+    """Return an epoch's examples in their order."""
     steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
     return np.concatenate([sampler.examples(step, 0, sampler.batch_rows(step)) for step in steps])
 
@@ -35,7 +35,7 @@ def test_epoch_uses_each_example_exactly_once(size: int, batch: int, seed: int, 
 
 @given(size=st.integers(1, 700), batch=st.integers(1, 300), step=st.integers(0, 10**6), seed=st.integers(0, 2**70))
 @settings(deadline=None, max_examples=50)
-def test_kept_order_is_the_computed_one(size: int, batch: int, step: int, seed: int) -> None:
+def test_cached_order_is_the_computed_one(size: int, batch: int, step: int, seed: int) -> None:
     kept, computed = Sampler(size, batch, 1, seed), Sampler(size, batch, 1, seed, kept_examples=0)
     rows = kept.batch_rows(step)
     assert np.array_equal(kept.examples(step, 0, rows), computed.examples(step, 0, rows))
@@ -104,7 +104,7 @@ def test_share_cuts_without_gap_at_every_world_size_to_4096() -> None:
         assert sizes.max() - sizes.min() <= 1
 
 
-def test_rank_too_many_gets_nothing() -> None:
+def test_ranks_without_micro_batches_get_no_examples() -> None:
     sampler = Sampler(100, 10, 2, seed=0)
     parts = [sampler.rank_examples(4, rank, 5) for rank in range(5)]
     assert sorted(len(part) for part in parts) == [0, 0, 0, 5, 5]
@@ -114,7 +114,7 @@ def test_rank_too_many_gets_nothing() -> None:
 @pytest.mark.parametrize(
     ("size", "batch", "rows"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 8, [3]), (1, 1, [1]), (9, 4, [4, 4, 1])]
 )
-def test_uneven_tail_has_the_rest_and_nothing_else(size: int, batch: int, rows: list[int]) -> None:
+def test_last_batch_has_the_remaining_examples(size: int, batch: int, rows: list[int]) -> None:
     sampler = Sampler(size, batch, 4, seed=1)
     assert sampler.steps_per_epoch == len(rows)
     for epoch in (0, 3):
@@ -137,7 +137,7 @@ def test_order_differs_by_epoch_and_by_seed() -> None:
 
 
 def test_order_is_pinned() -> None:
-    """A change of these numbers changes every run that was ever made."""
+    """If these numbers change, the result of every run changes."""
     sampler = Sampler(60_000, 512, 8, seed=0)
     assert sampler.examples(0, 0, 4).tolist() == PINNED[0]
     assert sampler.examples(118, 0, 4).tolist() == PINNED[1]
@@ -214,16 +214,16 @@ def test_key_tells_seed_purpose_and_epoch_apart() -> None:
 
 
 @given(size=st.integers(2, 500), data=st.data())
-def test_ledger_notices_one_doubled_and_one_missing(size: int, data: st.DataObject) -> None:
+def test_coverage_checksum_finds_one_doubled_and_one_missing(size: int, data: st.DataObject) -> None:
     doubled = data.draw(st.integers(0, size - 1))
     missing = data.draw(st.integers(0, size - 1).filter(lambda number: number != doubled))
     examples = np.arange(size)
-    expected, count = expected_ledger(size, 64)
-    assert (ledger_sum(np.random.default_rng(0).permutation(examples)), size) == (expected, count)
+    expected, count = expected_coverage(size, 64)
+    assert (coverage_checksum(np.random.default_rng(0).permutation(examples)), size) == (expected, count)
     examples[missing] = doubled
-    assert ledger_sum(examples) != expected
+    assert coverage_checksum(examples) != expected
 
 
-@given(size=st.integers(1, 2000), portion=st.integers(1, 2500))
-def test_ledger_adds_up_over_any_portions(size: int, portion: int) -> None:
-    assert expected_ledger(size, portion) == (ledger_sum(np.arange(size)), size)
+@given(size=st.integers(1, 2000), chunk_size=st.integers(1, 2500))
+def test_coverage_checksum_adds_up_over_chunks_of_any_size(size: int, chunk_size: int) -> None:
+    assert expected_coverage(size, chunk_size) == (coverage_checksum(np.arange(size)), size)

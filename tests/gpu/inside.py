@@ -48,7 +48,7 @@ class Lab:
             while state.step < steps:
                 make_step()
                 if state.step in (plan.tables.stop, steps):  # the tables hold a stretch of steps, an epoch here
-                    found += plan.tables.read(len(found), state.step)
+                    found += plan.tables.read_results(len(found), state.step)
             weights = checkpoint.tensors_sha256(state.module.state_dict())
         return [each.loss for each in found], [each.grad_norm for each in found], weights
 

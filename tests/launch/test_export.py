@@ -183,7 +183,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "output in a file": (["{}/run", "--output", "{}/run/config.yaml/m.onnx"], "cannot be written"),
     "train argument": (["{}/run", "--", "--optim.lrr", "1"], "Did you mean optim.lr?"),
     "other data": (["{}/run", "--", "--data.name", "random"], "The data are not the run's"),
-    "data": (["{}/run", "--", "--data.name", "kmnist", "--data.download", "false"], "kmnist cannot be had"),
+    "data": (["{}/run", "--", "--data.name", "kmnist", "--data.download", "false"], "kmnist not found"),
 }
 
 

@@ -221,7 +221,7 @@ def runs_ahead() -> None:
 
         train.tracking.journal.Journal._log = log  # type: ignore[method-assign]
     if "MOST_ROWS" in os.environ:
-        train.functional.tables.MOST_ROWS = int(os.environ["MOST_ROWS"])
+        train.functional.tables.MAX_EXAMPLES = int(os.environ["MOST_ROWS"])
 
 
 def runs_ahead_with_broken_loss() -> None:

@@ -141,7 +141,7 @@ def mean_of_means() -> None:
     def loss(plan: Plan, model: nn.Module, index: int, batch: Any) -> Tensor:
         sampler = plan.sampler
         start, stop = sampler.micro_batch(batch.step, index)
-        weight = sampler.batch_rows(batch.step) / sampler.micro_batches / max(stop - start, 1)
+        weight = sampler.batch_rows(batch.step) / sampler.num_micro_batches / max(stop - start, 1)
         return micro_batch_loss(plan, model, index, batch) * weight
 
     train.step._micro_batch_loss = loss

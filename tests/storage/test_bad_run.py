@@ -1,4 +1,4 @@
-"""Whatever lies in a run directory: checkpoints that are none are refused in one line and kept, damaged records made anew."""
+"""Malformed checkpoints are refused in one line and kept. Damaged records are written again."""
 
 import dataclasses
 import shutil
@@ -15,11 +15,11 @@ from test_checkpoint import DAMAGES
 from train.__main__ import main
 from train.storage import checkpoint
 
-# What is whole and yet no checkpoint of this run: checksums prove that nothing was hurt, not who wrote it
+# Checkpoints that verify but do not belong to this run. Checksums do not prove who wrote a file.
 
 
 def meta(**changes: Any) -> Callable[[checkpoint.Snapshot], checkpoint.Snapshot]:
-    """State whose JSON has other values; `...` removes one."""
+    """Return a change of the values in the JSON file; `...` removes one."""
 
     def change(state: checkpoint.Snapshot) -> checkpoint.Snapshot:
         kept = {name: value for name, value in {**state.meta, **changes}.items() if value is not ...}
@@ -29,7 +29,7 @@ def meta(**changes: Any) -> Callable[[checkpoint.Snapshot], checkpoint.Snapshot]
 
 
 def model(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[checkpoint.Snapshot], checkpoint.Snapshot]:
-    """State whose model's tensors were changed in place."""
+    """Return a change of the model's tensors, in place."""
 
     def changed(state: checkpoint.Snapshot) -> checkpoint.Snapshot:
         change(state.model)
@@ -55,7 +55,7 @@ STATES: dict[str, Callable[[checkpoint.Snapshot], checkpoint.Snapshot]] = {
     "no best": meta(best=...),
     "best is a number": meta(best=3),
     "best without accuracy": meta(best={"step": 1}),
-    "no contract": meta(contract=...),
+    "no environment": meta(environment=...),
     "no data": meta(data_sha256=...),
     "data is a number": meta(data_sha256=7),
     "other data": meta(data_sha256="0" * 64),
@@ -80,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damaged(run: Path, case: str, path: Path) -> Path:
-    """A copy of the run whose only checkpoint is damaged."""
+    """Copy the run and damage its only checkpoint."""
     shutil.copytree(run, path)
     only = path / "checkpoints" / "step-00000002"
     if case in STATES:
@@ -121,8 +121,8 @@ RUN_FILES = {
 @pytest.mark.parametrize(
     ("name", "number"), [(name, at) for name, contents in RUN_FILES.items() for at in range(len(contents))]
 )
-def test_run_goes_on_where_its_records_are_damaged(name: str, number: int, run: Path, tmp_path: Path) -> None:
-    """They are no part of the state: the log starts anew, the summary and the config are written again."""
+def test_run_with_damaged_records_resumes(name: str, number: int, run: Path, tmp_path: Path) -> None:
+    """Records are not part of the state. The log starts again, the summary and the config are written again."""
     path = shutil.copytree(run, tmp_path / "run")
     (path / name).write_bytes(RUN_FILES[name][number])
     assert main(arguments(path, FAST)) == 0

@@ -1,4 +1,4 @@
-"""train.checkpoint on the disk: whole or not there, verified before use, never deleted when damaged."""
+"""train.storage.checkpoint on the disk: whole or absent, verified before use, never deleted when damaged."""
 
 import hashlib
 import json
@@ -31,18 +31,18 @@ def prune(checkpoints: Path, keep: int, needed: set[int]) -> None:
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Path:
-    """The checkpoints of a run: beside them stands its lock while one writes."""
+    """Return the directory of a run's checkpoints. The run's lock is next to it."""
     (tmp_path / "checkpoints").mkdir()
     return tmp_path / "checkpoints"
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file under a directory with its content."""
+    """Return every file under a directory with its content."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """A damage that changes the content of one file."""
+    """Return a damage that changes the content of one file."""
     return lambda path: (path / name).write_bytes(change((path / name).read_bytes())) and None  # type: ignore[func-returns-value]
 
 
@@ -59,7 +59,7 @@ def half(content: bytes) -> bytes:
 
 
 def manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """A damage that changes the parsed manifest in place, or replaces it by what the change returns."""
+    """Return a damage that changes the parsed manifest in place, or replaces it by the change's result."""
 
     def damage(path: Path) -> None:
         parsed = json.loads((path / "manifest.json").read_text())
@@ -69,8 +69,8 @@ def manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return damage
 
 
-def promised(name: str, content: bytes) -> Callable[[Path], None]:
-    """A damage with a matching checksum: a file that was made so, not one that was hurt."""
+def with_checksum(name: str, content: bytes) -> Callable[[Path], None]:
+    """Return a damage with a matching checksum, as of a file that was written like this."""
 
     def damage(path: Path) -> None:
         (path / name).write_bytes(content)
@@ -105,7 +105,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "manifest is a list": ("", manifest(lambda parsed: [parsed])),
     "manifest is a number": ("", manifest(lambda parsed: 3)),
     "manifest without schema": ("schema", manifest(lambda parsed: parsed.pop("schema") and None)),
-    "later schema": ("schema 2", manifest(lambda parsed: parsed.update(schema=2))),
+    "later schema": ("format 99", manifest(lambda parsed: parsed.update(schema=99))),
     "manifest without sums": ("sha256", manifest(lambda parsed: parsed.pop("sha256") and None)),
     "sums are a list": ("", manifest(lambda parsed: parsed.update(sha256=["model.safetensors"]))),
     "sums are empty": ("state.json", manifest(lambda parsed: parsed.update(sha256={}))),
@@ -116,11 +116,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "listed file is not there": ("extra", manifest(lambda parsed: parsed["sha256"].update(extra="0" * 64))),
     "file outside": ("state.json", manifest(lambda p: p["sha256"].update({"../state.json": p["sha256"].pop("state.json")}))),
     "name with NUL": ("", manifest(lambda parsed: parsed["sha256"].update({"a\0b": "0" * 64}))),
-    "state is no JSON": ("", promised("state.json", b"{")),
-    "state is a list": ("", promised("state.json", b"[]")),
-    "state without step": ("step", promised("state.json", b"{}")),
-    "model is no safetensors": ("model.safetensors", promised("model.safetensors", b"garbage")),
-    "model of zeros": ("model.safetensors", promised("model.safetensors", bytes(100))),
+    "state is no JSON": ("", with_checksum("state.json", b"{")),
+    "state is a list": ("", with_checksum("state.json", b"[]")),
+    "state without step": ("step", with_checksum("state.json", b"{}")),
+    "model is no safetensors": ("model.safetensors", with_checksum("model.safetensors", b"garbage")),
+    "model of zeros": ("model.safetensors", with_checksum("model.safetensors", bytes(100))),
 }  # fmt: skip
 
 
@@ -130,15 +130,15 @@ def test_latest_skips_a_malformed_checkpoint_for_the_one_before(case: str, tmp_p
     word, damage = DAMAGES[case]
     damage(newer)
     before = tree(tmp_path)
-    said: list[str] = []
-    found = checkpoint.latest(tmp_path, said.append)
+    printed: list[str] = []
+    found = checkpoint.latest(tmp_path, printed.append)
     assert found is not None
     assert found[0] == older
     assert decode(found[1]).meta["step"] == 10
-    assert len(said) == 1
-    assert str(newer) in said[0]
-    assert word in said[0]
-    assert "\n" not in said[0]
+    assert len(printed) == 1
+    assert str(newer) in printed[0]
+    assert word in printed[0]
+    assert "\n" not in printed[0]
     assert tree(tmp_path) == before
 
 
@@ -147,11 +147,11 @@ def test_latest_refuses_when_none_is_whole_and_deletes_nothing(case: str, tmp_pa
     for path in write(tmp_path, 10, 20, 30):
         DAMAGES[case][1](path)
     before = tree(tmp_path)
-    said: list[str] = []
+    printed: list[str] = []
     with pytest.raises(UserError, match=r"None of the 3 checkpoints .* Nothing was deleted") as error:
-        checkpoint.latest(tmp_path, said.append)
+        checkpoint.latest(tmp_path, printed.append)
     assert str(tmp_path) in str(error.value)
-    assert len(said) == 3
+    assert len(printed) == 3
     assert tree(tmp_path) == before
 
 
@@ -197,7 +197,7 @@ def test_write_moves_a_damaged_checkpoint_of_the_step_aside(tmp_path: Path) -> N
         (path,) = write(tmp_path, 10)
         edit("model.safetensors", flip)(path)
         damaged.append(tree(path))
-    (tmp_path / "damaged-step-00000010-0").rename(tmp_path / "kept")  # a person looks at one: its number is free again
+    (tmp_path / "damaged-step-00000010-0").rename(tmp_path / "kept")  # a user moved one: its number is free again
     write(tmp_path, 10)
     assert decode(checkpoint.read(path)).meta["step"] == 10
     others = [tree(other) for other in tmp_path.iterdir() if other != path]
@@ -241,7 +241,7 @@ def test_prune_keeps_the_newest_and_the_best(keep: int, best: int | None, left: 
 
 def test_prune_neither_counts_nor_deletes_damaged_checkpoints(tmp_path: Path) -> None:
     paths = write(tmp_path, 10, 30)
-    edit("model.safetensors", flip)(paths[1])  # a run went on from 10 and saves 20 now
+    edit("model.safetensors", flip)(paths[1])  # a run resumed from 10 and saves 20 now
     write(tmp_path, 20)
     prune(tmp_path, 1, set())
     found = checkpoint.latest(tmp_path, lambda line: None)

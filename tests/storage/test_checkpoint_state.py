@@ -1,4 +1,4 @@
-"""States: the same bytes for the same state, the optimizer goes on as it was, and no pickle anywhere."""
+"""The same snapshot gives the same bytes, an optimizer resumes with the same bits, and no pickle anywhere."""
 
 import ast
 
@@ -64,7 +64,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, stop: 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_optimizer_goes_on_from_a_checkpoint_with_the_same_bits(name: str, memory_format: torch.memory_format) -> None:
+def test_optimizer_resumes_from_a_checkpoint_with_the_same_bits(name: str, memory_format: torch.memory_format) -> None:
     def fresh(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = models.build(ModelConfig(name="tiny_bn"), seed).to(memory_format=memory_format)  # type: ignore[call-overload]
         return model, optim.build(OptimConfig(name=name, weight_decay=0.01), model)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_restore_model_refuses_another_models_tensors() -> None:
 
 
 def dotted(node: ast.AST) -> str:
-    """The dotted name that an expression spells."""
+    """Return the dotted name of an expression."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"

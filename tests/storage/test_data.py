@@ -1,4 +1,4 @@
-"""train.data: what is trained on was verified, whatever lies on the disk; missing and damaged are different things."""
+"""train.storage.data: a run trains on verified data only, and tells missing files from damaged ones."""
 
 import gzip
 import hashlib
@@ -21,13 +21,13 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
 def idx(array: np.ndarray) -> bytes:
-    """An array of bytes in IDX format."""
+    """Encode an array of bytes in IDX format."""
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     return header + array.astype(np.uint8).tobytes()
 
 
 def contents() -> dict[str, bytes]:
-    """The four files of a tiny data set, unpacked."""
+    """Return the four files of a tiny data set, unpacked."""
     generator = np.random.default_rng(0)
     files = {}
     for name in data.FILES:
@@ -37,7 +37,7 @@ def contents() -> dict[str, bytes]:
 
 
 class Source:
-    """A root with a tiny data set whose checksums the code takes for MNIST's."""
+    """A root with a tiny data set whose checksums replace MNIST's."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         import torchvision.datasets
@@ -51,13 +51,13 @@ class Source:
         self.trust()
 
     def put(self, name: str, content: bytes, *, packed: bool) -> None:
-        """Place one file, packed or unpacked, instead of what was there."""
+        """Replace one file, packed or unpacked."""
         for path in (self.folder / name, self.folder / f"{name}.gz"):
             path.unlink(missing_ok=True)
         (self.folder / (f"{name}.gz" if packed else name)).write_bytes(content)
 
     def trust(self) -> None:
-        """Make the present files' checksums the expected ones."""
+        """Expect the checksums of the present files."""
         files = {f"{name}.gz": self.folder / f"{name}.gz" for name in data.FILES}
         sums = [
             (name, hashlib.md5(path.read_bytes()).hexdigest() if path.exists() else "0") for name, path in files.items()
@@ -71,7 +71,7 @@ class Source:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache directory of this test's own."""
+    """Return an empty cache directory for this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "lockstep"
 
@@ -86,7 +86,7 @@ def change(content: bytes, at: int, value: int) -> bytes:
 
 
 GOOD = contents()
-# what is wrong: (file, its unpacked content, words of the message)
+# {case: (file, its unpacked content, words of the message)}
 BAD_IDX: dict[str, tuple[str, bytes, list[str]]] = {
     "empty": (IMAGES, b"", ["nothing", "000008"]),
     "one_byte": (IMAGES, b"\0", ["00", "000008"]),
@@ -99,16 +99,16 @@ BAD_IDX: dict[str, tuple[str, bytes, list[str]]] = {
     "four_dimensions": (IMAGES, change(GOOD[IMAGES], 3, 4), ["00000804"]),
     "255_dimensions": (LABELS, change(GOOD[LABELS], 3, 255), ["000008ff"]),
     "two_dimensions": (IMAGES, change(GOOD[IMAGES], 3, 2), [str(len(GOOD[IMAGES])), "(12, 28)"]),
-    "header_only_magic": (LABELS, GOOD[LABELS][:4], ["4 bytes", "promises"]),
-    "header_cut": (IMAGES, GOOD[IMAGES][:10], ["10 bytes", "promises"]),
-    "no_data": (IMAGES, GOOD[IMAGES][:16], ["16 bytes", "(12, 28, 28)", "promises 9424"]),
-    "one_byte_short": (IMAGES, GOOD[IMAGES][:-1], ["9423 bytes", "promises 9424"]),
-    "one_byte_long": (LABELS, GOOD[LABELS] + b"\0", ["21 bytes", "promises 20"]),
-    "half": (IMAGES, GOOD[IMAGES][: len(GOOD[IMAGES]) // 2], ["promises 9424"]),
-    "twice": (LABELS, GOOD[LABELS] * 2, ["40 bytes", "promises 20"]),
-    "huge_header": (IMAGES, GOOD[IMAGES][:4] + b"\xff" * 12 + GOOD[IMAGES][16:], ["9424 bytes", "promises"]),
-    "overflowing_header": (IMAGES, b"\0\0\x08\x03" + b"\x80\0\0\0" * 2 + b"\0\0\0\x04", ["16 bytes", "promises"]),
-    "little_endian": (LABELS, b"\0\0\x08\x01\x0c\0\0\0" + GOOD[LABELS][8:], ["(201326592,)", "promises"]),
+    "header_only_magic": (LABELS, GOOD[LABELS][:4], ["4 bytes", "expected"]),
+    "header_cut": (IMAGES, GOOD[IMAGES][:10], ["10 bytes", "expected"]),
+    "no_data": (IMAGES, GOOD[IMAGES][:16], ["16 bytes", "(12, 28, 28)", "expected 9424"]),
+    "one_byte_short": (IMAGES, GOOD[IMAGES][:-1], ["9423 bytes", "expected 9424"]),
+    "one_byte_long": (LABELS, GOOD[LABELS] + b"\0", ["21 bytes", "expected 20"]),
+    "half": (IMAGES, GOOD[IMAGES][: len(GOOD[IMAGES]) // 2], ["expected 9424"]),
+    "twice": (LABELS, GOOD[LABELS] * 2, ["40 bytes", "expected 20"]),
+    "huge_header": (IMAGES, GOOD[IMAGES][:4] + b"\xff" * 12 + GOOD[IMAGES][16:], ["9424 bytes", "expected"]),
+    "overflowing_header": (IMAGES, b"\0\0\x08\x03" + b"\x80\0\0\0" * 2 + b"\0\0\0\x04", ["16 bytes", "expected"]),
+    "little_endian": (LABELS, b"\0\0\x08\x01\x0c\0\0\0" + GOOD[LABELS][8:], ["(201326592,)", "expected"]),
     "no_examples": (LABELS, idx(np.zeros(0)), ["(0,)", "(12,)"]),
     "no_images": (IMAGES, idx(np.zeros((0, 28, 28))), ["(0, 28, 28)", "(12, 28, 28)"]),
     "one_image_less": (IMAGES, idx(np.zeros((11, 28, 28))), ["(11, 28, 28)", "(12, 28, 28)"]),
@@ -133,18 +133,18 @@ BAD_GZIP = {
     "wrong_size": change(PACKED[IMAGES], len(PACKED[IMAGES]) - 1, 77),
     "damaged_stream": change(PACKED[IMAGES], 12, PACKED[IMAGES][12] ^ 0xFF),
     "unknown_method": change(PACKED[IMAGES], 2, 7),
-    "garbage_behind": PACKED[IMAGES] + b"garbage",
+    "garbage_after": PACKED[IMAGES] + b"garbage",
 }
 
 
 def refusal(source: Source, world: World, *, fallback: bool = True) -> str:
-    """Load what must be refused, with a fallback that must not be taken -> the message, one line."""
-    said: list[str] = []
+    """Load data that must be refused without falling back to digits, and return the message."""
+    printed: list[str] = []
     config = DataConfig(root=str(source.root), download=False, fallback=fallback)
     with pytest.raises(UserError) as error:
-        data.load(config, world, said.append)
+        data.load(config, world, printed.append)
     assert not isinstance(error.value, data.DataMissing)
-    assert said == []
+    assert printed == []
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -165,7 +165,7 @@ def test_load_refuses_a_damaged_gzip_file(case: str, source: Source, world: Worl
     source.trust()
     message = refusal(source, world)
     assert str(source.folder / f"{IMAGES}") in message
-    assert "Get it anew" in message or "000008" in message
+    assert "Get it again" in message or "000008" in message
 
 
 @pytest.mark.parametrize("at", [0, 9, 100, -1])
@@ -178,7 +178,7 @@ def test_load_refuses_a_file_with_another_checksum(at: int, source: Source, worl
     assert [word for word in (f"{IMAGES}.gz", found, expected, "Delete it") if word not in message] == []
 
 
-def test_load_refuses_a_directory_in_a_files_place(source: Source, world: World) -> None:
+def test_load_refuses_a_directory_in_place_of_a_file(source: Source, world: World) -> None:
     (source.folder / f"{IMAGES}.gz").unlink()
     (source.folder / f"{IMAGES}.gz").mkdir()
     assert IMAGES in refusal(source, world)
@@ -186,7 +186,9 @@ def test_load_refuses_a_directory_in_a_files_place(source: Source, world: World)
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("kind", ["pipe", "device", "sparse terabyte"])
-def test_load_refuses_what_would_never_end(kind: str, packed: bool, source: Source, world: World) -> None:
+def test_load_refuses_a_file_whose_reading_would_never_end(
+    kind: str, packed: bool, source: Source, world: World
+) -> None:
     (source.folder / f"{IMAGES}.gz").unlink()
     path = source.folder / (f"{IMAGES}.gz" if packed else IMAGES)
     if kind == "pipe":
@@ -225,14 +227,14 @@ def test_load_reads_every_layout(layout: str, source: Source, world: World, monk
     assert sorted(str(path) for path in source.root.rglob("*")) == before
 
 
-def test_load_takes_the_fallback_only_where_files_are_missing(tmp_path: Path, world: World) -> None:
-    said: list[str] = []
-    found = data.load(DataConfig(root=str(tmp_path), download=False, fallback=True), world, said.append)
+def test_load_falls_back_to_digits_only_if_files_are_missing(tmp_path: Path, world: World) -> None:
+    printed: list[str] = []
+    found = data.load(DataConfig(root=str(tmp_path), download=False, fallback=True), world, printed.append)
     assert (found.name, found.is_fallback, found.summary()["is_fallback"]) == ("digits", True, True)
-    assert len(said) == 1
-    assert "mnist IS MISSING" in said[0]
-    assert str(tmp_path) in said[0]
-    with pytest.raises(data.DataMissing, match="cannot be had"):
+    assert len(printed) == 1
+    assert printed[0].startswith("warning: training on digits")
+    assert str(tmp_path) in printed[0]
+    with pytest.raises(data.DataMissing, match="mnist not found"):
         data.load(DataConfig(root=str(tmp_path), download=False), world)
 
 
@@ -246,7 +248,7 @@ def test_load_names_the_file_that_is_missing(missing: str, source: Source, world
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist"])
-def test_load_says_how_to_get_files_when_the_download_fails(
+def test_load_names_the_ways_to_get_files_when_the_download_fails(
     name: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(name: str, root: Path) -> Path:
@@ -280,7 +282,7 @@ def test_digits_split_is_fixed_and_disjoint(world: World) -> None:
     assert found.sha256.startswith(DIGITS_SHA256)
 
 
-def test_random_is_the_same_everywhere_and_of_the_wanted_size(world: World) -> None:
+def test_random_is_always_the_same_and_has_the_requested_size(world: World) -> None:
     first, again = (data.load(DataConfig(name="random", random_examples=60), world) for _ in range(2))
     assert (len(first.train), len(first.test)) == (60, 10)
     assert first.sha256 == again.sha256

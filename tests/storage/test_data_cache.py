@@ -1,4 +1,4 @@
-"""train.storage.data's cache: light second starts, rebuilt when damaged, shared by processes, and nothing written elsewhere."""
+"""The cache of train.storage.data makes second starts light, is rebuilt when damaged, and is shared by processes."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from train.world.world import World
 SCRIPT = """
 import sys
 from train.config import DataConfig
-from train.data import prepare
+from train.storage.data import prepare
 tensors, sha256 = prepare(DataConfig(name=sys.argv[1], download=False))
 print(sha256, len(tensors["train_labels"]), sorted({"torchvision", "sklearn"} & set(sys.modules)))
 """
@@ -30,7 +30,7 @@ MNIST_SHA256 = "684eb9755d282ecaad7c8831258dbefcfcc8be9c90983540ddee884623313a3c
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache directory of this test's own."""
+    """Return an empty cache directory for this test alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "lockstep"
 
@@ -59,9 +59,8 @@ def test_mnist_is_read_from_packed_files_verified_and_cached(
     assert (found.mean / 255, found.std / 255) == pytest.approx((0.1307, 0.3081), abs=5e-5)
     assert found.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert found.test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
-    assert (
-        python("-c", SCRIPT, "mnist").stdout.strip() == f"{MNIST_SHA256} 60000 []"
-    )  # a second start needs no torchvision
+    # A second start needs no torchvision.
+    assert python("-c", SCRIPT, "mnist").stdout.strip() == f"{MNIST_SHA256} 60000 []"
     assert listing(mnist_root) == before
 
 
@@ -69,7 +68,7 @@ def flip(content: bytes) -> bytes:
     return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
 
 
-def without_promise(content: bytes) -> bytes:
+def without_checksum(content: bytes) -> bytes:
     return safetensors.torch.save(safetensors.torch.load(content))
 
 
@@ -87,7 +86,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "half": lambda content: content[: len(content) // 2],
     "flipped_bit": flip,
     "header": lambda content: b"\xff" * 8 + content[8:],
-    "no_promise": without_promise,
+    "no_checksum": without_checksum,
     "tensor_missing": with_tensor_missing,
 }
 
@@ -135,7 +134,7 @@ def test_two_processes_at_once_prepare_once_and_the_second_imports_no_parser(cac
 
 
 def test_images_are_shared_by_the_processes_of_a_machine(cache: Path, world: World) -> None:
-    """From the first start on: the images lie in the cache's file, mapped, and no page of it is this process's own."""
+    """From the first start on, images are mapped from the cache's file, and no page of them is private."""
     for _ in range(2):
         images = data.load(DataConfig(name="digits"), world).train.images
         images.sum()  # touch all of it
@@ -147,7 +146,7 @@ def test_images_are_shared_by_the_processes_of_a_machine(cache: Path, world: Wor
         assert int(re.search(r"(?m)^Rss: +(\d+) kB$", area)[1]) * 1024 >= images.nbytes  # type: ignore[index]
 
 
-def test_good_cache_is_read_while_somebody_holds_its_lock(cache: Path) -> None:
+def test_good_cache_is_read_while_another_process_holds_its_lock(cache: Path) -> None:
     config = DataConfig(name="digits")
     _, sha256 = data.prepare(config)
     with FileLock(cache / "digits.lock"):
@@ -155,10 +154,10 @@ def test_good_cache_is_read_while_somebody_holds_its_lock(cache: Path) -> None:
 
 
 def test_full_disk_costs_the_cache_and_not_the_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, content: bytes) -> int:
+    def full(source: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     tensors, sha256 = data.prepare(DataConfig(name="digits"))
     assert data.content_sha256(tensors) == sha256
     assert [path.name for path in cache.iterdir()] == ["digits.lock"]

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only, forbidden, over quota, broken or slow; crashes at every call: what was saved stays saved."""
+"""A saved checkpoint survives disks that are full, read-only, forbidden, over quota, broken or slow, and any crash."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ CHANGES = ("mkdir", "write", "fsync", "rename", "unlinkat", "rmdir")
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 KB in memory: room for some twenty checkpoints."""
+    """Mount a file system of 600 KB in memory, enough for some twenty checkpoints."""
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(
@@ -54,7 +54,7 @@ def wait_for_warning(ranks: Ranks) -> None:
 
 
 def check_whole(run: Path) -> list[int]:
-    """The steps of a run's checkpoints, all of which must be whole."""
+    """Return the steps of a run's checkpoints, all of which must be whole."""
     found = checkpoint.directories(run / "checkpoints")
     assert all(checkpoint.is_whole(path) for path in found)
     return sorted(checkpoint.step_of(path) or 0 for path in found)
@@ -75,7 +75,7 @@ def test_full_disk_costs_checkpoints_and_rows_come_later(tmp_path: Path, disk: P
     (disk / "filler").unlink()
     assert set(ranks.wait()) == {0}, ranks.output()
     assert re.fullmatch(
-        r"warning: no checkpoint of step \d+: No space left on device \(.*\). Training goes on.", warnings(ranks)[0]
+        r"warning: no checkpoint of step \d+: No space left on device \(.*\). Training continues.", warnings(ranks)[0]
     )
     assert json.loads((run / "summary.json").read_text())["weights_sha256"] == undisturbed["weights_sha256"]
     assert set(before) < set(check_whole(run))
@@ -103,7 +103,7 @@ def test_disk_full_to_the_end_is_one_line_and_nothing_is_lost(tmp_path: Path, di
 
 @pytest.fixture
 def open_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that another user may enter and write to, with a data cache of its own."""
+    """Return a directory that another user may enter and write to, with its own data cache."""
     place = Path(tempfile.mkdtemp(prefix="lockstep-test-"))
     place.chmod(0o777)
     cache = place / "cache"
@@ -176,7 +176,7 @@ def test_disk_that_fails_or_is_slow_for_a_while(tmp_path: Path, fault: str, says
             wait_for_warning(ranks)
         else:
             wait_for_step(run, 14)
-        strace.send_signal(signal.SIGTERM)  # the disk is well again
+        strace.send_signal(signal.SIGTERM)  # the disk works again
     assert ranks.wait() == [0], ranks.output()
     assert json.loads((run / "summary.json").read_text())["weights_sha256"] == undisturbed["weights_sha256"]
     assert says is None or says in warnings(ranks)[0]

@@ -1,4 +1,4 @@
-"""train.lease: one writer per run directory, and an old incarnation that wakes up writes nothing."""
+"""train.storage.lease: one writer per run directory, and an old attempt that wakes up writes nothing."""
 
 import json
 import multiprocessing
@@ -14,7 +14,7 @@ from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 from train.errors import UserError
 from train.rundir import RunDir
 from train.storage import checkpoint
-from train.storage.lease import Fenced, Lease, is_next_life
+from train.storage.lease import Fenced, Lease, is_later_attempt
 
 _context = multiprocessing.get_context("spawn")
 
@@ -38,7 +38,7 @@ def prune(lease: Lease) -> None:
 
 
 def hold(run: Path, pipe: Connection, job: str | None, restart: str) -> None:
-    """Another process that takes the lease, says so, and holds it until it is told to leave or killed."""
+    """Acquire the lease, report it, and hold it until told to leave (or killed). Runs in another process."""
     if job:
         os.environ |= {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": restart}
     with Lease(run, is_main=True):
@@ -81,10 +81,12 @@ def test_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> No
         assert [path.name for path in lease.checkpoints.iterdir()] == [lease.staging.name]
 
 
-def test_next_life_of_a_slurm_job_takes_over_from_a_silent_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_attempt_of_a_slurm_job_takes_over_from_a_silent_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process, pipe = other(tmp_path, "7", "0")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with pytest.raises(UserError, match=r"Slurm job 7, life 1"):  # the same life: a second srun in one job
+    with pytest.raises(UserError, match=r"Slurm job 7, attempt 1"):  # a second srun in the same attempt
         Lease(tmp_path, is_main=True)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with Lease(tmp_path, is_main=True):
@@ -93,25 +95,26 @@ def test_next_life_of_a_slurm_job_takes_over_from_a_silent_one(tmp_path: Path, m
         assert (tmp_path / ".lock").exists()
         monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
         monkeypatch.setenv("SLURM_JOB_ID", "8")
-        with pytest.raises(UserError, match=r"Slurm job 7, life 2"):
+        with pytest.raises(UserError, match=r"Slurm job 7, attempt 2"):
             Lease(tmp_path, is_main=True)
 
 
 @pytest.mark.parametrize("job", [None, "7"])
-def test_only_a_later_life_of_the_same_job_may_take_over(job: str | None) -> None:
-    lives = [{"job": job, "restart": restart} for restart in range(3)]
-    may = [[is_next_life(new, old) for old in lives] for new in lives]
-    assert may == ([[False] * 3] * 3 if job is None else [[False] * 3, [True, False, False], [True, True, False]])
-    assert not is_next_life({"job": "8", "restart": 9}, lives[0])
-    assert not is_next_life({"job": "8", "restart": 9}, {})
+def test_only_a_later_attempt_of_the_same_job_may_take_over(job: str | None) -> None:
+    attempts = [{"job": job, "restart": restart} for restart in range(3)]
+    may_take_over = [[is_later_attempt(new, old) for old in attempts] for new in attempts]
+    expected = [[False] * 3] * 3 if job is None else [[False] * 3, [True, False, False], [True, True, False]]
+    assert may_take_over == expected
+    assert not is_later_attempt({"job": "8", "restart": 9}, attempts[0])
+    assert not is_later_attempt({"job": "8", "restart": 9}, {})
 
 
-def test_old_incarnation_can_neither_save_nor_prune_nor_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_attempt_can_neither_save_nor_prune_nor_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     old = Lease(tmp_path, is_main=True)
     for step in (10, 20):
         save(old, step)
-    (old.staging / "step-00000030").mkdir()  # it was silenced in the middle of a save
+    (old.staging / "step-00000030").mkdir()  # it was cut off in the middle of a save
     (tmp_path / "metrics.jsonl").write_text('{"event": "train", "step": 20}\n')
     log = open(tmp_path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -127,7 +130,7 @@ def test_old_incarnation_can_neither_save_nor_prune_nor_write(tmp_path: Path, mo
             lambda: (old.staging / "step-00000030" / "model.safetensors").write_bytes(b""),
         ):
             with pytest.raises(
-                (Fenced, FileNotFoundError), match=r"fenced: process \d+ on .*, Slurm job 7, life 2|No such file"
+                (Fenced, FileNotFoundError), match=r"fenced: process \d+ on .*, Slurm job 7, attempt 2|No such file"
             ):
                 attempt()
         assert tree(tmp_path) == before
@@ -141,7 +144,7 @@ def test_old_incarnation_can_neither_save_nor_prune_nor_write(tmp_path: Path, mo
 
 
 def test_fenced_at_each_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taken over at every fsync of a save: the checkpoint never appears once the other one is there."""
+    """If a save is taken over at any of its fsyncs, its checkpoint never appears."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     fsync, moments = os.fsync, 0
     for moment in range(5):
@@ -169,7 +172,7 @@ def test_fenced_at_each_moment_of_a_save(tmp_path: Path, monkeypatch: pytest.Mon
     assert moments == 5
 
 
-def test_file_system_without_locks_is_said(
+def test_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(descriptor: int, how: int) -> None:
@@ -177,7 +180,7 @@ def test_file_system_without_locks_is_said(
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with Lease(tmp_path, is_main=True):
-        assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+        assert "cannot be locked: Function not implemented" in capsys.readouterr().err
 
 
 def test_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 
 def test_two_trainings_in_one_directory(tmp_path: Path) -> None:
-    """The second is refused with exit code 2 on all its ranks; the first one notices nothing."""
+    """The second is refused with exit code 2 on all its ranks. The first one is not disturbed."""
     run = tmp_path / "run"
     flags = "--train.exact true --train.micro_batches 4 --train.epochs 40 --optim.lr 0.01 --log.every_steps 1"
     first = Ranks(1, arguments(run, flags), tmp_path / "first")
@@ -199,7 +202,7 @@ def test_two_trainings_in_one_directory(tmp_path: Path) -> None:
     first.signal(signal.SIGTERM)
     assert first.wait() == [75]
     assert len(rows(run, "start")) == 1
-    again = train(1, run, flags)  # and whoever comes after its end goes on
+    again = train(1, run, flags)  # a run that starts after its end continues
     assert again["outcome"] == "finished"
     assert json.loads((run / "summary.json").read_text()) == again
     assert not list(run.rglob(".*"))

@@ -53,7 +53,7 @@ class Seen(TorchDispatchMode):
 def test_device_work_is_the_same_in_every_step_and_waits_for_nothing(world: World, name: str, mode: str) -> None:
     """A graph repeats each operation with the arguments of the step that was recorded: none may hold a number of that step."""
     run = opened(world, f"{ALL} {mode} --optim.name {name}")
-    run.plan.tables.hold_lr(run.state.optimizer)  # as on a GPU
+    run.plan.tables.keep_lr_on_device(run.state.optimizer)  # as on a GPU
     seen: list[list[tuple[Any, ...]]] = []
 
     def watch(plan: Plan, state: State) -> None:
@@ -80,7 +80,7 @@ def test_replayed_steps_are_the_ordinary_ones(
     flags = f"{ALL} {mode} --optim.name {name} --train.epochs 2"
     ordinary, replayed = opened(world, flags), opened(world, flags)
     for run in (ordinary, replayed):
-        run.plan.tables.hold_lr(run.state.optimizer)
+        run.plan.tables.keep_lr_on_device(run.state.optimizer)
     replays = [0]
 
     def record(work: Any) -> Any:
@@ -98,7 +98,7 @@ def test_replayed_steps_are_the_ordinary_ones(
         results.append([])
         for step in range(run.plan.total_steps):
             run.steps()
-            results[-1] += run.plan.tables.read(step, step + 1)
+            results[-1] += run.plan.tables.read_results(step, step + 1)
     assert results[0] == results[1]
     assert ordinary.sha256() == replayed.sha256()
     sampler = ordinary.plan.sampler
@@ -156,7 +156,7 @@ def test_warm_up_leaves_no_trace(world: World, flags: str, before: int) -> None:
         }
         optimizer = checkpoint.optimizer_tensors(run.state.optimizer.optimizer, run.state.module)
         hashes = [checkpoint.tensors_sha256(each) for each in (tensors, optimizer)]
-        states.append((hashes, run.plan.tables.read(12, 15)))
+        states.append((hashes, run.plan.tables.read_results(12, 15)))
     assert states[0] == states[1]
 
 
@@ -172,7 +172,7 @@ def test_lr_of_the_tables_is_that_of_the_step(world: World) -> None:
     for on_device in (False, True):
         run = opened(world, "--model.name tiny --train.epochs 2")
         if on_device:
-            run.plan.tables.hold_lr(run.state.optimizer)
+            run.plan.tables.keep_lr_on_device(run.state.optimizer)
         found.append([])
         for _ in range(run.plan.total_steps):
             run.steps()

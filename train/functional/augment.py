@@ -1,6 +1,6 @@
-"""uint8 images -> normalized float inputs, for whole batches on the device, each change a function of the row's key.
+"""Augmentation: uint8 images -> normalized float inputs, a whole batch at a time, on the device.
 
-Deliberately not here: file reading, and any random stream (see rng.py).
+Every change of an image is a function of its row's key (`rng.py`). There is no random stream and no file reading here.
 """
 
 import math
@@ -21,7 +21,7 @@ def normalize(images: Tensor, mean: float, std: float) -> Tensor:
 
 
 def lay_out(images: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Return images [B,C,H,W] in a memory format. One channel lies the same in both, so that only the strides change."""
+    """Return images [B,C,H,W] in a memory format. With one channel only the strides change, and nothing is copied."""
     if images.shape[1] == 1 and memory_format == torch.channels_last:
         return images.contiguous().view(-1, *images.shape[2:], 1).permute(0, 3, 1, 2)
     return images.to(memory_format=memory_format)
@@ -41,19 +41,15 @@ def shift(images: Tensor, keys: Tensor, pixels: int) -> Tensor:
 def affine(images: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
     """Rotate, scale, shear and shift each image about its centre (bilinear, 0 outside); float [B,1,H,W] in 0..255."""
     height, width = images.shape[-2:]
-    rotate, scale, shear, dx, dy = (uniform(keys, 5, AFFINE_SALT) * 2 - 1).unbind(1)
+    rotate, scale, shear, dx, dy = (uniform(keys, 5, AFFINE_SALT) * 2 - 1)[:, :, None, None].unbind(1)  # [B,1,1] each
     angle, slant = rotate * math.radians(config.rotate), torch.tan(shear * math.radians(config.shear))
-    size = 1 / (1 + scale * config.scale)
-    cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
+    zoom = 1 / (1 + scale * config.scale)
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device)[None, None, :]
     y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device)[None, :, None]
-
-    def wide(values: Tensor) -> Tensor:
-        return values[:, None, None]
-
-    sheared = x + wide(slant) * y
-    grid_x = wide(cos) * sheared - wide(sin) * y + wide(dx * (2 * config.shift / width))
-    grid_y = wide(sin) * sheared + wide(cos) * y + wide(dy * (2 * config.shift / height))
+    sheared = x + slant * y
+    grid_x = cos * sheared - sin * y + dx * (2 * config.shift / width)
+    grid_y = sin * sheared + cos * y + dy * (2 * config.shift / height)
     grid = torch.stack((grid_x, grid_y), dim=-1)
     return F.grid_sample(images.to(torch.float32), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -72,7 +68,7 @@ def erase(images: Tensor, keys: Tensor, probability: float, size: int) -> Tensor
 
 
 def augment(images: Tensor, keys: Tensor | None, config: AugmentConfig, mean: float, std: float) -> Tensor:
-    """Turn images uint8 [B,1,28,28] with row keys int64 [B] into inputs float32 [B,1,28,28]; without keys unchanged."""
+    """Turn images uint8 [B,1,28,28] into inputs float32 [B,1,28,28]. Without row keys, int64 [B], only normalize."""
     if keys is None:
         return normalize(images, mean, std)
     if config.rotate or config.scale or config.shear:

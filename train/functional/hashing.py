@@ -1,4 +1,4 @@
-"""64-bit hashes: the root of every random number of a run. Numpy only; rng.py has the same mixing on a device."""
+"""64-bit hashes, the source of every random number of a run. Numpy only; `rng.py` has the same on a device."""
 
 import hashlib
 
@@ -9,9 +9,9 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: the increment 
 
 
 def key(seed: int, *names: str | int) -> int:
-    """Hash a seed and the names of a purpose to 64 bits: the root of every random number of a run.
+    """Hash a seed and the names of a purpose to 64 bits.
 
-    Unlike `seed + epoch`, no two (seed, purpose, epoch) share a stream.
+    With `seed + epoch`, two (seed, epoch) could share a stream. With a hash they do not.
     """
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

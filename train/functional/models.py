@@ -1,7 +1,7 @@
-"""The CNNs: inputs float [B,1,28,28] -> logits float [B,10]. No word of ranks, devices or precision.
+"""The CNNs: inputs float [B,1,28,28] -> logits float [B,10]. Nothing here depends on ranks, devices or precision.
 
-Everything random in a forward pass comes in through `keys`, one per example, and batch statistics go out through
-`BatchNorm2d.batch_mean/batch_var`, so that the loop can merge them over a step's micro-batches in one fixed order.
+All randomness of a forward pass comes in through `keys`, one per example. Batch statistics go out through
+`BatchNorm2d.batch_mean` and `batch_var`, so that a step can merge those of its micro-batches in one fixed order.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ NUM_CLASSES = 10
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al., 2014) whose mask is a function of the examples' keys; off without keys."""
+    """Dropout (Srivastava et al., 2014) whose mask is a function of the examples' keys. Without keys it is off."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.probability = probability
 
     def forward(self, features: Tensor, keys: Tensor | None) -> Tensor:
-        """Drop features, float [B,F], where keys, int64 [B], are given."""
+        """Drop some of the features, float [B,F], if keys, int64 [B], are given."""
         if keys is None or self.probability == 0:
             return features
         kept = uniform(keys, features.shape[1]) >= self.probability
@@ -34,10 +34,10 @@ class Dropout(nn.Module):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm (Ioffe and Szegedy, 2015) that leaves a training pass's statistics aside instead of averaging them in.
+    """BatchNorm (Ioffe and Szegedy, 2015) that stores a training pass's statistics instead of averaging them in.
 
-    A training forward normalizes by its own micro-batch and stores mean and unbiased variance, float32 [C] each, in
-    `batch_mean` and `batch_var`. `merge_statistics` updates the running ones once per step: on any world size the same.
+    A training pass normalizes by its own micro-batch and stores mean and unbiased variance, float32 [C] each, in
+    `batch_mean` and `batch_var`. `merge_statistics` updates the running ones once per step, the same on any world size.
     """
 
     batch_mean: Tensor
@@ -60,7 +60,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 class Cnn(nn.Module):
     """The classic MNIST CNN: convolution, pooling, convolution, pooling, two fully connected layers.
 
-    With the default widths 215,194 parameters. `docs/model.md` walks through its layers.
+    It has 215,194 parameters with the default widths. `docs/model.md` walks through its layers.
     """
 
     def __init__(self, widths: tuple[int, int] = (24, 32), hidden: int = 256, dropout: float = 0.0) -> None:
@@ -82,19 +82,19 @@ class Cnn(nn.Module):
 class Vgg(nn.Module):
     """A chain of convolutions with BatchNorm (after VGG; Simonyan and Zisserman, 2014) and one linear layer.
 
-    `layers` lists (width, kernel, padding, pools). A layer that pools does so before BatchNorm and ReLU: max pooling
-    commutes with ReLU, and both then cost a quarter.
+    `layers` lists (width, kernel, padding, has_pool). Pooling comes before BatchNorm and ReLU, which then cost a
+    quarter. Max pooling commutes with ReLU.
     """
 
     def __init__(self, layers: tuple[tuple[int, int, int, bool], ...], dropout: float = 0.0) -> None:
         super().__init__()
         modules: list[nn.Module] = []
         channels, side = 1, 28
-        for width, kernel, padding, pools in layers:
+        for width, kernel, padding, has_pool in layers:
             modules += [nn.Conv2d(channels, width, kernel, padding=padding, bias=False)]
-            modules += [nn.MaxPool2d(2)] if pools else []
+            modules += [nn.MaxPool2d(2)] if has_pool else []
             modules += [BatchNorm2d(width), nn.ReLU()]
-            channels, side = width, (side + 2 * padding - kernel + 1) // (2 if pools else 1)
+            channels, side = width, (side + 2 * padding - kernel + 1) // (2 if has_pool else 1)
         self.features = nn.Sequential(*modules)
         self.dropout = Dropout(dropout)
         self.fc = nn.Linear(channels * side * side, NUM_CLASSES)
@@ -105,9 +105,9 @@ class Vgg(nn.Module):
 
 
 def vgg(widths: tuple[int, int, int, int, int], dropout: float) -> Vgg:
-    """Five convolutions, the shape that both accurate models share."""
-    kernels, paddings, pools = (5, 3, 3, 3, 3), (0, 0, 0, 1, 1), (True, False, True, False, True)
-    return Vgg(tuple(zip(widths, kernels, paddings, pools, strict=True)), dropout)
+    """Build the five convolutions that both accurate models share."""
+    kernels, paddings, has_pool = (5, 3, 3, 3, 3), (0, 0, 0, 1, 1), (True, False, True, False, True)
+    return Vgg(tuple(zip(widths, kernels, paddings, has_pool, strict=True)), dropout)
 
 
 MODELS: dict[str, Callable[[float], nn.Module]] = {
@@ -120,7 +120,7 @@ MODELS: dict[str, Callable[[float], nn.Module]] = {
 
 
 def build(config: ModelConfig, seed: int) -> nn.Module:
-    """Build the model on the CPU with initial weights that depend on `seed` alone (torch's default initialization)."""
+    """Build the model on the CPU, with torch's default initialization drawn from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "init") % 2**63)
         return MODELS[config.name](config.dropout)
@@ -132,21 +132,22 @@ def batch_norms(model: nn.Module) -> list[BatchNorm2d]:
 
 
 def batch_statistics(layers: list[BatchNorm2d]) -> Tensor:
-    """Return the statistics of the last training pass, float32 [2 * channels]: the means of all layers, then their variances."""
+    """Return the last training pass's statistics, float32 [2 * channels]: all layers' means, then the variances."""
     return torch.cat([*(layer.batch_mean for layer in layers), *(layer.batch_var for layer in layers)])
 
 
 def merge_statistics(layers: list[BatchNorm2d], found: Tensor, shares: Tensor, is_sound: Tensor) -> None:
     """Update the running statistics of all layers from M micro-batches.
 
-    `found` is float32 [M, 2 * channels]: the means of all layers, then their variances; `shares` float32 [M]: of the examples.
-    They stay as they are where `is_sound`, bool [], is false. The variance of the union is the mean of the variances plus the
-    variance of the means (exactly so for biased variances; for the unbiased ones up to a share of M / (B * H * W)).
+    `found`, float32 [M, 2 * channels], holds the means of all layers, then the variances; `shares`, float32 [M], each
+    micro-batch's share of the examples. If `is_sound`, bool [], is false, nothing changes. The variance of the union
+    is the mean of the variances plus the variance of the means. That is exact for biased variances, and off by a
+    share of at most M / (B * H * W) for unbiased ones.
     """
     widths = [layer.num_features for layer in layers]
     running: list[Any] = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
 
-    def sum_rows(values: Tensor) -> Tensor:  # layer by layer: the order of addition may depend on how wide a tensor is
+    def sum_rows(values: Tensor) -> Tensor:  # layer by layer, because a tensor's width can change the order of addition
         return torch.cat([part.sum(0) for part in values.split(widths, dim=1)])
 
     means, variances = found.chunk(2, dim=1)

@@ -1,10 +1,12 @@
 """Checkpoints: atomic, checksummed, verified before use, and without pickle.
 
-`step-00000235/` is written in the writer's staging directory (`train.storage.lease`), every file and the directory synced, then
-renamed: a name that exists is whole. Crash points: before the rename the next start removes the staging directory; after it
-the checkpoint is complete. A writer without a staging directory has been replaced by another: all it tries fails.
-Tensors are safetensors, the rest is JSON, `manifest.json` has each file's SHA-256. Only rank 0 touches the disk: what it
-loads it broadcasts, so the run directory need not be shared. The world size is no part of the state.
+`step-00000235/` is written in the writer's staging directory (`train.storage.lease`). Every file and the directory are
+synced, then the directory is renamed, so a checkpoint that has its name is whole. After a crash before the rename, the
+next start removes the staging directory. After the rename the checkpoint is complete. A writer that was replaced by
+another attempt has no staging directory any more, so everything that it tries fails.
+
+Tensors are safetensors, the rest is JSON, and `manifest.json` has each file's SHA-256. Only rank 0 uses the disk and
+broadcasts what it loads, so the run directory need not be shared. The world size is not part of the state.
 """
 
 import hashlib
@@ -31,12 +33,12 @@ Files = dict[str, bytes]
 
 
 class Damaged(UserError):
-    """A checkpoint that does not verify; says which file and why."""
+    """A checkpoint that fails verification. The message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint's contents; tensors contiguous, on the CPU."""
+    """The content of a checkpoint. Its tensors are contiguous and on the CPU."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -45,25 +47,29 @@ class Snapshot:
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes in the order of names: independent of device, layout and DDP."""
+    """Return the SHA-256 of names, dtypes, shapes and bytes, in the order of names. Device and layout do not matter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        plain = tensor.detach().cpu().contiguous()
+        plain = _on_cpu(tensor)
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers as contiguous CPU tensors."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Return a model's parameters and buffers."""
+    return {name: _on_cpu(tensor) for name, tensor in model.state_dict().items()}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's tensors, named `parameter/key`."""
+    """Return an optimizer's tensors, named `parameter/key`."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{names[parameter]}/{key}": _on_cpu(torch.as_tensor(value))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if value is not None
@@ -72,21 +78,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 @torch.no_grad()
 def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy saved parameters and buffers into a model; raise Damaged if they are another model's.
+    """Copy saved parameters and buffers into a model. Raises Damaged if they do not fit.
 
-    Not load_state_dict, which expects BatchNorm's step counter, that ours has not, in a dict without torch's metadata.
+    load_state_dict would refuse them: it expects a step counter of BatchNorm, which ours lacks.
     """
     own = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    if (saved := {name: tuple(tensor.shape) for name, tensor in tensors.items()}) != shapes:
-        different = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
-        raise Damaged(f"The checkpoint's tensors are not this model's: {', '.join(different[:3])} differ.")
+    expected = {name: tensor.shape for name, tensor in own.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if different := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
+        raise Damaged(f"The checkpoint's tensors do not fit this model: {', '.join(different[:3])} differ.")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put saved tensors back, each on its parameter's device and in its layout."""
+    """Put saved tensors into an optimizer, each on its parameter's device and in its layout."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameter, key = name.rsplit("/", 1)
@@ -96,7 +102,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
 
 
 def encode(saved: Snapshot) -> Files:
-    """Return the bytes of each file. The same snapshot gives the same bytes."""
+    """Return the bytes of each file of a checkpoint. The same snapshot gives the same bytes."""
     files = {
         f"{name}.safetensors": safetensors.torch.save(tensors)
         for name, tensors in (("model", saved.model), ("optimizer", saved.optimizer), ("ema", saved.ema))
@@ -104,32 +110,28 @@ def encode(saved: Snapshot) -> Files:
     }
     files["state.json"] = (json.dumps(saved.meta, indent=1, sort_keys=True) + "\n").encode()
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    files["manifest.json"] = (
-        json.dumps({"schema": SCHEMA, "lockstep": __version__, "sha256": sums}, indent=1) + "\n"
-    ).encode()
-    return files
+    manifest = {"schema": SCHEMA, "lockstep": __version__, "sha256": sums}
+    return files | {"manifest.json": (json.dumps(manifest, indent=1) + "\n").encode()}
 
 
 def decode(files: Files) -> Snapshot:
-    """Return the snapshot that verified files hold."""
+    """Return the snapshot in verified files."""
     empty = safetensors.torch.save({})
-    tensors = {
-        name: safetensors.torch.load(files.get(f"{name}.safetensors", empty)) for name in ("model", "optimizer", "ema")
-    }
-    return Snapshot(**tensors, meta=json.loads(files["state.json"]))
+    parts = [files.get(f"{name}.safetensors", empty) for name in ("model", "optimizer", "ema")]
+    model, optimizer, ema = map(safetensors.torch.load, parts)
+    return Snapshot(model, optimizer, ema, meta=json.loads(files["state.json"]))
 
 
 def read(path: Path) -> Files:
-    """Read a checkpoint and verify each file against the manifest; raise Damaged, naming the file, otherwise."""
+    """Read a checkpoint and verify each file against the manifest. Raises Damaged if that fails."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["schema"] != SCHEMA:
-            raise Damaged(f"Checkpoint {path} is of {writer(manifest)}; this version reads format {SCHEMA}.")
-        sums = {str(name): str(promised) for name, promised in manifest["sha256"].items()}
-        if missing := {"model.safetensors", "state.json"} - set(sums):
-            raise Damaged(
-                f"Checkpoint {path} is not whole: its manifest does not list {' and '.join(sorted(missing))}."
-            )
+            version = f"format {manifest['schema']}, written by lockstep {manifest.get('lockstep', '0.1')}"
+            raise Damaged(f"Checkpoint {path} has {version}. This version reads format {SCHEMA}.")
+        sums = {str(name): str(sha256) for name, sha256 in manifest["sha256"].items()}
+        if missing := sorted({"model.safetensors", "state.json"} - set(sums)):
+            raise Damaged(f"Checkpoint {path} is not whole: its manifest lacks {' and '.join(missing)}.")
         files = {name: (path / name).read_bytes() for name in sums if Path(name).name == name}
     except Damaged:
         raise
@@ -137,10 +139,8 @@ def read(path: Path) -> Files:
         raise Damaged(f"Checkpoint {path} is not whole: {type(error).__name__} {error}.") from error
     for name, content in files.items():
         if (found := hashlib.sha256(content).hexdigest()) != sums[name]:
-            raise Damaged(
-                f"Checkpoint file {path / name} has SHA-256 {found[:12]}..., its manifest says {sums[name][:12]}..."
-            )
-        try:  # right checksums prove who wrote it, not that it can be read
+            raise Damaged(f"Checkpoint file {path / name} has SHA-256 {found[:12]}, expected {sums[name][:12]}.")
+        try:  # a matching checksum does not prove that the content can be read
             if name.endswith(".safetensors"):
                 safetensors.torch.load(content)
             elif name == "state.json":
@@ -150,13 +150,8 @@ def read(path: Path) -> Files:
     return files
 
 
-def writer(manifest: dict[str, Any]) -> str:
-    """Return which version wrote a checkpoint, as far as its manifest says."""
-    return f"format {manifest['schema']}, written by lockstep {manifest.get('lockstep', '0.1')}"
-
-
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint verifies."""
+    """Return whether a checkpoint verifies."""
     try:
         read(path)
     except Damaged:
@@ -165,32 +160,32 @@ def is_whole(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int | None:
-    """The step in a checkpoint directory's name; None for other names."""
+    """Return the step in a checkpoint directory's name, or None for other names."""
     match = re.fullmatch(r"step-(\d{8,})", path.name)
     return int(match.group(1)) if match else None
 
 
 def directories(checkpoints: Path) -> list[Path]:
-    """The checkpoint directories, newest step first."""
+    """Return the checkpoint directories, the newest step first."""
     found = [path for path in checkpoints.glob("step-*") if step_of(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
 
 
 def latest(checkpoints: Path, notify: Callable[[str], None]) -> tuple[Path, Files] | None:
-    """Return the newest checkpoint that verifies; report those that do not and leave them alone. None: there is none.
+    """Return the newest checkpoint that verifies, or None if there are none. Report damaged ones and leave them alone.
 
-    Raises UserError when there are checkpoints and not one of them is whole.
+    Raises UserError if there are checkpoints and all are damaged.
     """
     candidates = directories(checkpoints)
     for path in candidates:
         try:
             return path, read(path)
         except Damaged as error:
-            notify(f"{error} It is left as it is; trying the one before.")
+            notify(f"warning: {error} Trying the checkpoint before.")
     if candidates:
         raise UserError(
             f"None of the {len(candidates)} checkpoints in {checkpoints} is whole. Nothing was deleted. "
-            "Start anew with another run.name, or move them away."
+            "Start again with another run.name, or move them away."
         )
     return None
 
@@ -204,14 +199,14 @@ def _sync_directory(path: Path) -> None:
 
 
 def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
-    """Write a checkpoint so that its name appears only when it is whole and on the disk; return its path.
+    """Write a checkpoint and return its path. The path exists only once the checkpoint is whole and on the disk.
 
-    A whole checkpoint of the same step stays as it is. A damaged one is moved to `damaged-...`, never deleted.
+    A whole checkpoint of the same step is kept. A damaged one is moved to `damaged-...`, never deleted.
     """
     final, temporary = checkpoints / f"step-{step:08d}", staging / f"step-{step:08d}"
     if final.exists() and is_whole(final):
         return final
-    shutil.rmtree(temporary, ignore_errors=True)  # of a save that failed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a save that failed
     temporary.mkdir()
     try:
         for name, content in files.items():
@@ -220,7 +215,7 @@ def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
         _sync_directory(temporary)
-    except OSError:  # a full disk: half a checkpoint would fill it further
+    except OSError:  # on a full disk, half a checkpoint would take up space
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.exists():
@@ -234,8 +229,9 @@ def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
 def prune(checkpoints: Path, keep: int, needed: set[int], staging: Path) -> None:
     """Delete all but the newest `keep` whole checkpoints and those of the steps in `needed`.
 
-    Damaged ones neither count nor go: after a resume from an older checkpoint they are newer than the one just written.
-    A directory is first moved to the staging directory: a kill in between leaves no half of a checkpoint under a good name.
+    Damaged checkpoints are neither counted nor deleted. After a resume from an older one they are newer than the one
+    just written, and would push it out. A directory is moved to the staging directory before it is deleted, so that a
+    kill in between leaves no half of a checkpoint under a valid name.
     """
     for path in [path for path in directories(checkpoints) if is_whole(path)][keep:]:
         if step_of(path) not in needed:

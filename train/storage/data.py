@@ -1,8 +1,9 @@
-"""Get, verify and parse a data set -> train and test Split on the device.
+"""Find, verify and parse a data set -> train and test Split on the device.
 
-Invariant: what is trained on was verified (checksum, counts, shapes, label range), or nothing is trained on. The parsed
-tensors are cached in one safetensors file per source, which carries their SHA-256: the second start imports neither
-torchvision nor scikit-learn. The first process of a machine prepares under a file lock while the others wait.
+Invariant: a run trains on verified data (checksum, counts, shapes, label range) or not at all. The parsed tensors are
+cached in one safetensors file per source, together with their SHA-256. A second start therefore imports neither
+torchvision nor scikit-learn, which takes 2 s, and all ranks of a machine map the same file. The first process of a
+machine prepares the data under a file lock while the others wait.
 """
 
 import contextlib
@@ -12,8 +13,8 @@ import hashlib
 import math
 import os
 import socket
-import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,21 @@ from train.config import DataConfig
 from train.errors import UserError
 from train.functional.hashing import GOLDEN, mix64
 from train.labels import class_names
+from train.rundir import write_atomically
 from train.world.world import World
 
 FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's class names
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 COUNTS = {"train": 60000, "t10k": 10000}
-MAX_FILE_BYTES = 200_000_000  # the largest has 47,040,016
+MAX_FILE_BYTES = 200_000_000  # the largest file has 47,040,016
 DOWNLOAD_TIMEOUT_SECONDS = 10
-CACHE_SCHEMA = 2  # count up when the same files are parsed to other tensors
+CACHE_SCHEMA = 2  # increase it when the same files are parsed to other tensors
+
+Prepared = tuple[dict[str, Tensor], str]  # train/t10k images and labels, uint8, and their SHA-256
 
 
 class DataMissing(UserError):
-    """The files are nowhere: what `data.fallback` is for. Damaged files are an error with or without it."""
+    """The files were not found, so `data.fallback` applies. Damaged files are an error with or without it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """Both splits and what a run must know and remember of them."""
+    """Both splits, and the facts about them that a run uses or records."""
 
     name: str
     train: Split
     test: Split
-    eval_split: str  # "test", or "validation" where examples were held out for it
-    sha256: str  # over both splits as they were read
+    eval_split: str  # what `test` is: "test", or "validation" if examples were held out
+    sha256: str  # of both splits as they were read
     mean: float  # of the training pixels, 0..255
     std: float
     is_fallback: bool
@@ -74,57 +78,52 @@ class Data:
         return class_names(self.name)
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says of the data."""
+        """Return the entry in summary.json."""
         sizes = {"num_train_examples": len(self.train), f"num_{self.eval_split}_examples": len(self.test)}
         return {"name": self.name, **sizes, "sha256": self.sha256, "is_fallback": self.is_fallback}
 
 
 def cache_dir() -> Path:
-    """The directory for parsed and downloaded data: $XDG_CACHE_HOME/lockstep or ~/.cache/lockstep."""
+    """Return the directory for parsed and downloaded data: $XDG_CACHE_HOME/lockstep or ~/.cache/lockstep."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
 
 
 def parse_idx(content: bytes, source: Path) -> NDArray[np.uint8]:
     """Parse an IDX file of unsigned bytes (LeCun's format: 0, 0, 8, ndim, big-endian int32 sizes, data).
 
-    Raises UserError that names the file, what was expected and what was found.
+    Raises UserError, naming the file, if it is malformed.
     """
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or not 1 <= content[3] <= 3:
-        raise UserError(
-            f"{source} starts with {content[:4].hex() or 'nothing'}; an IDX file of bytes starts with 000008."
-        )
+        start = content[:4].hex() or "nothing"
+        raise UserError(f"{source} starts with {start}, expected 000008, an IDX file of bytes. Get it again.")
     header = 4 + 4 * content[3]
     shape = tuple(np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4").astype(int).tolist())
     expected = header + math.prod(shape)  # numpy's product would overflow
     if len(content) != expected:
-        raise UserError(
-            f"{source} has {len(content)} bytes; its header, of shape {shape}, promises {expected}. Get it anew."
-        )
+        raise UserError(f"{source} has {len(content)} bytes, expected {expected} for shape {shape}. Get it again.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
 def read_file(path: Path, md5: str) -> NDArray[np.uint8]:
-    """Read `path`.gz (checked against its MD5) or, where there is none, the unpacked `path`."""
-    packed = path.with_name(path.name + ".gz")
-    present = packed if packed.exists() else path
+    """Read `path`.gz, verified against its MD5, or the unpacked `path` if there is no such file."""
+    packed = path.with_name(f"{path.name}.gz")
+    source = packed if packed.exists() else path
     try:
-        if not present.is_file() or present.stat().st_size > MAX_FILE_BYTES:  # a pipe or a device would never end
-            raise UserError(f"{present} is not a file of at most {MAX_FILE_BYTES:,} bytes. Get it anew.")
-        if present is path:
-            return parse_idx(path.read_bytes(), path)
-        content = packed.read_bytes()
-        if (found := hashlib.md5(content).hexdigest()) != md5:
-            raise UserError(
-                f"{packed} has MD5 {found}, expected {md5}: it is damaged or another file. Delete it and get it anew."
-            )
-        return parse_idx(gzip.decompress(content), packed)
+        if not source.is_file() or source.stat().st_size > MAX_FILE_BYTES:  # reading a pipe or a device would never end
+            raise UserError(f"{source} is not a file of at most {MAX_FILE_BYTES:,} bytes. Get it again.")
+        content = source.read_bytes()
+        if source == packed:
+            if (found := hashlib.md5(content).hexdigest()) != md5:
+                raise UserError(f"{source} has MD5 {found}, expected {md5}. Delete it and get it again.")
+            content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}. Get it anew.") from error
+        raise UserError(f"{source} cannot be read: {error}. Get it again.") from error
+    return parse_idx(content, source)
 
 
 def read_folder(name: str, folder: Path) -> dict[str, Tensor]:
-    """Parse and check the four files of a data set in MNIST's format -> train/t10k images and labels, uint8."""
-    import torchvision.datasets  # 2 s: only where no cache is there yet
+    """Read and check the four files of a data set in MNIST's format -> train/t10k images and labels, uint8."""
+    import torchvision.datasets
 
     md5s = {Path(file).stem: md5 for file, md5 in getattr(torchvision.datasets, FOLDERS[name]).resources}
     tensors = {}
@@ -133,15 +132,15 @@ def read_folder(name: str, folder: Path) -> dict[str, Tensor]:
         part, kind = file.split("-")[:2]
         expected = (COUNTS[part], 28, 28) if kind == "images" else (COUNTS[part],)
         if array.shape != expected:
-            raise UserError(f"{folder / file} holds shape {array.shape}, expected {expected}.")
+            raise UserError(f"{folder / file} holds shape {array.shape}, expected {expected}. Get it again.")
         if kind == "labels" and array.max() > 9:
-            raise UserError(f"{folder / file} holds label {array.max()}, expected 0 to 9.")
+            raise UserError(f"{folder / file} holds label {array.max()}, expected 0 to 9. Get it again.")
         tensors[f"{part}_{kind}"] = torch.from_numpy(array.copy())
     return tensors
 
 
 def read_digits() -> dict[str, Tensor]:
-    """The 1,797 real digits that scikit-learn carries (UCI, 8x8 pixels), resized to 28x28; a fixed fifth is the test split."""
+    """Return scikit-learn's 1,797 digits (UCI, 8x8 pixels), resized to 28x28. A fixed fifth is the test split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -149,64 +148,65 @@ def read_digits() -> dict[str, Tensor]:
     large = torch.nn.functional.interpolate(small, (28, 28), mode="bilinear", align_corners=False)
     images = large.round().clamp(0, 255).to(torch.uint8)[:, 0]
     labels = torch.from_numpy(digits.target).to(torch.uint8)
-    # A hash draws the fifth: every fifth example would hold 5.8 % ones, since the order of the labels repeats.
-    drawn = mix64(np.arange(len(labels), dtype=np.uint64) * np.uint64(GOLDEN)).argsort(kind="stable")[
-        : len(labels) // 5
-    ]
+    # A hash draws the fifth. The labels repeat in order, so every fifth example would give a split with 5.8 % ones.
+    order = mix64(np.arange(len(labels), dtype=np.uint64) * np.uint64(GOLDEN)).argsort(kind="stable")
     is_test = torch.zeros(len(labels), dtype=torch.bool)
-    is_test[torch.from_numpy(drawn)] = True
-    parts = {"train": ~is_test, "t10k": is_test}
+    is_test[torch.from_numpy(order[: len(labels) // 5])] = True
     return {
-        f"{part}_{kind}": t[at] for part, at in parts.items() for kind, t in (("images", images), ("labels", labels))
+        "train_images": images[~is_test],
+        "train_labels": labels[~is_test],
+        "t10k_images": images[is_test],
+        "t10k_labels": labels[is_test],
     }
 
 
 def read_random(num_examples: int) -> dict[str, Tensor]:
-    """Noise with random labels, the same everywhere: `num_examples` to train on and a sixth of it to test on."""
+    """Return fixed noise with random labels: `num_examples` for training and a sixth as many for the test."""
     generator = np.random.Generator(np.random.PCG64(0))
-    sizes = {"train": num_examples, "t10k": num_examples // 6}
     tensors = {}
-    for part, size in sizes.items():
+    for part, size in (("train", num_examples), ("t10k", num_examples // 6)):
         tensors[f"{part}_images"] = torch.from_numpy(generator.integers(0, 256, (size, 28, 28), dtype=np.uint8))
         tensors[f"{part}_labels"] = torch.from_numpy(generator.integers(0, 10, size, dtype=np.uint8))
     return tensors
 
 
-def find_folder(config: DataConfig) -> Path:
-    """Return the folder with the data set's files, downloading them if allowed; raise DataMissing with the ways to get them.
+def missing_files(folder: Path) -> list[str]:
+    """Return those of the four files that are in a folder neither packed nor unpacked."""
+    return [file for file in FILES if not any((folder / name).exists() for name in (file, f"{file}.gz"))]
 
-    Looked for in data.root if given, else in $MNIST_ROOT and then in the cache; in torchvision's layout or flat.
+
+def find_folder(config: DataConfig) -> Path:
+    """Return the folder with the data set's files, downloading them if allowed. Raises DataMissing if there is none.
+
+    Search in data.root if given, else in $MNIST_ROOT and then in the cache, in torchvision's layout or flat.
     """
     roots = [Path(config.root)] if config.root else [cache_dir() / "data"]
     if not config.root and os.environ.get("MNIST_ROOT"):
         roots.insert(0, Path(os.environ["MNIST_ROOT"]))
     subfolder = Path(FOLDERS[config.name]) / "raw"
-    for folder in [root / sub for root in roots for sub in (subfolder, ".")]:
-        if all((folder / file).exists() or (folder / f"{file}.gz").exists() for file in FILES):
+    for folder in (root / layout for root in roots for layout in (subfolder, ".")):
+        if not missing_files(folder):
             return folder
-    folders = [root / subfolder for root in roots]
-    absent = [
-        [file for file in FILES if not any((at / f"{file}{end}").exists() for end in ("", ".gz"))] for at in folders
-    ]
-    why = "no " + " or ".join(f"{at}/{files[0]}.gz" for at, files in zip(folders, absent, strict=True))
+    reason = "--data.download is false"
     if config.download:
         try:
             return download(config.name, roots[-1])
-        except Exception as error:  # torchvision and urllib raise many kinds; each means that there are no files
-            why += f", and the download failed ({' '.join(str(error).split())[:80]}...)"
+        except Exception as error:  # torchvision and urllib raise many types
+            reason = f"downloading failed: {' '.join(str(error).split())[:80]}"
+    places = " or ".join(f"{root / subfolder} (no {missing_files(root / subfolder)[0]}.gz)" for root in roots)
     raise DataMissing(
-        f"{config.name} cannot be had: {why}. Either --data.download true, with internet; or --data.root DIR or "
-        f"MNIST_ROOT=DIR, where DIR/{subfolder} holds the four .gz files (on a cluster, first on the login node: "
-        f"python -m launch data --name {config.name} --root DIR); or --data.fallback true, to train on digits."
+        f"{config.name} not found in {places}, and {reason}. Set MNIST_ROOT or --data.root to a folder with the four "
+        f".gz files (`python -m launch data --name {config.name} --root DIR` downloads them), or pass "
+        "--data.fallback true to train on digits."
     )
 
 
 def download(name: str, root: Path) -> Path:
-    """Download a data set by torchvision (its mirrors, its checksums) and return its folder."""
+    """Download a data set with torchvision, from its mirrors and with its checksums, and return its folder."""
     import torchvision.datasets
 
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # a firewall that drops packets would hang for minutes
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # a firewall that drops packets would block for minutes
     try:
         getattr(torchvision.datasets, FOLDERS[name])(str(root), download=True)
     finally:
@@ -215,7 +215,7 @@ def download(name: str, root: Path) -> Path:
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes, in the order of names."""
+    """Return the SHA-256 of names, shapes and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -224,112 +224,101 @@ def content_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def cache_file(config: DataConfig) -> Path:
-    """Where the parsed tensors of this source are cached: another file, or a touched one, is another source."""
+    """Return the cache file of this source. A different or touched source file has another one."""
     source: list[Any] = [CACHE_SCHEMA, config.name]
     if config.name in FOLDERS:
-        folder = find_folder(config)
-        for path in sorted(folder.glob("*-ubyte*")):
+        for path in sorted(find_folder(config).glob("*-ubyte*")):
             status = path.stat()
             source += [str(path.resolve()), status.st_size, status.st_mtime_ns]
     tag = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
     return cache_dir() / f"{config.name}-{tag}.safetensors"
 
 
-def load_cache(path: Path) -> tuple[dict[str, Tensor], str] | None:
-    """Read cached tensors and their SHA-256; None if there are none or they are damaged."""
+def load_cache(path: Path) -> Prepared | None:
+    """Return the cached tensors, mapped from the file, and their SHA-256. None if they are missing or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            promised = (file.metadata() or {}).get("sha256")
+            expected = (file.metadata() or {}).get("sha256")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError):
         return None
     found = content_sha256(tensors)
-    return (tensors, found) if found == promised else None
+    return (tensors, found) if found == expected else None
 
 
-def prepare(config: DataConfig) -> tuple[dict[str, Tensor], str]:
-    """Return the parsed tensors, uint8, and their SHA-256, from the cache if it is good; write it before otherwise.
-
-    They are mapped from its file: the ranks of a machine share one copy of the images.
-    """
+def prepare(config: DataConfig) -> Prepared:
+    """Return the parsed tensors and their SHA-256, from the cache if possible. Otherwise fill the cache first."""
     if config.name == "random":
         tensors = read_random(config.random_examples)
         return tensors, content_sha256(tensors)
-    with contextlib.suppress(DataMissing):  # files of the cache are only ever replaced: reading needs no lock
+    # Cache files are only ever replaced as a whole, so reading needs no lock.
+    with contextlib.suppress(DataMissing):
         if (cached := load_cache(cache_file(dataclasses.replace(config, download=False)))) is not None:
             return cached
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        (cache_dir() / f"{config.name}.lock").touch()
+        lock = FileLock(cache_dir() / f"{config.name}.lock").acquire()
     except OSError as error:
         raise UserError(
-            f"The cache {cache_dir()} cannot be written: {error.strerror}. Set XDG_CACHE_HOME to a place that can."
+            f"The cache {cache_dir()} cannot be written: {error.strerror}. Set XDG_CACHE_HOME to a writable directory."
         ) from error
-    with FileLock(cache_dir() / f"{config.name}.lock"):
+    with lock:
         path = cache_file(config)
-        if (cached := load_cache(path)) is not None:
+        if (cached := load_cache(path)) is not None:  # another process filled it while we waited
             return cached
         tensors = read_digits() if config.name == "digits" else read_folder(config.name, find_folder(config))
         sha256 = content_sha256(tensors)
-        write_cache(path, tensors, sha256)
+        with contextlib.suppress(OSError):  # with a full disk there is no cache, but the run continues
+            write_atomically(path, safetensors.torch.save(tensors, {"sha256": sha256}))
         return load_cache(path) or (tensors, sha256)
 
 
-def write_cache(path: Path, tensors: dict[str, Tensor], sha256: str) -> None:
-    """Write parsed tensors atomically; a full disk costs the cache, not the run."""
-    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as place:
-        temporary = Path(place) / path.name
-        temporary.write_bytes(safetensors.torch.save(tensors, {"sha256": sha256}))
-        os.replace(temporary, path)
+def prepare_on_all_ranks(config: DataConfig, world: World) -> Prepared:
+    """Prepare the data in one process of each machine, then in the others. Collective: every rank must call it."""
+    prepared = None
+    for is_my_turn in (world.local_rank == 0, world.local_rank != 0):
+        error = None
+        try:
+            prepared = prepare(config) if is_my_turn else prepared
+        except UserError as found:
+            error = found
+        world.raise_on_all_ranks(error)
+    assert prepared is not None
+    return prepared
 
 
-def load(config: DataConfig, world: World, notify: Any = print) -> Data:
+def load(config: DataConfig, world: World, notify: Callable[[str], None] = print) -> Data:
     """Return the data on this rank's device. Collective: every rank must call it.
 
-    One process per machine looks for the files first. If they cannot be had, `data.fallback` puts digits in their place
-    and says so through `notify`; without it every rank raises the same UserError.
+    If the files are missing, raises DataMissing on every rank, or with `data.fallback` warns and returns the digits.
     """
-    prepared, error, missing = None, None, None
-    if world.local_rank == 0:
-        try:
-            prepared = prepare(config)
-        except UserError as found:
-            error = found
     try:
-        world.raise_on_all_ranks(error)
-    except DataMissing as found:
+        return split(config, config.name, prepare_on_all_ranks(config, world), world.device, is_fallback=False)
+    except DataMissing as missing:
         if not config.fallback:
             raise
-        missing = found
-    name = "digits" if missing else config.name
-    error = None
-    if missing or not prepared:
-        try:
-            prepared = prepare(DataConfig(name="digits") if missing else config)
-        except UserError as found:
-            error = found
-    world.raise_on_all_ranks(error)
-    assert prepared is not None
+        if world.is_main:
+            notify(
+                f"warning: training on digits, 1,797 small images of scikit-learn, instead of {config.name}. {missing}"
+            )
+    digits = prepare_on_all_ranks(DataConfig(name="digits"), world)
+    return split(config, "digits", digits, world.device, is_fallback=True)
+
+
+def split(config: DataConfig, name: str, prepared: Prepared, device: torch.device, *, is_fallback: bool) -> Data:
+    """Put parsed tensors on the device, and hold out the last `data.validation` training examples if that is set."""
     tensors, sha256 = prepared
-    if missing and world.is_main:
-        notify(
-            f"!!! {config.name} IS MISSING: TRAINING ON digits (1,797 small images of scikit-learn) INSTEAD !!!\n{missing}"
-        )
-    return split(config, name, tensors, sha256, world.device, is_fallback=missing is not None)
-
-
-def split(
-    config: DataConfig, name: str, tensors: dict[str, Tensor], sha256: str, device: torch.device, *, is_fallback: bool
-) -> Data:
-    """Put parsed tensors on the device; hold out the last `data.validation` training examples if asked to."""
     images, labels = tensors["train_images"], tensors["train_labels"]
     test_images, test_labels = tensors["t10k_images"], tensors["t10k_labels"]
     if config.validation:
-        if config.validation >= len(labels):
-            raise UserError(f"data.validation is {config.validation}, but {name} has {len(labels)} training examples.")
-        (images, test_images) = images.split([len(images) - config.validation, config.validation])
-        (labels, test_labels) = labels.split([len(labels) - config.validation, config.validation])
-    # Integer sums are exact, so every machine derives the same two constants.
+        num_train = len(labels) - config.validation
+        if num_train <= 0:
+            raise UserError(
+                f"data.validation is {config.validation}, but {name} has {len(labels)} training examples. Use fewer."
+            )
+        images, test_images = images[:num_train], images[num_train:]
+        labels, test_labels = labels[:num_train], labels[num_train:]
+    # Sums of integers are exact, so every machine gets the same two constants.
     histogram = torch.bincount(images.reshape(-1), minlength=256).numpy()
     values = np.arange(256)
     mean = float((histogram * values).sum() / histogram.sum())

@@ -1,11 +1,14 @@
-"""Who may write into a run directory: one process at a time, and an old one never after a new one has started.
+"""The lease on a run directory: one process writes at a time, and a process that was replaced can never write again.
 
-Lock: `RUN/.lock` is held by flock, so it dies with its owner; a second run in the directory is refused. The next incarnation of
-the same Slurm job may take over from one that a broken network has silenced but not ended.
-Fence: an incarnation prepares all it writes in its own `checkpoints/.writing-TOKEN/`, made once, at the start, and renames it
-into place. Taking over moves that directory away: every later write, rename or prune of the old incarnation finds no
-directory and fails. Nothing is checked before a write, so no pause between a check and a write can let an old one through.
-metrics.jsonl is replaced so at the start: an old incarnation appends to a file without a name.
+Lock: the writer holds flock on `RUN/.lock`, which is released when the process ends, however it ends. A second run in
+the directory is refused. A later attempt of the same Slurm job may take over: a broken network can cut off an earlier
+attempt without ending it.
+
+Fence: each attempt creates a staging directory, `checkpoints/.writing-TOKEN/`, at its start and never again.
+It prepares everything that it writes there and renames it into place. A takeover moves the old staging directory away.
+From then on its writes, renames and deletions find no directory and fail. Nothing is checked before a write, so there
+is no moment between a check and a write in which an old attempt could still get through. metrics.jsonl is replaced in
+the same way at the start of each attempt, so an old attempt appends to a file that no longer has a name.
 """
 
 import contextlib
@@ -24,37 +27,38 @@ from types import TracebackType
 from typing import Any
 
 from train.errors import UserError
+from train.rundir import RunDir, write_atomically
 
 PREFIX = ".writing-"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without flock
 
 
 class Fenced(RuntimeError):
-    """Another incarnation of this run has taken over: this one has written its last."""
+    """Another attempt has taken over this run. This process can no longer write to it."""
 
 
 def identity() -> dict[str, Any]:
-    """Who asks for the lease, as the lock file tells others."""
+    """Return the content of the lock file, which identifies this process to others."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),  # unset in the first life
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),  # not set in the first attempt
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
-def is_next_life(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    """Whether `new` is a later incarnation of the Slurm job that `old` belongs to: Slurm has given the old one up."""
+def is_later_attempt(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Return whether `new` is a later attempt of `old`'s Slurm job, which means that Slurm has given up the old one."""
     return new["job"] is not None and new["job"] == old.get("job") and new["restart"] > old.get("restart", 0)
 
 
 class Lease:
-    """The right to write into a run directory. Rank 0 takes it, the other ranks hold a silent one. A context manager."""
+    """The right to write into a run directory, held by rank 0. On other ranks it does nothing. A context manager."""
 
     def __init__(self, run_dir: Path, *, is_main: bool) -> None:
-        """Take the lease; raise UserError if a living process has it or the directory cannot be written."""
-        self.run_dir, self.lock, self.checkpoints = run_dir, run_dir / ".lock", run_dir / "checkpoints"
+        """Acquire the lease. Raises UserError if a running process holds it or the directory cannot be written."""
+        self.run_dir, self.lock, self.checkpoints = run_dir, RunDir(run_dir).lock, RunDir(run_dir).checkpoints
         self.staging = self.checkpoints / f"{PREFIX}{secrets.token_hex(4)}"
         self.descriptor: int | None = None
         if not is_main:
@@ -75,83 +79,85 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the lease back; leave no trace of it."""
+        """Release the lease and remove its files."""
         if self.descriptor is None:
             return
         shutil.rmtree(self.staging, ignore_errors=True)
-        if self._is_named(self.descriptor):
+        if self._is_lock_file(self.descriptor):
             self.lock.unlink()
         os.close(self.descriptor)
-        with contextlib.suppress(OSError):  # of a run that was refused before it wrote anything
+        with contextlib.suppress(OSError):  # they are empty if the run was refused before it wrote anything
             self.checkpoints.rmdir()
             self.run_dir.rmdir()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
-        """The directory in which to prepare what is renamed into place; raise Fenced if another incarnation took it away."""
+        """Yield the staging directory. Raises Fenced if another attempt has moved it away."""
         try:
             yield self.staging
         except FileNotFoundError:
             if self.staging.exists():
                 raise
             raise Fenced(
-                f"fenced: {self._owner()} took over {self.lock.parent}; this process writes nothing more"
+                f"fenced: {self._owner()} has taken over {self.run_dir}. This process can no longer write to it."
             ) from None
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file of the run atomically."""
+        """Write a file of the run atomically. Raises Fenced like `writing`."""
         with self.writing() as staging:
-            (staging / path.name).write_bytes(content)
-            os.replace(staging / path.name, path)
+            write_atomically(path, content, staging)
 
     def _lock(self, own: dict[str, Any]) -> int:
-        """Return the descriptor of the locked `.lock` file, with our name in it."""
+        """Lock the `.lock` file, write our identity into it and return its descriptor."""
         while True:
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
-                if not is_next_life(own, self._read()):
+                if not is_later_attempt(own, self._read()):
                     raise UserError(
-                        f"{self.lock.parent} is being trained by {self._owner()}. Wait, stop that, or use another run.name."
+                        f"{self.run_dir} is being trained by {self._owner()}. Wait, stop it, or use another run.name."
                     ) from None
-                self.lock.unlink(missing_ok=True)  # the silent owner keeps a lock on a file without a name
+                self.lock.unlink(missing_ok=True)  # the old attempt then holds the lock of a file without a name
                 continue
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                print(
-                    f"{self.lock} cannot be locked ({error.strerror}): a second run here would go unnoticed",
-                    file=sys.stderr,
-                )
-            if self._is_named(descriptor):
+                problem = f"{self.lock} cannot be locked: {error.strerror}"
+                print(f"warning: {problem}. A second run in this directory would not be noticed.", file=sys.stderr)
+            if self._is_lock_file(descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(own).encode())
                 return descriptor
-            os.close(descriptor)  # its owner left, or was replaced, between our open and our lock
+            os.close(descriptor)  # the file was removed between our open and our lock: try again
 
-    def _is_named(self, descriptor: int) -> bool:
-        """Whether `.lock` is still the file that we opened."""
+    def _is_lock_file(self, descriptor: int) -> bool:
+        """Return whether `.lock` is still the file that we opened."""
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(descriptor), self.lock.stat())
         return False
 
     def _read(self) -> dict[str, Any]:
+        """Return the lock file's content, or {} if it cannot be read."""
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self.lock.read_text())
-            return found if isinstance(found, dict) else {}
+            content = json.loads(self.lock.read_text())
+            return content if isinstance(content, dict) else {}
         return {}
 
     def _owner(self) -> str:
+        """Describe the process that holds the lease."""
         owner = self._read()
         if not owner:
             return "another process"
-        job = f", Slurm job {owner['job']}, life {owner['restart'] + 1}" if owner.get("job") else ""
+        job = f", Slurm job {owner['job']}, attempt {owner['restart'] + 1}" if owner.get("job") else ""
         return f"process {owner['pid']} on {owner['host']}{job}, since {owner['since']}"
 
     def _fence(self) -> None:
-        """Take away what earlier incarnations were preparing. By a rename first: a deletion file by file would race."""
+        """Move the staging directories of earlier attempts away, then delete them.
+
+        A deletion in place would race, file by file, with an attempt that still writes.
+        """
         for number, other in enumerate(self.checkpoints.glob(f"{PREFIX}*")):
             if other != self.staging:
                 fenced = self.staging / f"fenced-{number}"

@@ -69,7 +69,7 @@ class Journal:
         first, last = self.collected, self.state.step
         if last > first:
             num_examples = sum(self.plan.sampler.batch_rows(step) for step in range(first, last))
-            results = self.plan.tables.fetch(first, last)
+            results = self.plan.tables.fetch_results(first, last)
             self.pending.append(Pending(first, last, should_log, num_examples, results, self._mark()))
             self.collected = last
         is_stop_requested = self._process(keep=0 if should_wait else 1)
@@ -88,7 +88,7 @@ class Journal:
             timing.train_seconds += seconds
             timing.step_seconds += seconds
             timing.num_examples += pending.num_examples
-            for result in self.plan.tables.decode(pending.first, pending.results):
+            for result in self.plan.tables.decode_results(pending.first, pending.results):
                 is_stop_requested |= result.stop_flags > 0
                 self._check(result)
             if pending.should_log:

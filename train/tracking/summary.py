@@ -25,7 +25,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "safetensors
 def describe_batch(plan: Plan) -> str:
     """Return how a global batch is cut, in one line."""
     sampler, world_size = plan.sampler, plan.world.world_size
-    size, num_parts = sampler.global_batch_size, sampler.micro_batches
+    size, num_parts = sampler.global_batch_size, sampler.num_micro_batches
     first, last = sampler.micro_batch(0, 0)
     if num_parts % world_size == 0 and size % num_parts == 0:
         cut = f"{world_size} rank(s) x {num_parts // world_size} micro-batch(es) x {last - first} examples"
@@ -71,7 +71,7 @@ def summarize(plan: Plan, state: State, results: dict[str, Result], rows: list[R
         skipped_steps=state.skipped_steps,
         ledger=state.closed_epoch,
         exact=config.train.exact,
-        num_micro_batches=plan.sampler.micro_batches,
+        num_micro_batches=plan.sampler.num_micro_batches,
         precision=config.train.precision,
         device=world.device.type,
         data=plan.data.summary(),
