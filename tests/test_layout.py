@@ -97,7 +97,7 @@ def test_room_is_small_enough_to_look_around_in(room: Path) -> None:
         ("accelerate", {"world"}),
         ("wandb", {"mirror"}),
         ("jsonargparse", {"cli"}),
-        ("importlib.metadata", {"versions"}),  # elsewhere a package without metadata would end a run
+        ("importlib.metadata", {"environment"}),  # elsewhere a package without metadata would end a run
     ],
 )
 def test_package_is_imported_at_its_home_only(package: str, homes: set[str]) -> None:
@@ -114,14 +114,14 @@ def test_torch_distributed_is_named_at_its_home_only() -> None:
     assert named == {"world", "reduce"}
 
 
-def test_rank_variables_are_read_in_world_only() -> None:
+def test_rank_variables_are_read_in_launcher_only() -> None:
     found = {
         path.stem
         for path in TRAIN
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value in RANK_VARIABLES
     }
-    assert found == {"world"}
+    assert found == {"launcher"}
 
 
 def test_functional_knows_nothing_of_ranks_and_files() -> None:
@@ -132,7 +132,7 @@ def test_functional_knows_nothing_of_ranks_and_files() -> None:
 
 LIGHT_STEMS = (
     "errors yamlfile config labels mathematics device cli world signals process rundir records "
-    "charts page fingerprint clock watchdog mirror tracker lease versions __main__"
+    "charts page fingerprint clock watchdog mirror tracker lease launcher environment __main__"
 )
 LIGHT = [path for path in TRAIN if path.stem in LIGHT_STEMS.split()]
 
