@@ -1,4 +1,4 @@
-# Everything a person starts. `make train` and `make test` need only python3 (>= 3.10), pip, venv and make.
+# The commands of a user. `make train` and `make test` need only python3 (>= 3.10), pip, venv and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,30 +6,30 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 
 .PHONY: train test exact-demo faults gpu-check lint audit help
 
-help:  ## this list
+help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-train: $(VENV)/.ready  ## train configs/quickstart.yaml on every GPU of this machine (one process on a CPU)
+train: $(VENV)/.ready  ## train configs/quickstart.yaml on all GPUs of this machine, or on the CPU
 	$(BIN)/python -m launch run -- --config configs/quickstart.yaml
 
 test: $(VENV)/.ready-dev  ## run the test suite
 	$(BIN)/python -m pytest -q
 
-exact-demo: $(VENV)/.ready  ## the same bits on 1, 2 and 4 processes, one of them killed (under 2 minutes)
+exact-demo: $(VENV)/.ready  ## train on 1, 2 and 4 processes, kill one, compare the bits (under 2 minutes)
 	$(BIN)/python -m launch demo
 
-faults: $(VENV)/.ready-dev  ## the long fault campaigns: kills, restarts, crash points of a save, a long run (an hour or two)
+faults: $(VENV)/.ready-dev  ## run the fault campaigns: kills, restarts, crash points, a long run (an hour or two)
 	$(BIN)/python tests/faults.py elastic kills crash-points long
 
-gpu-check: $(VENV)/.ready-dev  ## check this machine's GPUs in nine minutes, with a receipt to send in (docs/gpu.md)
+gpu-check: $(VENV)/.ready-dev  ## check this machine's GPUs in nine minutes and write a receipt to send in (docs/gpu.md)
 	PYTHON=$(BIN)/python bash tests/gpu/check.sh
 
-lint: $(VENV)/.ready-dev  ## format, lint, types
+lint: $(VENV)/.ready-dev  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-audit:  ## known vulnerabilities of the pinned packages (asks PyPI)
+audit:  ## look for known vulnerabilities of the pinned packages (asks PyPI)
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 	$(VENV)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip

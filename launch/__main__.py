@@ -5,7 +5,7 @@ import sys
 
 from train import __version__
 from train.cli import did_you_mean
-from train.errors import BAD_INPUT, FINISHED, UserError
+from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError
 from train.world.process import keep_others_from_writing
 
 ROOMS = {  # where a subcommand's module lies, unless beside this file
@@ -33,8 +33,6 @@ SUBCOMMANDS = {
     "compare": "say where two runs differ: mathematics, losses, gradient norms, weights",
     "replay": "compute steps of an exact run again and compare their bits",
     "selftest": "prove on this machine, in half a minute, that kills and world sizes change nothing",
-    "completion": "print a script that completes subcommands, config fields and their values in bash or zsh",
-    "model": "print a model's layers, volumes and parameters",
     "plan": "say what a run would do on N nodes of G GPUs: shares, lr, bytes, memory, the sbatch command",
     "doctor": "check this machine, or a Slurm cluster, and say how to repair it",
 }
@@ -56,9 +54,9 @@ def main(argv: list[str]) -> int:
             hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
             raise UserError(f"There is no subcommand {name}. {hint}")
         return importlib.import_module(ROOMS.get(name, f"launch.{name}")).main(argv[1:])
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return BAD_INPUT if isinstance(error, UserError) else CRASHED
 
 
 if __name__ == "__main__":

@@ -5,17 +5,17 @@ from typing import get_args, get_type_hints
 
 from train.cli import Parser
 from train.config import DataConfig
+from train.errors import FINISHED
 
 
 def main(argv: list[str]) -> int:
-    """Prepare one data set and say where it is."""
+    """Prepare one data set and print where it is; return the exit code."""
     names = get_args(get_type_hints(DataConfig)["name"])
     parser = Parser(prog="python -m launch data", description=__doc__)
     parser.add_argument("--name", choices=names, default="mnist", help="data set (default mnist)")
-    parser.add_argument(
-        "--root", help="directory to look in and download to (default: $MNIST_ROOT and a cache; the cache)"
-    )
-    parser.add_argument("--no-download", action="store_true", help="only look")
+    root = "directory to look in and download to (default: look in $MNIST_ROOT and a cache, download to the cache)"
+    parser.add_argument("--root", help=root)
+    parser.add_argument("--no-download", action="store_true", help="only look for the files")
     options = parser.parse_args(argv)
     from train.storage import data
 
@@ -25,4 +25,4 @@ def main(argv: list[str]) -> int:
     sizes = f"{len(tensors['train_labels']):,} train and {len(tensors['t10k_labels']):,} test images"
     print(f"{options.name}: {sizes}, whole, in {place}")
     print(f"sha256 {sha256}")
-    return 0
+    return FINISHED

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from train.cli import Parser
+from train.errors import FINISHED
 from train.report.page import write
 
 
 def main(argv: list[str]) -> int:
-    """Write the page and say where it is; return exit code 0. Raises UserError."""
+    """Write the page and print where it is; return the exit code. Raises UserError."""
     parser = Parser(prog="python -m launch report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run, such as runs/mnist")
     where = "page, .html (default: report.html in RUN, of several runs here)"
@@ -16,4 +17,4 @@ def main(argv: list[str]) -> int:
     output = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
     write(options.runs, output)
     print(output)
-    return 0
+    return FINISHED

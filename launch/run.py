@@ -1,8 +1,8 @@
 """`python -m launch run`: train on this machine, one process per GPU.
 
-Beside torchrun it passes exit codes on (75 stays 75), forwards SIGTERM, SIGINT and SIGUSR2 without killing anyone, leaves
-no orphan when it is killed itself, and restarts a run whose rank died. Deliberately not here: several machines (torchrun,
-Slurm). torch is not imported: the launcher is up at once and stays small.
+Unlike torchrun it passes exit codes on (75 stays 75), forwards SIGTERM, SIGINT and SIGUSR2 without killing a rank, leaves no
+orphan when it is killed itself, and restarts a run whose rank died. Not here: several machines (torchrun, Slurm). torch is not
+imported, so the launcher starts at once and stays small.
 """
 
 import functools
@@ -16,8 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from train.cli import Parser, did_you_mean, parse, run_name, split_arguments
-from train.config import Config
-from train.errors import BAD_INPUT, PREEMPTED, UserError
+from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, UserError
 from train.world.launcher import run_suffix
 from train.world.process import die_with_parent
 
@@ -37,7 +36,7 @@ def nvidia_nodes() -> list[Path]:
 
 
 def count_gpus() -> int:
-    """Count the GPUs that a training on this machine would see. torch is asked, in a process of its own, if there may be any."""
+    """Count the GPUs that a training on this machine would see, by asking torch in a process of its own."""
     if not nvidia_nodes() and not any((DEV / name).exists() for name in ("kfd", "dxg")):  # AMD's GPUs, or those of WSL
         return 0
     command = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
@@ -50,7 +49,7 @@ class Ranks:
     def __init__(self, nproc: int, arguments: list[str], restart: int, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.processes: list[subprocess.Popen] = []
-        # Ranks inherit the mask and lift it once their handlers stand, seconds later: no signal is lost in between.
+        # Ranks inherit the mask and lift it once their handlers are installed, seconds later: no signal is lost before.
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         try:
             self._start(nproc, arguments, restart)
@@ -61,54 +60,49 @@ class Ranks:
         output = subprocess.DEVNULL if self.quiet else None
         command = (sys.executable, "-m", "train", *arguments)
         tie = functools.partial(die_with_parent, os.getpid())
-        # Rank 0 serves the rendezvous on this socket: nobody can take its port, and only this machine can reach it.
+        env = {**ON_LOOPBACK, **os.environ, "LOCKSTEP_RESTART": str(restart)}
+        # Rank 0 serves the rendezvous on this socket: no other process can take its port, or reach it from another machine.
         with socket.create_server(("127.0.0.1", 0)) as store:
+            if nproc > 1:
+                env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
+                env |= {"MASTER_PORT": str(store.getsockname()[1]), "LOCKSTEP_STORE_FD": str(store.fileno())}
             for rank in range(nproc):
-                env = ON_LOOPBACK | dict(os.environ, LOCKSTEP_RESTART=str(restart))
-                if nproc > 1:
-                    env |= {
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(nproc),
-                        "LOCAL_WORLD_SIZE": str(nproc),
-                    }
-                    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
-                    env |= {"LOCKSTEP_STORE_FD": str(store.fileno())}
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc > 1 else {}
                 handed = [store.fileno()] if nproc > 1 and rank == 0 else []
                 self.processes.append(
-                    subprocess.Popen(command, env=env, pass_fds=handed, preexec_fn=tie, stdout=output, stderr=output)
+                    subprocess.Popen(
+                        command, env=env | place, pass_fds=handed, preexec_fn=tie, stdout=output, stderr=output
+                    )
                 )
 
     def send(self, number: int) -> None:
-        """Send a signal to every rank that still runs."""
+        """Send a signal to every rank that is running."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """Wait for all ranks; once one has left with an error, give the others a while, then kill them.
+        """Wait for all ranks, and return the exit code of the attempt: 0, 2, 75, or 1 for every kind of crash.
 
-        Returns the exit code of the attempt: 0, 2, 75, or 1 for every kind of crash.
+        Once one rank has left with an error, the others get a while before they are killed.
         """
         deadline = None
         first: tuple[int, int] | None = None
         while True:
             codes = [process.poll() for process in self.processes]
             failed = [(rank, code) for rank, code in enumerate(codes) if code]
-            if None not in codes:
-                break
             if failed and first is None:
                 first = failed[0]
                 deadline = time.monotonic() + (SAVE_SECONDS if first[1] == PREEMPTED else LEAVE_SECONDS)
+            if None not in codes:
+                return self._judge(first, failed) if first else FINISHED
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
             time.sleep(POLL_SECONDS)
-        if not failed:
-            return 0
-        first = first or failed[0]
-        if (
-            first[1] == PREEMPTED
-        ):  # all ranks have agreed on it and saved; one that was killed since hung in its last words
+
+    def _judge(self, first: tuple[int, int], failed: list[tuple[int, int]]) -> int:
+        """Return the exit code of an attempt whose ranks `failed`, (rank, code); print which one crashed first."""
+        if first[1] == PREEMPTED:  # all ranks have saved; one that was killed since hung during its exit
             return PREEMPTED
         crashes = [pair for pair in failed if pair[1] not in (PREEMPTED, BAD_INPUT)]
         if not crashes:
@@ -117,64 +111,65 @@ class Ranks:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not self.quiet:
             print(f"launch: rank {rank} ended by {how}", file=sys.stderr, flush=True)
-        return 1
+        return CRASHED
 
 
-def named(config: Config, arguments: list[str]) -> list[str]:
-    """Return the training's arguments with a run name, the same for every restart."""
-    return [*arguments, "--run.name", run_name(config, arguments, run_suffix())]
-
-
-def main(argv: list[str]) -> int:
-    """Run the training to its end; return its exit code."""
-    ranks: Ranks | None = None
-    told: list[int] = []  # signals so far
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        if ranks is not None:
-            ranks.send(number)
-
-    for number in FORWARDED:  # first of all: none may be lost
-        signal.signal(number, forward)
+def make_parser() -> Parser:
+    """Build the command line."""
     parser = Parser(
         prog="python -m launch run", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, one on a machine without GPU")
-    parser.add_argument(
-        "--max-restarts", type=int, default=0, help="how often a training whose rank died is resumed (default 0)"
-    )
-    parser.add_argument(
-        "--min-nproc", type=int, help="resume with one process fewer each time, down to this (default: --nproc)"
-    )
+    restarts = "how often a training whose rank died is resumed (default 0)"
+    parser.add_argument("--max-restarts", type=int, default=0, help=restarts)
+    least = "resume with one process fewer each time, down to this (default: --nproc)"
+    parser.add_argument("--min-nproc", type=int, help=least)
+    return parser
+
+
+def read_command_line(argv: list[str]) -> tuple[list[str], int, int, int]:
+    """Return the training's arguments, with a run name for all restarts, --nproc, --min-nproc and --max-restarts."""
+    parser = make_parser()
     own, arguments = split_arguments(argv)
     options, wrong = parser.parse_known_args(own)
     if wrong:
-        hint = did_you_mean(
-            wrong[0], list(parser._option_string_actions), "The training's arguments stand behind `--`."
-        )
+        hint = did_you_mean(wrong[0], list(parser._option_string_actions), "Pass training options after `--`.")
         raise UserError(f"launch run has no option {wrong[0]}. {hint}")
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc is {options.nproc}. Use 1 or more.")
     if options.max_restarts < 0:
         raise UserError(f"--max-restarts is {options.max_restarts}. Use 0 or more.")
     config = parse(arguments)
-    arguments = named(config, arguments)
     nproc = options.nproc or (config.train.device != "cpu" and count_gpus()) or 1
     min_nproc = options.min_nproc or nproc
     if not 1 <= min_nproc <= nproc:
         raise UserError(f"--min-nproc is {min_nproc} of {nproc} processes. Use 1 to {nproc}.")
-    for restart in range(options.max_restarts + 1):
-        if told:
-            return PREEMPTED  # before anything was begun
+    name = run_name(config, arguments, run_suffix())
+    return [*arguments, "--run.name", name], nproc, min_nproc, options.max_restarts
+
+
+def main(argv: list[str]) -> int:
+    """Run the training to its end; return its exit code."""
+    ranks: Ranks | None = None
+    received: list[int] = []  # signals so far
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if ranks is not None:
+            ranks.send(number)
+
+    for number in FORWARDED:  # first of all, so that no signal is lost
+        signal.signal(number, forward)
+    arguments, nproc, min_nproc, max_restarts = read_command_line(argv)
+    for restart in range(max_restarts + 1):
+        if received:
+            return PREEMPTED  # before any rank was started
         ranks = Ranks(nproc, arguments, restart)
-        for early in told:  # while they were being started
+        for early in received:  # while they were being started
             ranks.send(early)
         code = ranks.wait()
-        if code != 1 or told or restart == options.max_restarts:
+        if code != CRASHED or received or restart == max_restarts:
             return code
         nproc = max(min_nproc, nproc - 1)
-        print(
-            f"launch: restart {restart + 1} of {options.max_restarts}, {nproc} process(es)", file=sys.stderr, flush=True
-        )
+        print(f"launch: restart {restart + 1} of {max_restarts}, {nproc} process(es)", file=sys.stderr, flush=True)
     raise AssertionError("the loop returns")

@@ -1,8 +1,8 @@
-"""`python -m launch slurm`: check a training, hand it to Slurm, follow it.
+"""`python -m launch slurm`: check a training, submit it to Slurm, follow it.
 
-Nothing is queued that would fail on a typo: the config is parsed, the ranks must be able to share the batch, the scripts pass
-`bash -n` and the request passes `sbatch --test-only`. Arguments are passed as a list, never through a shell's parser. What
-happens in the job stands in slurm/train.sbatch.
+No job is queued that would fail on a typo: the config is parsed, the ranks must be able to share the batch, the scripts pass
+`bash -n` and the request passes `sbatch --test-only`. Arguments are passed as a list, never through a shell's parser. The job
+itself is slurm/train.sbatch.
 """
 
 import os
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from train.cli import Parser, parse, run_name, split_arguments
 from train.config import Config
-from train.errors import UserError
+from train.errors import CRASHED, FINISHED, UserError
 
 ROOT = Path(__file__).parent.parent
 SITE = 'if [ -f slurm/site.env ]; then set -a; . slurm/site.env >&2; set +a; fi; exec "$@"'  # its SBATCH_* reach sbatch
 SCRIPTS = ("slurm/train.sbatch", "slurm/sweep.sbatch")
 POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
-LOST = 3  # exit code: the job was submitted, and can no longer be followed
-GOING_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+LOST, INTERRUPTED = 3, 130  # exit codes: the job was submitted and can no longer be followed; Ctrl-C
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
 def make_parser() -> Parser:
@@ -35,30 +35,40 @@ def make_parser() -> Parser:
         "--qos, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
     )
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
-    parser.add_argument(
-        "--gpus-per-node", type=int, default=0, help="GPUs and ranks per node; 0: CPU ranks (default 0)"
-    )
+    gpus = "GPUs and ranks per node; 0: CPU ranks (default 0)"
+    parser.add_argument("--gpus-per-node", type=int, default=0, help=gpus)
     parser.add_argument("--ntasks-per-node", type=int, default=1, help="CPU ranks per node (default 1)")
-    parser.add_argument(
-        "--signal-seconds", type=int, default=300, help="save and leave so long before the limit (default 300)"
-    )
-    parser.add_argument(
-        "--sweep", help="'seeds', or a file with one line of flags per run; needs --array, such as --array=1-5%%2"
-    )
+    signal = "save and leave so long before the limit (default 300)"
+    parser.add_argument("--signal-seconds", type=int, default=300, help=signal)
+    sweep = "'seeds', or a file with one line of flags per run; needs --array, such as --array=1-5%%2"
+    parser.add_argument("--sweep", help=sweep)
     parser.add_argument("--dry-run", action="store_true", help="print the command and do not submit")
     parser.add_argument("--follow", action="store_true", help="show the log and the job's states until it ends")
-    parser.add_argument(
-        "--print-run", action="store_true", help="check the arguments, print the run's directory (for the job)"
-    )
+    for_the_job = "check the arguments, print the run's directory (for the job)"
+    parser.add_argument("--print-run", action="store_true", help=for_the_job)
     return parser
 
 
-def check_world(config: Config, world_size: int) -> None:
-    """Raise UserError where so many ranks cannot share the training: the rule that the ranks themselves apply."""
-    from train.functional import models
-    from train.run import plan_micro_batches
+def check_options(options: Namespace, extra: list[str]) -> None:
+    """Raise UserError if an option has a value that makes no job."""
+    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("gpus_per_node", 0), ("signal_seconds", 0)):
+        value = getattr(options, name)
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}. Use {least} or more.")
+    has_array = any(word.startswith("--array=") for word in extra)
+    if options.sweep and not has_array:
+        raise UserError("--sweep needs --array=FIRST-LAST, such as --array=1-5%2.")
+    if options.sweep and options.follow:
+        raise UserError("--sweep cannot be followed: each of its tasks has its own log. Drop --follow.")
 
-    plan_micro_batches(config, world_size, bool(models.norms(models.build(config.model, config.seed))))
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise UserError if so many ranks cannot share the training: the rule that the ranks themselves apply."""
+    from train.functional import models
+    from train.state import resolve_num_micro_batches
+
+    has_batch_norm = bool(models.batch_norms(models.build(config.model, config.seed)))
+    resolve_num_micro_batches(config, world_size, has_batch_norm=has_batch_norm)
 
 
 def check_lines(path: Path, arguments: list[str]) -> None:
@@ -66,9 +76,8 @@ def check_lines(path: Path, arguments: list[str]) -> None:
     try:
         lines = (ROOT / path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--sweep {path} cannot be read: {error}. Use 'seeds', or a file with one line of flags per run."
-        ) from None
+        expected = "Use 'seeds', or a file with one line of flags per run"
+        raise UserError(f"--sweep {path} cannot be read: {error}. {expected}.") from None
     for number, line in enumerate(lines, 1):
         try:
             parse([*arguments, *shlex.split(line)])
@@ -77,39 +86,36 @@ def check_lines(path: Path, arguments: list[str]) -> None:
 
 
 def command(options: Namespace, extra: list[str], arguments: list[str]) -> list[str]:
-    """The sbatch command line."""
-    ranks = (
-        ("--gpus-per-node", options.gpus_per_node)
-        if options.gpus_per_node
-        else ("--ntasks-per-node", options.ntasks_per_node)
-    )
-    signal = f"--signal=USR2@{options.signal_seconds}"
+    """Return the sbatch command line."""
+    ranks = ["--ntasks-per-node", str(options.ntasks_per_node)]
+    if options.gpus_per_node:
+        ranks = ["--gpus-per-node", str(options.gpus_per_node)]
+    own = ["--nodes", str(options.nodes), *ranks, f"--signal=USR2@{options.signal_seconds}"]
     script = [SCRIPTS[1], options.sweep] if options.sweep else [SCRIPTS[0]]
-    return [
-        "sbatch",
-        "--parsable",
-        "--nodes",
-        str(options.nodes),
-        ranks[0],
-        str(ranks[1]),
-        signal,
-        *extra,
-        *script,
-        *arguments,
-    ]
+    return ["sbatch", "--parsable", *own, *extra, *script, *arguments]
 
 
 def run(*argv: str) -> str:
-    """Run a command in the project's directory with the site's settings; UserError with its last words if it fails."""
+    """Run a command in the project's directory with the site's settings. Raises UserError with its message if it fails."""
     done = subprocess.run(("bash", "-c", SITE, "bash", *argv), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        words = " ".join(done.stderr.split())
-        raise UserError(f"{argv[0]} says: {words}" if words else f"{argv[0]} ended with exit code {done.returncode}.")
+        message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"{argv[0]} failed: {message}")
     return done.stdout.strip()
 
 
+def print_new(log: Path, position: int) -> int:
+    """Print what a log holds after `position`; return its end."""
+    if not log.exists():
+        return position
+    with open(log, errors="replace") as file:
+        file.seek(position)
+        print(file.read(), end="", flush=True)
+        return file.tell()
+
+
 def follow(job: str, log: Path) -> int:
-    """Show the log and each new state until the job ends or is held; return its exit code. Ctrl-C leaves the job alone."""
+    """Print the log and each new state until the job ends or is held; return its exit code. Ctrl-C leaves the job alone."""
     shown, position, failures = "", 0, 0
     while True:
         try:
@@ -117,69 +123,56 @@ def follow(job: str, log: Path) -> int:
         except UserError as error:  # a controller that is being restarted
             failures += 1
             if failures * POLL_SECONDS > PATIENCE_SECONDS:
-                print(f"job {job} goes on; {error}", file=sys.stderr)
+                print(f"job {job} continues, but cannot be followed: {error}", file=sys.stderr)
                 return LOST
             time.sleep(POLL_SECONDS)
             continue
         fields = dict(re.findall(r"(\S+?)=(\S*)", text))
         state, reason = fields["JobState"], fields["Reason"]
         now = state if reason == "None" else f"{state} ({reason})"
-        if log.exists():
-            with open(log, errors="replace") as file:
-                file.seek(position)
-                print(file.read(), end="", flush=True)
-                position = file.tell()
+        position = print_new(log, position)
         if now != shown:
-            print(
-                f"{time.strftime('%H:%M:%S')} job {job}: {now} {fields.get('NodeList', '').replace('(null)', '')}",
-                flush=True,
-            )
+            nodes = fields.get("NodeList", "").replace("(null)", "")
+            print(f"{time.strftime('%H:%M:%S')} job {job}: {now} {nodes}", flush=True)
             shown = now
-        if state not in GOING_ON or "held" in reason.lower():
+        if state not in ACTIVE or "held" in reason.lower():
             code = int(fields["ExitCode"].split(":")[0])
-            return code or int(state != "COMPLETED")
+            return code or (FINISHED if state == "COMPLETED" else CRASHED)
         time.sleep(POLL_SECONDS)
 
 
 def main(argv: list[str]) -> int:
-    """Submit, or show what would be submitted; return 0, 2 for what Slurm or the config refuses, 3, or the job's exit code."""
+    """Submit, or print what would be submitted. Return 0, LOST, INTERRUPTED, or the exit code of a job that was followed."""
     own, arguments = split_arguments(argv)
     options, extra = make_parser().parse_known_args(own)
     if stray := [word for word in extra if not word.startswith("-")]:
-        raise UserError(
-            f"{stray[0]!r} stands alone. Write sbatch's options as --name=value; the training's stand behind `--`."
-        )
+        usage = "Pass sbatch options as --name=value and training options after `--`"
+        raise UserError(f"unexpected argument: {stray[0]!r}. {usage}.")
     config = parse(arguments)
     if options.print_run:
         if "SLURM_JOB_ID" not in os.environ:
             raise UserError("--print-run is for the job: SLURM_JOB_ID is not set.")
         print(Path(config.run.dir) / run_name(config, arguments, os.environ["SLURM_JOB_ID"]))
-        return 0
-    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("gpus_per_node", 0), ("signal_seconds", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}. Use {least} or more.")
-    if options.sweep and (options.follow or not any(word.startswith("--array=") for word in extra)):
-        raise UserError(
-            "--sweep needs --array=FIRST-LAST, such as --array=1-5%2, and cannot be followed: each task has its log."
-        )
+        return FINISHED
+    check_options(options, extra)
     if options.sweep and options.sweep != "seeds":
         check_lines(Path(options.sweep), arguments)
     check_world(config, options.nodes * (options.gpus_per_node or options.ntasks_per_node))
     for script in SCRIPTS:
         run("bash", "-n", script)
-    wanted = command(options, extra, arguments)
+    sbatch = command(options, extra, arguments)
     if options.dry_run:
-        print(shlex.join(wanted))
-        return 0
-    run(wanted[0], "--test-only", *wanted[2:])
-    job = run(*wanted).split(";")[0]
+        print(shlex.join(sbatch))
+        return FINISHED
+    run(sbatch[0], "--test-only", *sbatch[2:])
+    job = run(*sbatch).split(";")[0]
     log = ROOT / (f"slurm-{job}_*.log" if options.sweep else f"slurm-{job}.log")
     place = f"runs/sweep-{job}" if options.sweep else str(Path(config.run.dir) / run_name(config, arguments, job))
     print(f"job {job}: squeue -j {job}; log {log}; run {place}; scancel {job} ends it", flush=True)
     if not options.follow:
-        return 0
+        return FINISHED
     try:
         return follow(job, log)
     except KeyboardInterrupt:
-        print(f"job {job} goes on", file=sys.stderr)
-        return 130
+        print(f"job {job} continues", file=sys.stderr)
+        return INTERRUPTED

@@ -152,9 +152,10 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="session")
 def exported(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run of the fixture, exported to each format."""
-    from launch.deploy import export, formats
+    from launch.__main__ import main
+    from launch.deploy import formats
 
     folder = tmp_path_factory.mktemp("exported")
     for kind in formats.SUFFIXES:
-        assert export.main([str(digits_run), "--format", kind, "--output", str(folder)]) == 0
+        assert main(["export", str(digits_run), "--format", kind, "--output", str(folder)]) == 0
     return {kind: folder / f"model{suffix}" for kind, suffix in formats.SUFFIXES.items()}

@@ -10,11 +10,15 @@ import numpy as np
 import safetensors.numpy
 
 from launch.report import main
+from train.cli import to_yaml
 from train.config import Config, DataConfig, WandbConfig
+from train.rundir import Evaluation, Summary
 
 STEPS = 60
 SHA256 = "0123456789abcdef" * 4
 EVIL = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
+DATA = {"name": "mnist", "num_train_examples": 60000, "num_test_examples": 10000, "is_fallback": False}
+MISTAKES = {(4, 9): 21, (7, 2): 13, (3, 5): 6}
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -57,28 +61,18 @@ def confusion(correct: int, mistakes: dict[tuple[int, int], int]) -> list[list[i
     return counts
 
 
-def make_rows(*, restarts: tuple[int, ...] = (), final_loss: float = 0.01) -> list[dict[str, Any]]:
+def make_rows(
+    *, restarts: tuple[int, ...] = (), final_loss: float = 0.01, data: dict[str, Any] = DATA, **start: Any
+) -> list[dict[str, Any]]:
     """Rows as metrics.jsonl has them: training every 10 steps, evaluations at 30 and 60, preempted and started again."""
-    start = {
-        "event": "start",
-        "world_size": 4,
-        "total_steps": STEPS,
-        "command": ["--seed", "1"],
-        "data": {"name": "mnist"},
-    }
+    start = {"event": "start", "world_size": 4, "total_steps": STEPS, "command": ["--seed", "1"], "data": data, **start}
     rows: list[dict[str, Any]] = [{**start, "step": 0, "time": 1e9}]
     for step in range(10, STEPS + 1, 10):
         at = {"step": step, "time": 1e9 + step}
         loss = 2.3 * (final_loss / 2.3) ** (step / STEPS)
-        numbers = {
-            "lr": 0.1 * (1 - step / 61),
-            "grad_norm": 0.5 + step / 50,
-            "images_per_second": 1e4,
-            "train_seconds": step / 9,
-        }
-        rows.append(
-            {"event": "train", **at, "epoch": step / 30, "loss": loss, **numbers, "seconds_left": float(STEPS - step)}
-        )
+        train = {"event": "train", **at, "epoch": step / 30, "loss": loss, "lr": 0.1 * (1 - step / 61)}
+        train |= {"grad_norm": 0.5 + step / 50, "images_per_second": 1e4, "train_seconds": step / 9}
+        rows.append({**train, "seconds_left": float(STEPS - step)})
         if step % 30 == 0:
             result = {"accuracy": 0.9 + step / 1000, "loss": 2 * loss, "correct": 900 + step, "num_examples": 1000}
             rows.append({"event": "eval", **at, "split": "test", "ema": False, **result})
@@ -88,16 +82,43 @@ def make_rows(*, restarts: tuple[int, ...] = (), final_loss: float = 0.01) -> li
     return rows
 
 
-def make_summary(**changes: Any) -> dict[str, Any]:
-    summary = {"outcome": "finished", "step": STEPS, "total_steps": STEPS, "world_size": 2, "weights_sha256": SHA256}
-    summary |= {"train_seconds": 6.7, "images_per_second": 12345.6, "git_commit": "c0ffee+", "device": "cpu"}
-    summary |= {
-        "data": {"name": "mnist", "num_train_examples": 60000, "num_test_examples": 10000, "is_fallback": False}
+def make_evaluation(correct: int = 96, mistakes: dict[tuple[int, int], int] = MISTAKES) -> Evaluation:
+    """An evaluation of 1,000 images, of which 40 are wrong; the mistakes are only those that the page can name."""
+    return Evaluation(0.96, 0.02, 960, "p" * 64, confusion(correct, mistakes))
+
+
+def make_summary(**changes: Any) -> Summary:
+    """The summary of a run that has finished."""
+    values: dict[str, Any] = {
+        "outcome": "finished",
+        "step": STEPS,
+        "total_steps": STEPS,
+        "world_size": 2,
+        "split": "test",
+        "num_examples": 1000,
+        "results": {"raw": make_evaluation()},
+        "weights_sha256": SHA256,
+        "ema_weights_sha256": None,
+        "train_seconds": 6.7,
+        "warm_up_seconds": 0.5,
+        "wall_seconds": 9.0,
+        "images_per_second": 12345.6,
+        "best": {"step": STEPS, "accuracy": 0.96},
+        "skipped_steps": 0,
+        "ledger": None,
+        "exact": False,
+        "num_micro_batches": 1,
+        "precision": "fp32",
+        "device": "cpu",
+        "data": DATA,
+        "config": {},
+        "environment": {"device": "x86_64", "num_threads": 2},
+        "versions": {"torch": "2.15.0", "python": "3.11.2"},
+        "git_commit": "c0ffee+",
+        "phases": {"seconds": [9.0, 9.0], "data": [0.125, 0.25], "forward_backward": [0.875, 0.75]},
+        "fingerprints": None,
     }
-    summary |= {"contract": {"device": "x86_64", "num_threads": 2}, "versions": {"torch": "2.15.0", "python": "3.11.2"}}
-    summary |= {"test_confusion": confusion(96, {(4, 9): 21, (7, 2): 13, (3, 5): 6})}
-    summary |= {"phases": {"seconds": [9.0, 9.0], "data": [0.125, 0.25], "forward_backward": [0.875, 0.75]}}
-    return {**summary, **changes}
+    return Summary(**{**values, **changes})
 
 
 def make_samples(path: Path, count: int) -> None:
@@ -112,7 +133,7 @@ def make_samples(path: Path, count: int) -> None:
 def make_run(
     run: Path,
     rows: list[dict[str, Any]],
-    summary: dict[str, Any] | None,
+    summary: Summary | None,
     config: Config | None = None,
     mistakes: int | None = None,
 ) -> Path:
@@ -120,9 +141,9 @@ def make_run(
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"event": "tra'
     )  # a torn last line
-    (run / "config.yaml").write_text((config or Config()).to_yaml())
+    (run / "config.yaml").write_text(to_yaml(config or Config()))
     if summary:
-        (run / "summary.json").write_text(json.dumps(summary))
+        (run / "summary.json").write_text(summary.to_json())
     if mistakes is not None:
         make_samples(run / "samples.safetensors", mistakes)
     return run
@@ -140,11 +161,13 @@ def make_pages(directory: Path) -> dict[str, Path]:
     evil_data = {"name": EVIL, "is_fallback": True, "sha256": EVIL, "num_test_examples": 1000}
     evil_rows = [
         {**row, "signal": EVIL, "world_size": EVIL, "command": [EVIL], "split": EVIL}
-        for row in make_rows(restarts=(30,))
+        for row in make_rows(restarts=(30,), data=evil_data)
     ]
     config = Config(wandb=WandbConfig(notes=EVIL, tags=[EVIL]), data=DataConfig(name="fashion_mnist", root=EVIL))
-    summary = make_summary(data=evil_data, git_commit=EVIL, versions={EVIL: EVIL}, device=EVIL)
-    summary[f"{EVIL}_confusion"] = confusion(96, {(4, 9): 40})
+    results = {"raw": make_evaluation(96, {(4, 9): 40})}
+    summary = make_summary(
+        data=evil_data, git_commit=EVIL, versions={EVIL: EVIL}, device=EVIL, split=EVIL, results=results
+    )
     evil = make_run(directory / EVIL.replace("/", "")[:200], evil_rows, summary, config, mistakes=3)
     pages = {"one": [one], "seeds": [one, *seeds], "evil": [evil]}
     for name, runs in pages.items():

@@ -124,7 +124,9 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "name of dots": (["--run.name", ".."], "run.name is '..'"),
     "name with a NUL": (["--run.name", "a\0b"], "run.name is"),
     "contradiction": (["--train.exact", "true"], "train.exact needs train.micro_batches"),
-    "more portions than examples": (["--train.micro_batches", "8", "--train.global_batch_size", "4"], "more than train.global_batch_size, 4 examples"),
+    "more micro-batches than examples": (
+        ["--train.micro_batches", "8", "--train.global_batch_size", "4"], "more than train.global_batch_size, 4 examples",
+    ),
 }  # fmt: skip
 
 
@@ -178,8 +180,6 @@ LAUNCH = {
     "model --name cnm": "Did you mean cnn?",
     "model --nam cnn": "Did you mean --name?",
     "data --name minst": "Did you mean mnist?",
-    "completion bahs": "Did you mean bash?",
-    "completion": "required: shell",
     "replay": "required: RUN",
     "replay /nowhere --steps 0:1": "/nowhere is not a directory",
     "compare /nowhere /nowhere": "/nowhere",

@@ -31,7 +31,7 @@ def assert_close(run: Path, other: Path) -> None:
         )
 
 
-def mathematics_of(run: Path) -> list[dict]:
+def trajectory_of(run: Path) -> list[dict]:
     """A run's rows without clocks: what must be the same on any path to the end."""
     clocks = {"time", "images_per_second", "train_seconds", "seconds_left", "rank_seconds"}
     return [{k: v for k, v in row.items() if k not in clocks} for row in rows(run) if row["event"] in ("train", "eval")]
@@ -84,7 +84,7 @@ def test_killed_run_resumes_to_the_same_bits(
     assert starts[1]["step"] > 0
     for name in ("weights_sha256", "ema_weights_sha256", "results"):
         assert resumed[name] == undisturbed[name]
-    assert mathematics_of(tmp_path / "killed") == mathematics_of(tmp_path / "undisturbed")
+    assert trajectory_of(tmp_path / "killed") == trajectory_of(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR2), (2, signal.SIGINT)])
@@ -106,7 +106,7 @@ def test_signal_saves_at_an_agreed_step_and_exits_75(tmp_path: Path, world_size:
     assert newest.name == f"step-{summary['step']:08d}"
     resumed = train(world_size, tmp_path / "told", *flags)
     assert resumed["weights_sha256"] == undisturbed["weights_sha256"]
-    assert mathematics_of(tmp_path / "told") == mathematics_of(tmp_path / "undisturbed")
+    assert trajectory_of(tmp_path / "told") == trajectory_of(tmp_path / "undisturbed")
     assert rows(tmp_path / "told", "start")[1]["step"] == summary["step"]  # no step was computed twice
 
 

@@ -1,7 +1,7 @@
-"""A W&B server for tests: as much of its protocol as wandb's init, log, resume, rewind, artifacts, alerts, finish and sweeps use.
+"""A W&B server for tests: the part of its protocol that init, log, resume, rewind, artifacts, alerts and sweeps use.
 
-It keeps what it was sent, per run. After `awake.clear()` it accepts requests and stays silent; after `stop()` it refuses
-connections; `start()` comes back on the same port with everything it knew. It checks no key.
+It keeps what it is sent, per run. After `awake.clear()` it accepts requests but does not answer. After `stop()` it refuses
+connections, and `start()` listens on the same port again with everything it kept. It checks no key.
 """
 
 import json
@@ -14,22 +14,22 @@ from typing import Any
 
 from ranks.processes import launch, rows
 
-from train.tracking.mirror import MIRRORED
+from train.tracking.wandb import SHOWN
 
 USER = "tester"
 KEY = "5ec2e7" * 7
 SHORT = "--train.max_steps 20 --log.every_steps 5 --eval.every_steps 10 --checkpoint.every_steps 10"
-PATIENT = "--wandb.start_seconds 100 --wandb.finish_seconds 100"  # this machine may be busy
+PATIENT = "--wandb.timeout 100"  # this machine may be busy
 TIMEOUT_SECONDS = 60.0
 
 
 class Refused(Exception):
-    """What the server does not do, as it tells its client."""
+    """An error message for the client."""
 
 
 @dataclass
 class ServedRun:
-    """What the server knows of a run."""
+    """What the server keeps of a run."""
 
     fields: dict[str, Any] = field(default_factory=dict)  # the last value of each field of its upserts
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -52,27 +52,27 @@ class _Http(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *arguments: Any) -> None:
-        """Be quiet about clients that were killed; what this server gets wrong is kept in `faults`."""
+        """Print nothing about clients that were killed. The server's own errors are kept in `faults`."""
 
 
 class Server:
-    """A server on a port of its own; a context manager."""
+    """A server on its own port. A context manager."""
 
     def __init__(self) -> None:
         self.runs: dict[str, ServedRun] = {}
         self.alerts: list[dict[str, Any]] = []
         self.artifacts: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
-        self.rewinds = True  # not every server offers that
+        self.rewinds = True  # a real server may not offer that
         self.operations: list[str] = []
         self.faults: list[str] = []
         self.sweep = ""  # the YAML of the only one
-        self.commands: list[dict[str, Any]] = []  # what an agent gets, one after the other
+        self.commands: list[dict[str, Any]] = []  # for an agent, one after the other
         self.port = 0
         self.start()
 
     def start(self) -> None:
-        """Listen, on the port of before if there was one."""
+        """Listen, on the same port as before if there was one."""
         self.http = _Http(("127.0.0.1", self.port), type("Handler", (_Handler,), {"server_state": self}))
         self.port = self.http.server_port
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
@@ -102,13 +102,13 @@ class Server:
         return run
 
     def graphql(self, query: str, variables: dict[str, Any]) -> Any:
-        """The `data` of an answer. An operation that it does not know is a fault."""
+        """Return the `data` of an answer. An unknown operation is a fault."""
         operation = re.search(r"(?:query|mutation)\s+(\w+)", query).group(1)  # type: ignore[union-attr]
         self.operations.append(operation)
         return getattr(self, f"_{operation}")(variables)
 
     def bucket(self, name: str) -> dict[str, Any]:
-        """A run as the protocol shows it."""
+        """Return a run as the protocol shows it."""
         run = self.runs[name]
         project = {"id": "p", "name": run.fields["project"], "entity": {"id": "e", "name": USER}}
         shown = {
@@ -172,7 +172,7 @@ class Server:
         return {"createAgent": {"agent": {"id": "agent-id"}}}
 
     def _Heartbeat(self, variables: dict) -> Any:
-        """Give an agent the next of `commands`; it gets none while it trains."""
+        """Give an agent the next of `commands`, or none while it trains."""
         commands = [] if json.loads(variables["runState"]) else self.commands[:1]
         del self.commands[: len(commands)]
         return {"agentHeartbeat": {"agent": {"id": "agent-id"}, "commands": json.dumps(commands)}}
@@ -189,7 +189,7 @@ class Server:
         return {"project": {"artifact": None}}
 
     def _CreateArtifact(self, variables: dict) -> Any:
-        """Like the real one: contents that it has already, by their digest, are committed at once."""
+        """Commit contents with a known digest at once, like the real server."""
         wanted = variables["input"]
         known = [item["digest"] for item in self.artifacts]
         state = "COMMITTED" if wanted["digest"] in known else "PENDING"
@@ -222,7 +222,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}/upload/{name}"
 
     def stream(self, name: str, sent: dict[str, Any]) -> None:
-        """Take lines of history, system metrics and summary, each at its offset."""
+        """Keep lines of history, system metrics and summary, each at its offset."""
         run = self.runs[name]
         for file, part in sent.get("files", {}).items():
             lines = [json.loads(line) for line in part["content"]] if file != "output.log" else []
@@ -242,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: Any) -> None:
-        """Be quiet."""
+        """Print nothing."""
 
     def do_POST(self) -> None:
         body = self._body()
@@ -284,10 +284,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def expected(run: Path) -> list[dict[str, Any]]:
-    """The numbers that W&B must show, row by row, made from metrics.jsonl and summary.json by rules of this test's own."""
+    """Return the numbers that W&B must show, row by row, made from metrics.jsonl by rules of this test's own."""
     found = []
     for row in rows(run):
-        if row["event"] in MIRRORED:
+        if row["event"] in SHOWN:
             group = "eval_ema" if row.get("ema") else row["event"]
             numbers = {
                 f"{group}/{name}": value
@@ -300,19 +300,19 @@ def expected(run: Path) -> list[dict[str, Any]]:
 
 
 def is_end(row: dict[str, Any]) -> bool:
-    """Whether a row of W&B is the one that stands for summary.json."""
+    """Return whether a row of W&B is the one of summary.json."""
     return any(name.startswith("finished/") for name in row)
 
 
 def numbers(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The numbers of W&B's rows, without the one that stands for summary.json."""
+    """Return the numbers of W&B's rows, without the one of summary.json."""
     return [
         {name: value for name, value in row.items() if type(value) in (int, float)} for row in shown if not is_end(row)
     ]
 
 
 def sync(run: Path, env: dict[str, str]) -> str:
-    """What `python -m launch sync RUN` prints."""
+    """Return what `python -m launch sync RUN` prints."""
     code, shown = launch(run.parent / "sync.log", f"sync {run}", **env)
     assert code == 0, shown
     return shown

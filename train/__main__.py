@@ -8,7 +8,7 @@ import sys
 from train.world import signals
 
 if __name__ == "__main__":
-    signals.install()  # first of all: a signal must find its handler while everything else is being imported
+    signals.install()  # first: a signal must find its handler during the imports below
 
 import contextlib
 import faulthandler
@@ -30,9 +30,10 @@ OTHER_RANKS_WAIT_SECONDS = 2.0
 
 
 def complain(error: UserError | RunError, world: World | None) -> int:
-    """Print one line; return the exit code. Who does not speak waits: a launcher kills all when one has left.
+    """Print one line; return the exit code.
 
-    Rank 0 speaks; as long as there is no world, in which errors are agreed on, also one rank of each other machine.
+    Rank 0 prints it. Before there is a world, in which all ranks raise the same error, one rank of each other machine prints
+    it too. Ranks that print nothing wait briefly, because launchers kill all ranks as soon as one exits.
     """
     place = read_placement()
     rank, local_rank = place.rank, place.local_rank
@@ -45,9 +46,9 @@ def complain(error: UserError | RunError, world: World | None) -> int:
     return BAD_INPUT if isinstance(error, UserError) else CRASHED
 
 
-def run_directory(config: Config, argv: list[str], world: World) -> Path:
+def run_directory(config: Config, argv: list[str], world: World) -> RunDir:
     """Return run.dir/run.name, the same on all ranks. Collective: every rank must call it."""
-    return Path(config.run.dir) / world.broadcast(run_name(config, argv, run_suffix()))
+    return RunDir(Path(config.run.dir, world.broadcast(run_name(config, argv, run_suffix()))))
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     signals.install()
     die_with_launcher()
     keep_others_from_writing()
-    with contextlib.suppress(io.UnsupportedOperation):  # where somebody has put another stderr in place
+    with contextlib.suppress(io.UnsupportedOperation):  # stderr may have been replaced
         faulthandler.enable()
     try:
         config = parse(argv)
@@ -67,18 +68,18 @@ def main(argv: list[str]) -> int:
         from train.loop import train
 
         run_dir = run_directory(config, argv, world)
-        summary = train(config, world, RunDir(run_dir), argv)
+        summary = train(config, world, run_dir, argv)
     except (UserError, RunError) as error:
         return complain(error, world)
     except Exception:
-        if world.world_size > 1:  # NCCL would wait in close() for collectives that the other ranks may never join
+        if world.world_size > 1:  # NCCL would wait in close() for ranks that may never come
             traceback.print_exc()
             leave(CRASHED)
         raise
     finally:
         world.close()
     if world.is_main:
-        report(RunDir(run_dir), summary, write_page=config.log.report)
+        report(run_dir, summary, write_page=config.log.report)
     return FINISHED if summary.outcome == "finished" else PREEMPTED
 
 
@@ -96,7 +97,7 @@ def page_problem(run_dir: RunDir) -> str | None:
 def report(run_dir: RunDir, summary: Summary, *, write_page: bool) -> None:
     """Print the result and where the files are."""
     if summary.outcome == "preempted":
-        print(f"preempted at step {summary.step}: saved. The same command with --run.name {run_dir.name} goes on.")
+        print(f"preempted at step {summary.step}: saved. The same command with --run.name {run_dir.name} continues it.")
         return
     assert summary.final
     speed = f", {summary.images_per_second:,.0f} images/s" if summary.images_per_second else ""

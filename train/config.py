@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from train import yamlfile
 from train.errors import UserError
 
 LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product of two fits 64 bits
@@ -295,46 +294,28 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases: a mirror of metrics.jsonl, never in the way of training."""
+    """Weights & Biases. It follows metrics.jsonl from a process of its own, and never slows or stops training."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: what $WANDB_MODE says, else online with a key and a server that answers soon, else offline; online: give the server
-    10 seconds. What could not be sent, `python -m launch sync` sends later."""
+    """auto: the mode in $WANDB_MODE, else online. online: use the server, or fall back to offline without a key or an
+    answer. offline: write to the run directory. `python -m launch sync RUN` sends later what is missing."""
     project: str = "lockstep"
-    """Project that the run appears in."""
-    entity: str | None = None
-    """User or team. Default: the key's own."""
+    """PROJECT or ENTITY/PROJECT in which the run appears. The entity is a user or a team; default: the key's own."""
     group: str | None = None
     """Runs with the same group are shown together."""
     tags: list[str] = field(default_factory=list)
     """Labels of the run."""
     notes: str | None = None
     """A sentence about the run."""
-    start_seconds: int = 2
-    """Seconds within which the server must answer in mode auto. Training does not wait meanwhile."""
-    finish_seconds: int = 5
-    """Longest wait at the end for what was not sent yet, in seconds."""
-    histograms: bool = True
-    """Show the distribution of each parameter tensor, at each evaluation."""
-    confusion: bool = True
-    """Show the confusion matrix at the end."""
-    mistakes: bool = True
-    """Show the most confident mistakes, as a table and as images, and the first layer's filters at the end."""
-    checkpoints: bool = True
-    """Keep the best and the last checkpoint as artifacts."""
-    code: bool = True
-    """Keep the source code as an artifact (git's state is always noted)."""
-    system: bool = True
-    """Show the load of CPU, GPU, memory, disk and network."""
-    alerts: bool = True
-    """Send an alert when the run is preempted, fails or finishes."""
+    timeout: int = number(5, 1, unit=SECONDS)
+    """Seconds to wait for the server: to connect, while training runs, and at the end for what is not sent yet."""
+    media: bool = True
+    """Show histograms of the weights at each evaluation, and the confusion matrix, mistakes and filters at the end."""
+    artifacts: bool = True
+    """Keep the source code, the best checkpoint and the last one as artifacts."""
 
     def __post_init__(self) -> None:
-        for name in ("start_seconds", "finish_seconds"):
-            value = getattr(self, name)
-            _check(
-                value >= 1, f"wandb.{name} is {value}. Use 1 or more seconds; wandb.mode offline waits for no server."
-            )
+        _check_ranges("wandb", self)
 
 
 @dataclass(frozen=True)
@@ -356,7 +337,3 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_ranges("", self)
-
-    def to_yaml(self) -> str:
-        """Return the resolved config as YAML, which `--config` reads back to an equal Config."""
-        return yamlfile.dump(dataclasses.asdict(self))

@@ -10,20 +10,20 @@ from typing import TypeVar
 
 import safetensors.torch
 
-from train import samples
+from train.cli import to_yaml
 from train.config import Config
 from train.errors import RunError, UserError
 from train.evaluate import Result, evaluate
 from train.functional.sampler import expected_ledger
-from train.journal import Journal
 from train.rundir import Row, RunDir, Summary
 from train.state import Ledger, Plan, State, restore, set_up, snapshot
 from train.step import prepare_step
 from train.storage import checkpoint, data
 from train.storage.lease import Lease
-from train.summary import describe_batch, headline, read_finished, summarize
 from train.tracking.alarms import Alarms
+from train.tracking.journal import Journal
 from train.tracking.metrics import Metrics
+from train.tracking.summary import collect_samples, describe_batch, headline, read_finished, summarize
 from train.tracking.tracer import Tracer
 from train.warmup import warm_up
 from train.world import signals
@@ -89,7 +89,7 @@ def open_run(
     warnings = restore(plan, state, found[1], found[0]) if found else []
 
     def open_records() -> list[Row]:
-        lease.write(RunDir(lease.run_dir).config, config.to_yaml().encode())
+        lease.write(RunDir(lease.run_dir).config, to_yaml(config).encode())
         with lease.writing() as staging:
             return metrics.open(state.step, staging)
 
@@ -151,7 +151,7 @@ def close_run(
 
     def write() -> None:
         if results:  # first: next to a current summary they are of the same step
-            lease.write(run_dir.samples, safetensors.torch.save(samples.collect(plan, state, results)))
+            lease.write(run_dir.samples, safetensors.torch.save(collect_samples(plan, state, results)))
         lease.write(run_dir.summary, summary.to_json().encode())
 
     # No rank leaves while rank 0 still writes: a launcher would kill it.

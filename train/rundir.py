@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import yamlfile
+from train.cli import load_yaml
 from train.errors import UserError
 
 Row = dict[str, Any]
 SCHEMA = 2  # of summary.json
+ATTEMPT_EVENTS = (
+    "start",
+    "preempted",
+    "save_failed",
+)  # about an attempt: their rows stay when steps are computed again
 EXAMPLE = "runs/mnist-20260101-120000"
 
 
@@ -95,75 +100,35 @@ class Summary:
             raise ValueError(f"it is damaged: {type(error).__name__} {error}"[:200]) from None
 
 
-@dataclass(frozen=True)
 class RunDir:
-    """The files of one run. Only `remove_rows_after` writes; whoever writes more must hold the lease."""
+    """The files of one run. Only a process that holds the lease may write any of them, except `report` and `exports`."""
 
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.path.resolve().name
-
-    @property
-    def config(self) -> Path:
-        """The config of the run, all fields."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """The rows."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """The summary."""
-        return self.path / "summary.json"
-
-    @property
-    def samples(self) -> Path:
-        """Images and filters to look at."""
-        return self.path / "samples.safetensors"
-
-    @property
-    def report(self) -> Path:
-        """The page about the run."""
-        return self.path / "report.html"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The directory of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def trace(self) -> Path:
-        """The profiler's trace."""
-        return self.path / "trace.json.gz"
-
-    @property
-    def lock(self) -> Path:
-        """The lock of the process that may write here."""
-        return self.path / ".lock"
-
-    @property
-    def heartbeats(self) -> Path:
-        """The directory in which ranks show that they are alive."""
-        return self.path / ".ranks"
-
-    @property
-    def exports(self) -> Path:
-        """The directory of exported models."""
-        return self.path / "export"
-
-    @property
-    def wandb(self) -> Path:
-        """What W&B keeps of an offline run."""
-        return self.path / "wandb"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.resolve().name
+        self.config = path / "config.yaml"  # all fields, resolved
+        self.metrics = path / "metrics.jsonl"  # the rows
+        self.summary = path / "summary.json"
+        self.samples = path / "samples.safetensors"  # images and filters to look at
+        self.report = path / "report.html"
+        self.checkpoints = path / "checkpoints"
+        self.exports = path / "export"
+        self.trace = path / "trace.json.gz"  # of torch.profiler
+        self.lock = path / ".lock"  # of the process that may write
+        self.heartbeats = path / ".ranks"  # a file per rank
+        self.wandb = path / "wandb"  # what W&B keeps of an offline run
+        self.wandb_id = path / "wandb_id"  # the run's id in W&B
 
     def read_rows(self) -> list[Row]:
-        """Return the whole rows; none if there is no file."""
-        return parse_rows(self.metrics.read_text(errors="replace")) if self.metrics.is_file() else []
+        """Return the whole rows; none if there is no file. Raises UserError if it cannot be read."""
+        return _read(self.metrics, parse_rows) or []
+
+    def remove_rows_after(self, step: int, staging: Path | None = None) -> list[Row]:
+        """Remove the rows of later steps, which a resume computes again, and a torn last line; return the other rows."""
+        rows = [row for row in self.read_rows() if row["step"] <= step or row["event"] in ATTEMPT_EVENTS]
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.metrics, content.encode(), staging, should_sync=True)
+        return rows
 
     def read_summary(self) -> Summary | None:
         """Return the summary, or None if there is none. Raises UserError if it cannot be read."""
@@ -233,7 +198,7 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    content = yamlfile.load(text)
+    content = load_yaml(text)
     if not isinstance(content, dict):
         raise ValueError("it is no mapping")
     return content
@@ -241,7 +206,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text()) if path.exists() else None
+        return parse(path.read_text(errors="replace")) if path.exists() else None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

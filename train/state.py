@@ -16,7 +16,7 @@ from train.errors import UserError, one_line
 from train.functional import models, optim
 from train.functional.sampler import Sampler, ledger_sum
 from train.functional.tables import StepTables
-from train.mathematics import differences, mathematics
+from train.functional.trajectory import differences, trajectory
 from train.storage import checkpoint
 from train.storage.data import Data
 from train.world.environment import environment, environment_differences
@@ -214,7 +214,7 @@ def snapshot(plan: Plan, state: State) -> checkpoint.Snapshot:
     meta = {
         "schema": checkpoint.SCHEMA,
         "step": state.step,
-        "mathematics": mathematics(plan.config),
+        "trajectory": trajectory(plan.config),
         "micro_batches": plan.sampler.micro_batches if plan.config.train.micro_batches else 0,
         "data_sha256": plan.data.sha256,
         "normalization": {"mean": plan.data.mean, "std": plan.data.std},
@@ -245,7 +245,7 @@ def restore(plan: Plan, state: State, saved: checkpoint.Snapshot, source: str) -
 
 def _restore(plan: Plan, state: State, saved: checkpoint.Snapshot, source: str) -> list[str]:
     meta, data, scaler = saved.meta, plan.data, plan.world.accelerator.scaler
-    changed = differences(meta["mathematics"], mathematics(plan.config))
+    changed = differences(meta["trajectory"], trajectory(plan.config))
     if meta["data_sha256"] != data.sha256:
         changed.append(f"data {meta['data_sha256'][:12]} -> {data.sha256[:12]} ({data.name})")
     if changed:

@@ -11,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.errors import RunError
 from train.functional import models, optim, rng
 from train.functional.augment import augment, lay_out
-from train.functional.tables import StepResult
 from train.state import Plan, State
 from train.world import signals
-
-MAX_NAMED_EXAMPLES = 8  # of a broken micro-batch, in the error
 
 
 def prepare_step(plan: Plan, state: State) -> None:
@@ -38,7 +34,7 @@ def train_step(plan: Plan, state: State) -> None:
     """Make the update of `state.step`, which `prepare_step` has prepared. Collective: every rank must call it.
 
     This is the device's work: no number is read, and nothing but the size of the batch depends on the step, so that a CUDA
-    graph can repeat it. The results are in `plan.tables`. `is_skipped` finds an update that was left out.
+    graph can repeat it. The results are in `plan.tables`. The journal finds an update that was left out.
     """
     world, clock, tables = plan.world, plan.world.clock, plan.tables
     statistics, is_alone = tables.statistics, world.world_size == 1
@@ -138,33 +134,3 @@ def _clip(plan: Plan, state: State) -> Tensor:
     if limit:
         torch.nn.utils.clip_grads_with_norm_(state.parameters, limit, norm)
     return norm
-
-
-def is_skipped(plan: Plan, state: State, result: StepResult) -> bool:
-    """Return whether a step's update was left out, and count it. Call it for each step in turn.
-
-    Raises RunError under optim.nonfinite stop, or when optim.max_skips is exceeded: on every rank after the same step.
-    """
-    if result.is_sound:
-        return False
-    state.skipped_steps += 1
-    config = plan.config.optim
-    if config.nonfinite == "stop" or state.skipped_steps > config.max_skips:
-        before = "" if config.nonfinite == "stop" else f", after optim.max_skips {config.max_skips} skipped steps"
-        raise RunError(
-            f"The loss or the gradient of step {result.step} is not finite: {_blame(plan, result)}{before}. "
-            "The last checkpoint is from before; try a smaller optim.lr, optim.clip_norm 1 or optim.nonfinite skip."
-        )
-    return True
-
-
-def _blame(plan: Plan, result: StepResult) -> str:
-    """Name the micro-batches of a step whose loss is broken, and the first one's examples."""
-    losses, step = result.loss_sums, result.step - 1
-    bad = [index for index, loss in enumerate(losses) if not abs(loss) < float("inf")]
-    if not bad:
-        return f"its {len(losses)} micro-batch(es) have finite losses, the gradient has not a finite norm"
-    examples = plan.sampler.examples(step, *plan.sampler.micro_batch(step, bad[0])).tolist()
-    named = ", ".join(map(str, examples[:MAX_NAMED_EXAMPLES])) + (", ..." if examples[MAX_NAMED_EXAMPLES:] else "")
-    others = f" (and {len(bad) - 1} more)" if bad[1:] else ""
-    return f"loss {losses[bad[0]]} in micro-batch {bad[0]}{others} of {len(losses)}, training examples {named}"

@@ -1,24 +1,22 @@
 """`launch bench peers`: the same CNN, optimizer, batch and precision on MNIST-like images, in each peer's own idiom.
 
 Every peer gets what its documentation recommends for speed: worker processes that stay, pinned memory, channels_last, bf16, no
-logging and no checkpoints, and the number of workers that is fastest here. Images are decoded and normalized by torchvision as
-its MNIST class does it. The fastest setting of a peer counts. Each measurement has a process of its own: what one sets for
-itself, such as our allocator's options, is not the next one's.
+logging and no checkpoints. Images are decoded and normalized as torchvision's MNIST class does it. Each measurement has a
+process of its own, so that one peer's settings, such as our allocator's options, do not reach the next.
 """
 
 import itertools
 import logging
 import multiprocessing
 import os
-import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from launch.bench.harness import Row
-from launch.bench.measures import LOOP, epoch_seconds, opened, seconds_of
+from launch.bench.harness import Row, compared, in_turns
+from launch.bench.measures import LOOP, device_time, epoch_seconds, opened
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,26 +48,15 @@ def worker_counts() -> list[int]:
     return [0, *(2**power for power in range(cores.bit_length()))]
 
 
-def loader(images: Any, labels: Any, batch: int, workers: int) -> Any:
-    """A DataLoader over PIL images and torchvision transforms, as the official examples build it."""
-    import torch
-    from torch.utils import data  # the project's own loop has no DataLoader; this is what it is compared with
-
-    make: Any = getattr(data, "DataLoader")  # noqa: B009
-    on_gpu = torch.cuda.is_available()
-    pictures = Pictures(images, labels)
-    return make(pictures, batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
-
-
 def device_type() -> str:
-    """Where everything is measured, as ours with train.device auto."""
+    """Return the device of all measurements, the one that train.device auto selects."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ingredients(config: "Config") -> tuple[Any, Any]:
-    """The model in channels_last and its optimizer: the same for all."""
+    """Build the model in channels_last and its optimizer: the same for all."""
     import torch
 
     from train.functional import models, optim
@@ -79,8 +66,18 @@ def ingredients(config: "Config") -> tuple[Any, Any]:
     return model, optim.build(config.optim, model)
 
 
+def timed_epoch(batches: Any, step: Callable[[Any, Any], None]) -> float:
+    """Warm up, then return the seconds of one epoch."""
+    for inputs, labels in itertools.islice(batches, WARM_UP_STEPS):
+        step(inputs, labels)
+    began = device_time()
+    for inputs, labels in batches:
+        step(inputs, labels)
+    return device_time() - began
+
+
 def dataloader_epoch(config: "Config", batches: Any) -> float:
-    """PyTorch alone: autocast around the forward pass; seconds of an epoch after the warm-up."""
+    """PyTorch alone, with autocast around the forward pass."""
     import torch
     import torch.nn.functional as F
 
@@ -99,7 +96,7 @@ def dataloader_epoch(config: "Config", batches: Any) -> float:
 
 
 def accelerate_epoch(config: "Config", batches: Any) -> float:
-    """The way of Accelerate's examples: prepare, then accelerator.backward."""
+    """Follow Accelerate's examples: prepare, then accelerator.backward."""
     import torch
     import torch.nn.functional as F
     from accelerate import Accelerator
@@ -116,20 +113,8 @@ def accelerate_epoch(config: "Config", batches: Any) -> float:
     return timed_epoch(prepared, step)
 
 
-def timed_epoch(batches: Any, step: Callable[[Any, Any], None]) -> float:
-    """Warm up, then return the seconds of one epoch."""
-    for inputs, labels in itertools.islice(batches, WARM_UP_STEPS):
-        step(inputs, labels)
-
-    def epoch() -> None:
-        for inputs, labels in batches:
-            step(inputs, labels)
-
-    return seconds_of(epoch)
-
-
 def lightning_epoch(config: "Config", batches: Any) -> float:
-    """Lightning's Trainer with logger, checkpoints, progress bar and summary off; the second of two epochs counts."""
+    """Use Lightning's Trainer with logger, checkpoints, progress bar and summary off; time the second of two epochs."""
     import lightning
     import torch
     import torch.nn.functional as F
@@ -139,42 +124,26 @@ def lightning_epoch(config: "Config", batches: Any) -> float:
     model, optimizer = ingredients(config)
     marks: list[float] = []
 
-    def mark() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+    def mark(module: Any) -> None:
+        marks.append(device_time())
 
     class Module(lightning.LightningModule):
         """The model as Lightning wants it."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
+        on_train_epoch_start = on_train_epoch_end = mark
 
         def training_step(self, batch: Any, index: int) -> Any:
             inputs, labels = batch
-            return F.cross_entropy(self.model(inputs.to(memory_format=torch.channels_last)), labels)
+            return F.cross_entropy(model(inputs.to(memory_format=torch.channels_last)), labels)
 
         def configure_optimizers(self) -> Any:
             return optimizer
 
-        def on_train_epoch_start(self) -> None:
-            mark()
-
-        def on_train_epoch_end(self) -> None:
-            mark()
-
-    trainer = lightning.Trainer(
-        max_epochs=2,
-        accelerator=device_type(),
-        devices=1,
-        precision="bf16-mixed",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Module(), batches)
+    module = Module()
+    module.model = model  # Lightning moves and trains what is an attribute
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options: Any = {"accelerator": device_type(), "devices": 1, "precision": "bf16-mixed", **dict.fromkeys(off, False)}
+    lightning.Trainer(max_epochs=2, **options).fit(module, batches)
     return marks[3] - marks[2]
 
 
@@ -185,43 +154,42 @@ PEERS: dict[str, Callable[["Config", Any], float]] = {
 }
 
 
-def with_workers(
-    epoch: Callable[["Config", Any], float], config: "Config", images: Any, labels: Any, workers: int
-) -> float:
-    """Seconds of a peer's epoch with a number of loader processes."""
-    return epoch(config, loader(images, labels, config.train.global_batch_size, workers))
+def peer_seconds(peer: str, config: "Config", images: Any, labels: Any, workers: int) -> float:
+    """Return the seconds of a peer's epoch with a DataLoader as the official examples build it."""
+    from torch.utils import data  # the project's own loop has no DataLoader; this is what it is compared with
+
+    make: Any = getattr(data, "DataLoader")  # noqa: B009
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device_type() == "cuda"}
+    loader = make(Pictures(images, labels), config.train.global_batch_size, shuffle=True, **options)
+    return PEERS[peer](config, loader)
+
+
+def speed(work: Callable[[], float]) -> float:
+    """Run an epoch in a fresh process and return its images per second."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return NUM_EXAMPLES / fresh.submit(work).result()
 
 
 def peers(repeats: int) -> list[Row]:
-    """Images per second of the bare loop, of ours and of every peer, in turns."""
+    """Measure the images per second of ours, of the bare loop and of every peer with its fastest number of workers."""
     try:
         import lightning  # noqa: F401
     except ImportError as error:
         raise UserError("bench peers needs Lightning: pip install 'lockstep[bench]'.") from error
     flags = f"{LOOP} --data.random_examples {NUM_EXAMPLES}"
-    with opened(flags) as run:
-        config = run.config
-        images, labels = run.data.train.images[:, 0].cpu().numpy(), run.data.train.labels.cpu().numpy()
-
-    def measured(work: Callable[[], float]) -> float:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            return fresh.submit(work).result()
-
+    with opened(flags) as (plan, _, _):
+        config, split = plan.config, plan.data.train
+        images, labels = split.images[:, 0].cpu().numpy(), split.labels.cpu().numpy()
     works = {
-        "lockstep": partial(epoch_seconds, flags, bare=False),
-        "bare loop": partial(epoch_seconds, flags, bare=True),
+        "lockstep": partial(speed, partial(epoch_seconds, flags, bare=False)),
+        "bare loop": partial(speed, partial(epoch_seconds, flags, bare=True)),
     }
-    for name, epoch in PEERS.items():
+    for peer in PEERS:
         candidates = {
-            workers: partial(with_workers, epoch, config, images, labels, workers) for workers in worker_counts()
+            f"{peer}, {workers} worker(s)": partial(speed, partial(peer_seconds, peer, config, images, labels, workers))
+            for workers in worker_counts()
         }
-        seconds = {workers: measured(work) for workers, work in candidates.items()}
-        fastest = min(seconds, key=seconds.__getitem__)
-        works[f"{name}, {fastest} worker(s)"] = candidates[fastest]
-    speeds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            speeds[name].append(NUM_EXAMPLES / measured(work))
-    return [
-        Row(name, "images/s", values, None if name == "lockstep" else "lockstep") for name, values in speeds.items()
-    ]
+        found = in_turns(candidates, 1)
+        fastest = max(found, key=lambda name: found[name][0])
+        works[fastest] = candidates[fastest]
+    return compared(in_turns(works, repeats), "images/s", "lockstep")

@@ -1,35 +1,32 @@
-"""`python -m launch export RUN`: turn a run's best checkpoint into one deployable file with a model card beside it.
+"""`python -m launch export RUN`: turn a run's best checkpoint into one deployable file with a model card next to it.
 
-Invariant: a file that has its name was read back and gave the checkpoint's predictions on the run's test split. Before that
-the checkpoint itself must give, in the run's own arithmetic, what summary.json says of it.
+Invariant: an export is written only if it reproduces the checkpoint's predictions on the run's test split. Before that the
+checkpoint itself must give, in the run's own arithmetic, what the run recorded. torch is imported in functions.
 """
 
 import argparse
 import copy
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-import yaml
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from launch.deploy import formats
 from launch.deploy.formats import SUFFIXES, Deployed
 from train import __version__
 from train.cli import Parser, parse, split_arguments
 from train.config import Config
-from train.errors import UserError
-from train.evaluate import Result, evaluate, predictions_sha256
-from train.mathematics import contract_differences
+from train.errors import FINISHED, RunError, UserError
 from train.report import records
-from train.run import contract
-from train.storage import data
-from train.summary import git_commit
-from train.world.world import World
+from train.rundir import RunDir
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train.evaluate import Result
+    from train.storage.data import Data, Split
+    from train.world.world import World
 
 TIE = 1e-3  # two logits closer than this may change places between two programs of the same weights
 USE = {
@@ -40,9 +37,6 @@ weights = load_file("{name}")  # of train.functional.models.MODELS["{model}"]"""
 
 session = onnxruntime.InferenceSession("{name}")
 logits = session.run(None, {{"inputs": inputs.numpy()}})[0]""",
-    "torch-export": """import torch
-
-logits = torch.export.load("{name}").module()(inputs)  # torch runs what the file says: know where it comes from""",
 }
 CARD = """# {name}
 
@@ -81,7 +75,7 @@ Train and test images come from one source, so a photograph or another pen gives
 """
 
 
-class Mismatch(RuntimeError):
+class Mismatch(RunError):
     """Two programs that must predict the same do not: nothing is exported."""
 
 
@@ -89,47 +83,44 @@ class Mismatch(RuntimeError):
 class Evidence:
     """What the verification of a file found on the run's test split."""
 
-    predictions: Tensor  # of the file, int64 [N]
+    predictions: "Tensor"  # of the file, int64 [N]
     correct: int
     ties: int  # predictions that differ from the checkpoint's, between two logits as good as equal
     changed: int  # predictions that differ from those in the run's own arithmetic
 
 
-def check_checkpoint(found: Result, deployed: Deployed, record: records.Record, split: str, world: World) -> str | None:
-    """Compare the checkpoint's predictions, in the run's arithmetic, with what the run says of them.
+def check_checkpoint(found: "Result", deployed: Deployed, run: RunDir, split: str, world: "World") -> str | None:
+    """Compare the checkpoint's predictions, in the run's arithmetic, with the run's own records.
 
-    Raises Mismatch if they are others; returns a warning instead where another machine or version may be the reason.
+    Raises Mismatch if they differ. Returns a warning instead if another machine or version may be the reason.
     """
-    facts, summary = deployed.facts, record.summary
-    averaged = facts.weights == "ema"
-    rows = [
-        row
-        for row in record.rows
-        if row["event"] == "eval" and row["step"] == facts.step and row.get("ema") == averaged
-    ]
-    claims = [(f"{row.get('correct')} right", f"{found.correct} right", "metrics.jsonl") for row in rows[-1:]]
-    name = f"{'ema_' if averaged else ''}{split}_predictions_sha256"
-    if summary.get("step") == facts.step and name in summary:
-        claims.append((summary[name], predictions_sha256(found.predictions), "summary.json"))
+    from train.world.environment import environment, environment_differences
+
+    step, weights, summary = deployed.facts.step, deployed.facts.weights, run.read_summary()
+    rows = [row for row in run.read_rows() if row["event"] == "eval" and row["step"] == step]
+    rows = [row for row in rows if row.get("ema") == (weights == "ema")]
+    claims = [(f"{row.get('correct')} right", f"{found.correct} right", run.metrics.name) for row in rows[-1:]]
+    if summary and (summary.step, summary.split) == (step, split) and weights in summary.results:
+        evaluation = summary.results[weights]
+        claims.append((evaluation.predictions_sha256, found.evaluation().predictions_sha256, run.summary.name))
     for claim, here, source in claims:
         if claim != here:
-            message = f"Step {facts.step} predicts other than its run did: {here[:12]}, {source} says {claim[:12]}"
-            if changed := contract_differences(summary.get("contract", {}), contract(world)):
+            message = f"Step {step} predicts other than its run did: {here[:12]}, {source} says {claim[:12]}"
+            if summary and (changed := environment_differences(summary.environment, environment(world))):
                 return f"{message}. Close calls may flip on another machine: {', '.join(changed)}."
             raise Mismatch(f"{message}. Nothing was exported.")
     return None
 
 
-def check_file(written: Deployed, original: Deployed, found: Result, test: data.Split) -> Evidence:
-    """Compare a file's predictions with those of the checkpoint that it was made from; raise Mismatch if they differ."""
+def check_file(written: Deployed, original: Deployed, found: "Result", test: "Split") -> Evidence:
+    """Compare a file's predictions with those of the checkpoint that it was made from. Raises Mismatch if they differ."""
     images, labels = test.images.cpu(), test.labels.cpu()
     here, expected = written.scores(images), original.scores(images)
     predictions, wanted = here.argmax(1), expected.argmax(1)
     margins = (expected.gather(1, wanted[:, None]) - expected.gather(1, predictions[:, None]))[:, 0]
     if wrong := int((~(margins <= TIE) | ~here.isfinite().all(1)).sum()):
-        raise Mismatch(
-            f"The exported file predicts {wrong} of {len(labels)} images other than its checkpoint. It is void."
-        )
+        total = len(labels)
+        raise Mismatch(f"The exported file predicts {wrong} of {total} images other than its checkpoint. It is void.")
     return Evidence(
         predictions=predictions,
         correct=int((predictions == labels).sum()),
@@ -138,11 +129,15 @@ def check_file(written: Deployed, original: Deployed, found: Result, test: data.
     )
 
 
-def card(
-    name: str, kind: str, size: int, deployed: Deployed, record: records.Record, source: data.Data, evidence: Evidence
-) -> str:
-    """Write the model card, Markdown, of a verified file of `size` bytes that will be called `name`."""
-    facts, module = deployed.facts, deployed.logits
+def card(name: str, kind: str, size: int, deployed: Deployed, run: RunDir, source: "Data", evidence: Evidence) -> str:
+    """Return the model card, Markdown, of a verified file of `size` bytes that will be called `name`."""
+    import torch
+    import yaml
+
+    from train.evaluate import predictions_sha256
+    from train.world.environment import git_commit
+
+    facts, module, summary = deployed.facts, deployed.logits, run.read_summary()
     assert isinstance(module, torch.nn.Module)
     num_examples = len(source.test)
     return CARD.format(
@@ -150,7 +145,7 @@ def card(
         name=name,
         kind=kind,
         size=size,
-        run=record.name,
+        run=run.name,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         accuracy=evidence.correct / num_examples,
         correct=evidence.correct,
@@ -160,7 +155,7 @@ def card(
         predictions_sha256=predictions_sha256(evidence.predictions),
         num_train=len(source.train),
         data_sha256=source.sha256,
-        trained_by=record.summary.get("git_commit") or "unknown",
+        trained_by=(summary and summary.git_commit) or "unknown",
         exported_by=git_commit() or "unknown",
         version=__version__,
         torch=torch.__version__,
@@ -173,32 +168,43 @@ def card(
     )
 
 
-def export(run_dir: Path, config: Config, options: argparse.Namespace, kind: str, path: Path) -> str:
-    """Export, verify, name; return what there is to say, a line."""
-    record = records.read(run_dir, run_dir.resolve().name)
-    original = formats.from_run(run_dir, print, options.weights, options.checkpoint)
-    assert isinstance(original.logits, torch.nn.Module)
+def evaluate_checkpoint(original: Deployed, run: RunDir, config: Config) -> "tuple[Data, Result]":
+    """Evaluate a run's model on this machine's data, as the run did, and compare with what the run recorded."""
+    import torch
+
+    from train.evaluate import evaluate
+    from train.storage import data
+    from train.world.world import World
+
     world = World.open(config.train)
     try:
         source = data.load(config.data, world)
-        if (trained := record.data.get("sha256", source.sha256)) != source.sha256:
-            raise UserError(
-                f"The data are not the run's: SHA-256 {trained[:12]} -> {source.sha256[:12]} ({source.name})."
-            )
+        trained = records.read(run.path, run.name).data.get("sha256", source.sha256)
+        if trained != source.sha256:
+            change = f"SHA-256 {trained[:12]} -> {source.sha256[:12]} ({source.name})"
+            raise UserError(f"The data are not the run's: {change}. Pass its --data.root after `--`.")
         memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        module: Any = copy.deepcopy(original.logits).to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
+        module: Any = copy.deepcopy(original.logits)
+        module = module.to(device=world.device, memory_format=memory_format)
         found = evaluate(module, source, config.eval.batch_size, world, memory_format)
-        if warning := check_checkpoint(found, original, record, source.eval_split, world):
+        if warning := check_checkpoint(found, original, run, source.eval_split, world):
             print(warning)
     finally:
         world.close()
+    return source, found
+
+
+def export(run: RunDir, config: Config, options: argparse.Namespace, kind: str, path: Path) -> str:
+    """Export, verify, then name the file. Return what to print."""
+    original = formats.from_run(run.path, print, options.weights, options.checkpoint)
+    source, found = evaluate_checkpoint(original, run, config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             formats.write(original, kind, temporary)
-            evidence = check_file(formats.read(temporary, own=True), original, found, source.test)
-            text = card(path.name, kind, temporary.stat().st_size, original, record, source, evidence)
+            evidence = check_file(formats.read(temporary), original, found, source.test)
+            text = card(path.name, kind, temporary.stat().st_size, original, run, source, evidence)
             os.replace(temporary, path)
         path.with_name(f"{path.name}.md").write_text(text)
     except OSError as error:
@@ -207,21 +213,22 @@ def export(run_dir: Path, config: Config, options: argparse.Namespace, kind: str
     return f"{path}: step {original.facts.step}, {original.facts.weights} weights, {accuracy}, as the checkpoint\n{path}.md"
 
 
-def place(output: Path | None, kind: str | None, run_dir: Path) -> tuple[str, Path]:
-    """Return (format, path of the file): what --output's suffix says, or --format, or safetensors."""
+def resolve_output(output: Path | None, kind: str | None, run: RunDir) -> tuple[str, Path]:
+    """Return the format and the path of the file: by --output's suffix, or --format, or safetensors."""
     kinds = {suffix: name for name, suffix in SUFFIXES.items()}
-    if output is None or output.is_dir() or output.suffix not in kinds:
-        if output is not None and output.suffix and not output.is_dir():
-            raise UserError(f"--output {output} ends in {output.suffix}. Use {', '.join(kinds)}, or a directory.")
+    is_folder = output is None or output.is_dir() or not output.suffix
+    if output is None or is_folder:
         kind = kind or "safetensors"
-        return kind, (output or run_dir / "export") / f"model{SUFFIXES[kind]}"
+        return kind, (output or run.exports) / f"model{SUFFIXES[kind]}"
+    if output.suffix not in kinds:
+        raise UserError(f"--output {output} ends in {output.suffix}. Use {', '.join(kinds)}, or a directory.")
     if kind not in (None, kinds[output.suffix]):
         raise UserError(f"--output {output} is no {kind} file. Let it end in {SUFFIXES[kind]}.")
     return kinds[output.suffix], output
 
 
 def main(argv: list[str]) -> int:
-    """Export as the command line says; return the exit code."""
+    """Export as the command line says; return the exit code. Raises UserError, and Mismatch if a file does not verify."""
     parser = Parser(
         prog="python -m launch export",
         usage="%(prog)s RUN [OPTIONS] [-- TRAIN ARGUMENTS]",
@@ -234,24 +241,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: averaged (ema) if the run averages")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="one checkpoint of the run (default: the best)")
     own, arguments = split_arguments(argv)
-    try:
-        options = parser.parse_args(own)
-        kind, path = place(options.output, options.format, options.run)
-        if kind == "onnx":
-            formats.needs_onnx()
-        config_file = options.run / "config.yaml"
-        if not config_file.is_file():
-            raise UserError(f"{config_file} is missing. Expected the directory of a run, such as runs/mnist.")
-        config = parse(["--config", str(config_file), *arguments])
-        print(export(options.run, config, options, kind, path))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Mismatch as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    options = parser.parse_args(own)
+    run = RunDir(options.run)
+    kind, path = resolve_output(options.output, options.format, run)
+    if kind == "onnx":
+        formats.require_onnx()
+    config = parse(["--config", str(run.require_config()), *arguments])
+    print(export(run, config, options, kind, path))
+    return FINISHED

@@ -1,26 +1,25 @@
 """Image files -> images uint8 [28,28], light ink on black, cropped, scaled and centred as the training images were.
 
-Only PNG and JPEG are decoded, within a limit of pixels that is checked before any is. What ink is follows from the border:
-its median colour is the paper, and ink is what differs from it, whichever of the two is darker.
+Only PNG and JPEG are decoded, within a limit of pixels that is checked before any is. The border's median colour is the paper,
+and ink is what differs from it, whichever of the two is darker. numpy and Pillow are imported in functions.
 """
 
 import io
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from train.errors import UserError, one_line
 
-from train.errors import UserError
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
 
 SIDE = 28
 MAX_BYTES, MAX_PIXELS = 100_000_000, 50_000_000
 WORK_SIDE = 1024  # pixels; larger images are averaged down to it first
 MIN_CONTRAST = 16.0  # of 255, between ink and paper
-IN_BOX = (
-    0.2  # share of the strongest ink from which on a pixel belongs to the digit's box: the texture of paper does not
-)
+IN_BOX = 0.2  # share of the strongest ink from which a pixel is in the digit's box; the paper's texture is below it
 # Longer side of the digit's box in pixels, and what is put into the middle. MNIST: "size normalized to fit in a 20x20 pixel
 # box while preserving their aspect ratio ... centered in a 28x28 image by computing the center of mass" (LeCun, Cortes and
 # Burges, The MNIST database of handwritten digits). The digits of scikit-learn fill their 8 rows: measured, all 1,797 of them.
@@ -29,8 +28,11 @@ FRAMES = {"mnist": (20, "mass")}
 FULL_FRAME = (28, "box")
 
 
-def decode(content: bytes, name: str) -> Image.Image:
-    """Decode PNG or JPEG into RGBA, upright and at most WORK_SIDE wide and high; raise UserError that names the image."""
+def decode(content: bytes, name: str) -> "Image":
+    """Decode PNG or JPEG into RGBA, upright and at most WORK_SIDE wide and high. Raises UserError, naming the image."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
     if not content:
         raise UserError(f"{name} is empty. Expected a PNG or JPEG image.")
     try:
@@ -50,16 +52,18 @@ def decode(content: bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError(f"{name} has too many pixels. Expected at most {MAX_PIXELS:,}: make it smaller.") from None
     except Exception as error:  # what Pillow raises for a damaged file has no common class
-        raise UserError(f"{name} is damaged: {' '.join(str(error).split())[:100] or type(error).__name__}.") from None
+        raise UserError(f"{name} is damaged: {one_line(error, 100)}.") from None
     factor = -(-max(image.size) // WORK_SIDE)
     return image.reduce(factor) if factor > 1 else image
 
 
-def ink(image: Image.Image, name: str) -> NDArray[np.float32]:
-    """Return how much ink is where, float32 [H,W], 0 paper to 255 ink; raise UserError for an image without any."""
+def ink(image: "Image", name: str) -> "NDArray[np.float32]":
+    """Return how much ink is where, float32 [H,W], 0 paper to 255 ink. Raises UserError for an image without any."""
+    import numpy as np
+
     pixels: NDArray[Any] = np.asarray(image, np.float32)
     colour, alpha = pixels[..., :3], pixels[..., 3:] / 255
-    if alpha.min() < 1:  # what is drawn on glass is laid on paper that it shows on
+    if alpha.min() < 1:  # composite a transparent image onto a contrasting background
         brightness = (colour * alpha).sum() / max(float(3 * alpha.sum()), 1.0)
         colour = colour * alpha + (255 if brightness < 128 else 0) * (1 - alpha)
     border = np.concatenate([colour[0], colour[-1], colour[:, 0], colour[:, -1]])
@@ -68,14 +72,16 @@ def ink(image: Image.Image, name: str) -> NDArray[np.float32]:
     found = np.abs(colour - paper).max(-1)
     peak = float(found.max())
     if peak < noise + MIN_CONTRAST:
-        raise UserError(
-            f"{name} is blank: nothing in it differs from its border. Expected ink that does not cover the border."
-        )
+        expected = "Expected ink that does not cover the border"
+        raise UserError(f"{name} is blank: nothing in it differs from its border. {expected}.")
     return (((found - noise) / (peak - noise)).clip(0, 1) * 255).astype(np.float32)
 
 
-def fit(found: NDArray[np.float32], data_name: str) -> NDArray[np.uint8]:
-    """Crop ink to its box, scale the longer side, put it in the middle -> uint8 [28,28] as in the data set of that name."""
+def fit(found: "NDArray[np.float32]", data_name: str) -> "NDArray[np.uint8]":
+    """Crop ink to its box, scale the longer side and centre it: uint8 [28,28] as in the data set of that name."""
+    import numpy as np
+    from PIL import Image
+
     side, middle = FRAMES.get(data_name, FULL_FRAME)
     mask = found > IN_BOX * 255
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -94,6 +100,6 @@ def fit(found: NDArray[np.float32], data_name: str) -> NDArray[np.uint8]:
     return framed
 
 
-def read(content: bytes, name: str, data_name: str) -> NDArray[np.uint8]:
-    """Turn the bytes of an image file into an image uint8 [28,28] like those of a data set; raise UserError otherwise."""
+def read(content: bytes, name: str, data_name: str) -> "NDArray[np.uint8]":
+    """Turn the bytes of an image file into an image uint8 [28,28] like those of a data set. Raises UserError."""
     return fit(ink(decode(content, name), name), data_name)

@@ -1,7 +1,7 @@
 """`python -m launch predict MODEL IMAGES...`: say which digit PNG or JPEG images show.
 
-MODEL is a file of launch export or the directory of a run; an image of `-` is read from standard input. Invariant: all images
-are read and checked before anything is printed, so what is printed is complete.
+MODEL is a file of `launch export` or the directory of a run. An image of `-` is read from standard input. Invariant: all images
+are read and checked before anything is printed, so the output is complete or empty. torch is imported in functions.
 """
 
 import json
@@ -9,17 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from launch.deploy import formats, image
 from launch.deploy.formats import Deployed
 from train.cli import Parser
-from train.errors import UserError
+from train.errors import FINISHED, UserError
 
 
 def read_bytes(name: str) -> bytes:
-    """Return the content of an image file, or of standard input for `-`; raise UserError that names it."""
+    """Return the content of an image file, or of standard input for `-`. Raises UserError, naming it."""
     try:
         if name == "-":
             content = sys.stdin.buffer.read(image.MAX_BYTES + 1)
@@ -38,7 +35,10 @@ def read_bytes(name: str) -> bytes:
 
 
 def predict(deployed: Deployed, names: list[str]) -> list[dict[str, Any]]:
-    """Classify image files -> per image its name, label, probability, and the probability of each class."""
+    """Classify image files. Return per image its name, label, probability, and the probability of each class."""
+    import numpy as np
+    import torch
+
     facts = deployed.facts
     images = [image.read(read_bytes(name), "standard input" if name == "-" else name, facts.data) for name in names]
     probabilities = deployed.scores(torch.from_numpy(np.stack(images))[:, None]).softmax(1)
@@ -54,34 +54,26 @@ def predict(deployed: Deployed, names: list[str]) -> list[dict[str, Any]]:
 
 
 def open_model(path: Path) -> Deployed:
-    """Read an exported file, or take the best checkpoint of a run directory."""
+    """Read an exported file, or the best checkpoint of a run directory."""
     if path.is_dir():
         return formats.from_run(path, lambda line: print(line, file=sys.stderr))
     return formats.read(path)
 
 
 def main(argv: list[str]) -> int:
-    """Predict as the command line says; return the exit code."""
+    """Predict as the command line says; return the exit code. Raises UserError."""
     parser = Parser(prog="python -m launch predict", description=__doc__.split("\n")[0])
     parser.add_argument("model", metavar="MODEL", type=Path, help="file of launch export, or directory of a run")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="PNG or JPEG file; - is standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of lines")
-    try:
-        options = parser.parse_args(argv)
-        if options.images.count("-") > 1:
-            raise UserError("- stands twice among the images. Standard input can be read once.")
-        found = predict(open_model(options.model), options.images)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    if options.images.count("-") > 1:
+        raise UserError("The image - was given twice. Standard input can be read once.")
+    found = predict(open_model(options.model), options.images)
     if options.json:
         print(json.dumps(found, indent=1))
-        return 0
+        return FINISHED
     for row in found:
         ranking = sorted(row["probabilities"].items(), key=lambda item: -item[1])
         print(f"{row['image']}: {row['label']}  ({', '.join(f'{name} {share:.2%}' for name, share in ranking)})")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return FINISHED

@@ -17,8 +17,8 @@ from train.errors import RunError
 from train.functional import optim
 from train.functional.sampler import Sampler
 from train.functional.tables import StepResult
-from train.step import is_skipped
 from train.tracking.alarms import Alarms
+from train.tracking.journal import is_skipped
 from train.world.world import World
 
 EXACT = (
@@ -57,7 +57,7 @@ def test_stop_after_a_real_divergence_leaves_finite_weights(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["sgd --optim.lr 0.05", "adamw --optim.lr 0.003"])
-def test_skipping_is_mathematics_on_every_world_size_and_through_kills(tmp_path: Path, name: str) -> None:
+def test_skipping_is_the_same_on_every_world_size_and_through_kills(tmp_path: Path, name: str) -> None:
     flags = (EXACT, f"--optim.nonfinite skip --optim.name {name} --optim.clip_norm 1")
     broken = {"MUTANT": "accidents.broken_loss"}
     alone = train(1, tmp_path / "alone", *flags, **broken)
@@ -94,7 +94,7 @@ def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_s
     ranks = Ranks(2, arguments(tmp_path / "run", *skip, "--optim.max_skips 1"), tmp_path / "logs", **broken)
     assert set(ranks.wait()) == {1}
     assert "of step 16 is not finite" in ranks.output()
-    assert "after optim.max_skips 1 skipped before it" in ranks.output()
+    assert "after optim.max_skips 1 skipped steps" in ranks.output()
     assert max((tmp_path / "run" / "checkpoints").glob("step-*")).name == "step-00000015"
     ranks = Ranks(1, arguments(tmp_path / "stopped", EXACT), tmp_path / "stopped-logs", **broken)
     assert ranks.wait() == [1]
@@ -209,7 +209,7 @@ def test_slow_rank_is_named_once() -> None:
     for step in range(10, 60, 10):
         means = watch.ranks(step, [[0.010, 0.031, 0.011]] * 10)
         assert means == pytest.approx([0.010, 0.031, 0.011])
-    assert said.lines == ["warning: rank 1 works 31.0 ms on a step, the median rank 11.0 ms: all wait for it."]
+    assert said.lines == ["warning: rank 1 is slow: 31.0 ms per step, median 11.0 ms. All ranks wait for it."]
     assert said.rows == [("slow_rank", 10)]
     assert watch.ranks(60, [[0.01]] * 10) is None
 
@@ -229,6 +229,6 @@ def test_slow_rank_is_named_in_the_log_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(2, run, "--train.max_steps 25 --log.every_steps 5", MUTANT="accidents.slow_rank")
     assert [row["rank"] for row in rows(run, "slow_rank")] == [1]
-    assert "warning: rank 1 works" in (tmp_path / "run-logs" / "rank-0.log").read_text()
+    assert "warning: rank 1 is slow" in (tmp_path / "run-logs" / "rank-0.log").read_text()
     for row in rows(run, "train"):
         assert row["rank_seconds"][1] >= 0.06 > 0.0 < row["rank_seconds"][0]

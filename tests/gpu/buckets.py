@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gpu.inside import Check, Lab
 from train.config import OptimConfig
 from train.functional import optim
-from train.run import Run
+from train.state import Plan, State
 from train.world.reduce import ExactTree
 
 LEAVES = 4
@@ -35,9 +35,9 @@ def place_all(parameters: list[nn.Parameter], gradients: list[Tensor], place: Ca
         parameter.grad = place(gradient)
 
 
-def outcome(lab: Lab, run: Run, gradients: list[Tensor], name: str, place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def outcome(state: State, gradients: list[Tensor], name: str, place: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Return norms, clipped gradients and weights after three updates from gradients at a place."""
-    parameters = [nn.Parameter(p.detach().clone()) for p in run.parameters]
+    parameters = [nn.Parameter(p.detach().clone()) for p in state.parameters]
     optimizer = optim.build(OptimConfig(name=name, lr=0.1), nn.ParameterList(parameters))
     found = []
     for _ in range(3):
@@ -51,16 +51,16 @@ def outcome(lab: Lab, run: Run, gradients: list[Tensor], name: str, place: Calla
 
 def alignment(lab: Lab, name: str) -> dict[str, Any]:
     """Norm, clipping and update have the same bits wherever a gradient lies."""
-    with lab.open("--model.name cnn") as run:
-        gradients = [torch.randn_like(p) for p in run.parameters]
-        alone, moved = (outcome(lab, run, gradients, name, place) for place in (apart, in_bucket))
+    with lab.open("--model.name cnn") as (_, state, _):
+        gradients = [torch.randn_like(p) for p in state.parameters]
+        alone, moved = (outcome(state, gradients, name, place) for place in (apart, in_bucket))
         return {"ok": all(torch.equal(a, b) for a, b in zip(alone, moved, strict=True))}
 
 
 def unmended(lab: Lab) -> dict[str, Any]:
     """Whether torch's norm has other bits where gradients are misaligned: why align_gradients is needed, for information."""
-    with lab.open("--model.name cnn") as run:
-        gradients = [torch.randn_like(p) for p in run.parameters]
+    with lab.open("--model.name cnn") as (_, state, _):
+        gradients = [torch.randn_like(p) for p in state.parameters]
         alone, moved = (torch._foreach_norm([place(g) for g in gradients]) for place in (apart, in_bucket))
         differing = sum(not torch.equal(a, b) for a, b in zip(alone, moved, strict=True))
         return {"ok": None, "norms_that_differ": differing, "of": len(gradients)}
@@ -77,8 +77,8 @@ class TwoRanks:
 
     rank, world_size = 0, 2
 
-    def __init__(self, run: Run) -> None:
-        self.device, self.accelerator = run.world.device, self
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.accelerator = device, self
 
     def no_sync(self, model: Any) -> Any:
         """Accumulate without communication, as Accelerator does."""
@@ -100,16 +100,16 @@ class SelfExchange(ExactTree):
         self._recursive_doubling(buffer)
 
 
-def all_leaves(run: Run, model: nn.Module, reducer: ExactTree) -> list[Tensor]:
+def all_leaves(plan: Plan, state: State, model: nn.Module, reducer: Any) -> list[Tensor]:
     """Return the gradients of a step."""
-    size = len(run.data.train) // 4 // LEAVES
-    images = run.data.train.images.float().to(memory_format=run.memory_format) / 255
+    size = len(plan.data.train) // 4 // LEAVES
+    images = plan.data.train.images.float().to(memory_format=plan.memory_format) / 255
     for leaf in range(LEAVES):
         with reducer.micro_batch(leaf, range(LEAVES)):
             rows = slice(size * leaf, size * (leaf + 1))
-            nn.functional.cross_entropy(model(images[rows]), run.data.train.labels[rows]).backward()
-    found = [p.grad.clone() for p in run.parameters if p.grad is not None]
-    for parameter in run.parameters:
+            nn.functional.cross_entropy(model(images[rows]), plan.data.train.labels[rows]).backward()
+    found = [p.grad.clone() for p in state.parameters if p.grad is not None]
+    for parameter in state.parameters:
         parameter.grad = None
     return found
 
@@ -121,12 +121,16 @@ def hook(lab: Lab) -> dict[str, Any]:
     try:
         with lab.open(
             f"--model.name cnn --train.exact true --train.micro_batches {LEAVES} --train.cuda_graphs off"
-        ) as run:
-            alone = all_leaves(run, run.module, run.reducer)
+        ) as (plan, state, _):
+            alone = all_leaves(plan, state, state.module, plan.reducer)
             warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name since torch 2.13
-            ddp = nn.parallel.DistributedDataParallel(run.module, gradient_as_bucket_view=True, broadcast_buffers=False)
-            tree = SelfExchange(ddp, TwoRanks(run), LEAVES, [range(LEAVES), range(0)])
-            behind = [all_leaves(run, ddp, tree) for _ in range(3)]  # from the second on in DDP's rebuilt buckets
+            ddp = nn.parallel.DistributedDataParallel(
+                state.module, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+            tree = SelfExchange(ddp, TwoRanks(plan.world.device), LEAVES, [range(LEAVES), range(0)])
+            behind = [
+                all_leaves(plan, state, ddp, tree) for _ in range(3)
+            ]  # from the second on in DDP's rebuilt buckets
             same = [len(alone) == len(each) and all(map(torch.equal, alone, each)) for each in behind]
             return {"ok": all(same), "same_bits": same}
     finally:

@@ -11,8 +11,7 @@ import torch
 
 from launch.bench.measures import opened
 from train.functional.tables import StepResult
-from train.run import Run
-from train.step import train_step
+from train.state import Plan, State
 from train.storage import checkpoint
 
 BASE = "--data.name random --wandb.mode disabled --train.max_steps 1000000 --train.global_batch_size"
@@ -37,20 +36,20 @@ class Lab:
         self.batch = 128 if self.on_gpu else 32
         self.flags = f"{BASE} {self.batch} --train.device {device} {'' if self.on_gpu else '--train.num_threads 1'}"
 
-    def open(self, flags: str) -> AbstractContextManager[Run]:
-        """Set up a run; later flags win."""
+    def open(self, flags: str) -> AbstractContextManager[tuple[Plan, State, Callable[[], None]]]:
+        """Set up a run, and what makes its next step; later flags win."""
         examples = 15 * self.batch + self.batch // 2  # the last batch of an epoch is a short one
         return opened(f"{self.flags} --data.random_examples {examples} {flags}")
 
     def train(self, flags: str, steps: int) -> tuple[list[float], list[float], str]:
         """Return the losses, the gradient norms and the weights' SHA-256 of a short training."""
         found: list[StepResult] = []
-        with self.open(flags) as run:
-            while run.step < steps:
-                train_step(run)
-                if run.step in (run.tables.stop, steps):  # the tables hold a stretch of steps, an epoch here
-                    found += run.tables.read(len(found), run.step)
-            weights = checkpoint.tensors_sha256(run.module.state_dict())
+        with self.open(flags) as (plan, state, make_step):
+            while state.step < steps:
+                make_step()
+                if state.step in (plan.tables.stop, steps):  # the tables hold a stretch of steps, an epoch here
+                    found += plan.tables.read(len(found), state.step)
+            weights = checkpoint.tensors_sha256(state.module.state_dict())
         return [each.loss for each in found], [each.grad_norm for each in found], weights
 
     def wait(self) -> None:

@@ -13,7 +13,6 @@ import torch
 
 from gpu.inside import FAST, FAST_995, Check, Lab, options, report
 from launch.bench.measures import bare_step
-from train.step import train_step
 
 STEPS, TURNS, WARM_UP, TRACED, LONGEST = 400, 3, 12, 4, 6
 EXAMPLES = 1 << 16  # a multiple of every batch: no short one, which has no graph
@@ -58,8 +57,8 @@ def timed(lab: Lab, step: Callable[[], object]) -> dict[str, Any]:
 def speed(lab: Lab, flags: str, *, is_bare: bool = False) -> dict[str, Any]:
     """Time the program's step, or the bare loop's."""
     began = time.perf_counter()
-    with lab.open(f"--data.random_examples {EXAMPLES if lab.on_gpu else 2000} {flags}") as run:
-        step = bare_step(run.config, run.data) if is_bare else partial(train_step, run)
+    with lab.open(f"--data.random_examples {EXAMPLES if lab.on_gpu else 2000} {flags}") as (plan, _, own_step):
+        step = bare_step(plan.config, plan.data) if is_bare else own_step
         step()
         lab.wait()
         first = round(time.perf_counter() - began, 2)

@@ -17,8 +17,13 @@ import torch
 from gpu import buckets
 from gpu.inside import EVERYTHING, FAST, FAST_995, Check, Lab, options, report
 from launch.check.checks import loaded_nccl
+from train.cli import parse
 from train.config import TrainConfig
+from train.state import set_up
 from train.step import train_step
+from train.storage import data
+from train.warmup import warm_up
+from train.world.world import World
 
 PRECISIONS: tuple[str, ...] = typing.get_args(typing.get_type_hints(TrainConfig)["precision"])
 MAX_DIFFERENCE = 2e-4  # of a loss or gradient norm in fp32, relative, between a GPU and a CPU
@@ -92,8 +97,13 @@ def parity(lab: Lab, flags: str) -> dict[str, Any]:
 def graphs(lab: Lab, flags: str) -> dict[str, Any]:
     """Graphs have the bits of ordinary steps, across an epoch's short batch and into the next epoch."""
     flags += " --train.exact true --train.micro_batches 2 --train.cuda_graphs"
-    with lab.open(f"{flags} on") as run:
-        is_recorded = run.replay is not None
+    config = parse(f"{lab.flags} {flags} on".split())
+    world = World.open(config.train)
+    try:
+        plan, state = set_up(config, world, data.load(config.data, world))
+        is_recorded = warm_up(plan, state, print) is not train_step
+    finally:
+        world.close()
     ordinary, graphed = (lab.train(f"{flags} {each}", 22) for each in ("off", "on"))
     differ = [number + 1 for number, (a, b) in enumerate(zip(ordinary[0], graphed[0], strict=True)) if a != b]
     return {
@@ -105,14 +115,14 @@ def graphs(lab: Lab, flags: str) -> dict[str, Any]:
 
 def waits(lab: Lab, flags: str) -> dict[str, Any]:
     """A step never waits for the GPU, at the end of an epoch neither: torch raises where one would."""
-    with lab.open(flags) as run:
+    with lab.open(flags) as (_, _, make_step):
         for _ in range(5):
-            train_step(run)
+            make_step()
         lab.wait()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(15):
-                train_step(run)
+                make_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return {"ok": True}

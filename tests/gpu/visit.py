@@ -214,9 +214,9 @@ class Visit:
 
 
 BRIEF = [
-    "outcome", "step", "world_size", "device", "precision", "exact", "micro_batches",
+    "outcome", "step", "world_size", "device", "precision", "exact", "num_micro_batches",
     "warm_up_seconds", "train_seconds", "wall_seconds", "images_per_second",
-    "test_accuracy", "ema_test_accuracy", "weights_sha256", "ema_weights_sha256",
+    "weights_sha256", "ema_weights_sha256",
 ]  # fmt: skip
 
 
@@ -228,7 +228,8 @@ def trainings(work: Path) -> list[dict[str, Any]]:
             summary = json.loads(path.read_text())
             prints = (summary.get("fingerprints") or {}).get("sha256")
             brief = {name: summary[name] for name in BRIEF if name in summary}
-            found.append({"name": path.parent.name, **brief, "fingerprints_sha256": prints})
+            accuracy = {name: result["accuracy"] for name, result in summary.get("results", {}).items()}
+            found.append({"name": path.parent.name, **brief, "accuracy": accuracy, "fingerprints_sha256": prints})
     return found
 
 
@@ -246,9 +247,9 @@ def table(receipt: dict[str, Any]) -> str:
         gpu = f", {speed['kernels']:.0f} kernels busy {speed['busy_us']:.1f} us" if "kernels" in speed else ""
         lines.append(f"{speed['check']:34} {speed['us']:9.1f} us per step, host {speed['host_us']:.1f} us{gpu}")
     for run in receipt["trainings"]:
-        accuracy = run.get("ema_test_accuracy", run.get("test_accuracy"))
+        accuracy = ", ".join(f"{name} {value:.2%}" for name, value in run["accuracy"].items())
         seconds = ", ".join(f"{name[:-8]} {run[name]} s" for name in BRIEF if name.endswith("_seconds") and name in run)
-        lines.append(f"{run['name']:16} {run['world_size']} rank(s) {run['outcome']}, {seconds}, accuracy {accuracy}")
+        lines.append(f"{run['name']:16} {run['world_size']} rank(s) {run['outcome']}, {seconds}, accuracy: {accuracy}")
     counts = receipt["counts"]
     end = (
         f"{counts['ok']} ok, {counts['failed']} failed, {counts['did_not_run']} did not run; {receipt['seconds']:.0f} s"

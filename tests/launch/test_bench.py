@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, its tables and its command line, and that each measure measures; figures are their own business."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.bench import harness, measures, peers, trainings
+from launch.bench import harness, measures, peers
 from launch.bench.harness import Row
 from train.errors import UserError
 
@@ -53,25 +54,39 @@ def test_facts_name_hardware_versions_commit_and_command() -> None:
     json.dumps(about)
 
 
-def test_trainings_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[tuple[str, int]] = []
+def test_figures_are_measured_in_turns_and_printed_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    printed: list[str] = []
+    figures = iter(range(1, 9))
 
-    def speed(place: Path, name: str, world_size: int, batch: int, flags: str) -> float:
-        turns.append((name, world_size))
+    def work() -> float:
+        printed.append(capsys.readouterr().err)
+        return next(figures)
+
+    assert harness.in_turns({"fast": work, "exact": work}, 2) == {"fast": [1, 3], "exact": [2, 4]}
+    lines = ["turn 1 of 2: fast: 1\n", "turn 1 of 2: exact: 2\n", "turn 2 of 2: fast: 3\n"]
+    assert printed == ["", *lines]
+
+
+def test_trainings_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[tuple[int, str]] = []
+
+    def speed(world_size: int, batch: int, flags: str) -> float:
+        turns.append((world_size, flags))
         return 100.0 * world_size + int(flags.split()[-1] if "micro" in flags else 0)
 
-    monkeypatch.setattr(trainings, "images_per_second", speed)
-    rows = {row.name: row for row in trainings.exact(2)}
+    monkeypatch.setattr(measures, "images_per_second", speed)
+    rows = {row.name: row for row in measures.exact(2)}
     assert len(rows) == 5 + 4  # two processes cannot share one micro-batch
-    assert [name.split("-")[0] for name, _ in turns] == ["0"] * 9 + ["1"] * 9
+    assert turns[:9] == turns[9:]
+    assert len(set(turns)) == 9
     assert rows["2 processes, exact, 8 x 64"].values == [208.0, 208.0]
     assert rows["2 processes, exact, 8 x 64"].base == "2 processes, fast"
-    for measure in (trainings.scaling, trainings.wandb):
+    for measure in (measures.scaling, measures.wandb):
         assert {row.base for row in measure(1)} <= {row.name for row in measure(1)} | {None}
 
 
-def test_a_real_training_is_measured(tmp_path: Path) -> None:
-    assert 50 < trainings.images_per_second(tmp_path, "run", 2, 64, "--train.exact true --train.micro_batches 2") < 1e6
+def test_a_real_training_is_measured() -> None:
+    assert 50 < measures.images_per_second(2, 64, "--train.exact true --train.micro_batches 2") < 1e6
 
 
 @pytest.mark.parametrize("measure", [measures.throughput, measures.data, measures.sampler, measures.checkpoint])
@@ -84,21 +99,42 @@ def test_measures_of_one_process_measure(monkeypatch: pytest.MonkeyPatch, measur
     harness.table(rows, ABOUT)  # every base is there
 
 
-def test_peers_are_measured_in_their_own_idiom(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_are_measured_in_their_own_idiom(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(peers, "NUM_EXAMPLES", 1536)
     monkeypatch.setattr(peers, "WARM_UP_STEPS", 1)
     monkeypatch.setattr(peers, "worker_counts", lambda: [1])
     monkeypatch.setattr(peers, "LOOP", peers.LOOP.replace("cnn", "tiny"))
     rows = peers.peers(1)
-    assert [row.name for row in rows][:2] == ["lockstep", "bare loop"]
+    names = [row.name for row in rows]
+    assert names[:2] == ["lockstep", "bare loop"]
     assert len(rows) == 5
     assert all(row.values[0] > 0 for row in rows)
+    progress = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines() if line.startswith("turn 1 of 1")]
+    assert progress == names[2:] + names  # which number of workers is fastest, then the comparison
+
+
+def test_startup_measures_whole_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "command_seconds", lambda *arguments: float(len(arguments)))
+    rows = {row.name: row.values for row in measures.startup(1)}
+    assert rows.pop("a training of one step")[0] > 0
+    assert list(rows.values()) == [[2.0], [3.0], [4.0]]
+
+
+def test_every_name_of_the_command_line_is_a_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, (module, _, _) in harness.MEASURES.items():
+        assert callable(getattr(importlib.import_module(f"launch.bench.{module}"), name.replace("-", "_")))
+    assert harness.main(["sampler", "--repeats", "2", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [len(row["values"]) for row in shown["rows"]] == [2] * 6
+    assert shown["about"]["n"] == 2
 
 
 def test_time_to_accuracy_trains_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("data: {name: digits}\nmodel: {name: tiny}\ntrain: {max_steps: 5, global_batch_size: 64}\n")
-    rows = {row.name: row for row in trainings.time_to_accuracy(2, str(recipe))}
+    rows = {row.name: row for row in measures.time_to_accuracy(2, str(recipe))}
     assert 0 < rows["test accuracy"].values[0] < 100
     assert rows["test accuracy"].values[0] != rows["test accuracy"].values[1]  # two seeds
     assert rows["the whole command"].values[0] > rows["training"].values[0]

@@ -5,15 +5,15 @@ import math
 import re
 import shutil
 import signal
-import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ranks.processes import Ranks, arguments, launch, rows, train, wait_for_step
 
-from launch.check.compare import apart
 from launch.report import main as report
 from train.errors import UserError
 from train.tracking import fingerprint
@@ -51,8 +51,8 @@ def test_every_step_has_one_fingerprint_and_every_save_its_weights(runs: Path) -
     assert fingerprint.of_rows(rows(runs / "one")) == fingerprint.of_rows(rows(runs / "two"))
     found = fingerprint.of_rows(rows(runs / "one"))
     for row in rows(runs / "one", "train"):
-        assert fingerprint.decode(found["loss"][row["step"]]) == row["loss"]
-        assert fingerprint.decode(found["grad_norm"][row["step"]]) == row["grad_norm"]
+        assert found["loss"][row["step"]] == row["loss"]
+        assert found["grad_norm"][row["step"]] == row["grad_norm"]
     summary = json.loads((runs / "one" / "summary.json").read_text())
     saved = rows(runs / "one", "saved")
     assert [row["step"] for row in saved] == sorted({5, 10, 15, 20, 25, 30, *(row["step"] for row in saved)})
@@ -69,14 +69,14 @@ def test_summary_is_a_receipt(runs: Path) -> None:
     assert one["ledger"] == two["ledger"] == fast["ledger"]
     assert (one["ledger"]["step"], one["ledger"]["count"]) == (23, 1438)
     assert (one["config"]["optim.lr"], one["config"]["seed"], one["config"]["train.exact"]) == (0.02, 0, True)
-    assert one["contract"]["num_threads"] == 1
-    assert one["contract"]["versions"]["torch"] == one["versions"]["torch"]
+    assert one["environment"]["num_threads"] == 1
+    assert one["environment"]["versions"]["torch"] == one["versions"]["torch"]
 
 
 def test_equal_runs_are_equal(runs: Path) -> None:
     code, said = compare(runs, "one", "two", "--assert-equal")
     assert code == 0, said
-    for line in ("config +the same mathematics", "loss +the same bits at 30 rec", "grad_norm +the same bits at 30 rec",
+    for line in ("config +the same trajectory", "loss +the same bits at 30 of 30 rec", "grad_norm +the same bits at 30 of",
                  "final weights +the same bits after step 30: [0-9a-f]{64}", "last common step +30"):  # fmt: skip
         assert re.search(f"^{line}", said, re.MULTILINE), (line, said)
 
@@ -110,18 +110,34 @@ def test_first_step_with_another_rate_starts_from_the_same_weights(runs: Path) -
     assert one["loss"][2] != rate["loss"][2]
 
 
-def test_distance_is_absolute_and_in_ulps(runs: Path) -> None:
-    def bits(value: float) -> str:
-        return fingerprint.encode("loss", value)
+def test_distance_is_absolute_and_in_ulps() -> None:
+    assert fingerprint.ulps("loss", 1.0, 1 + 2**-52) == 1
+    assert fingerprint.ulps("loss", -0.0, 0.0) == 0
+    assert fingerprint.ulps("loss", -5e-324, 5e-324) == 2
+    assert fingerprint.ulps("grad_norm", 1.0, 1 + 2**-23) == 1
+    assert "1.19e-07 apart (1 ulps of float32)" in fingerprint.difference("grad_norm", 1.0, 1 + 2**-23)
+    assert fingerprint.difference("loss", None, 1.5) == "None and 1.5 (None: not finite)"
 
-    assert fingerprint.ulps(bits(1.0), bits(1 + 2**-52)) == 1
-    assert fingerprint.ulps(bits(-0.0), bits(0.0)) == 0
-    assert fingerprint.ulps(bits(-5e-324), bits(5e-324)) == 2
-    single = fingerprint.encode("grad_norm", 1.0)
-    assert fingerprint.ulps(single, fingerprint.encode("grad_norm", 1 + 2**-23)) == 1
-    assert "1.19e-07 apart (1 ulps of float32)" in apart(single, fingerprint.encode("grad_norm", 1 + 2**-23))
-    assert len(fingerprint.encode("grad_norm", math.inf)) == 8
-    assert struct.pack(">d", 0.1).hex() == bits(0.1)
+
+def test_fingerprints_are_numbers_that_read_back_exactly() -> None:
+    numbers = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, math.nan, math.inf]
+    steps = [SimpleNamespace(loss=number, grad_norm=float(np.float32(0.1))) for number in numbers]
+    row = json.loads(json.dumps(fingerprint.encode(steps), allow_nan=False))
+    assert row["loss"] == [*numbers[:4], None, None]
+    assert row["grad_norm"] == [0.10000000149011612] * 6
+
+
+def test_receipt_does_not_depend_on_how_steps_are_cut_into_rows() -> None:
+    def row(first: int, last: int) -> dict:
+        numbers = [step / 3 for step in range(first, last + 1)]
+        return {"event": "fingerprint", "first": first, "step": last, "loss": numbers, "grad_norm": numbers}
+
+    whole = fingerprint.receipt([row(1, 6)])
+    assert whole
+    assert fingerprint.receipt([row(1, 2), {"event": "train", "step": 2}, row(3, 6)]) == whole
+    changed = row(1, 6)
+    changed["loss"][3] = math.nextafter(changed["loss"][3], 2)
+    assert fingerprint.receipt([changed]) != whole
 
 
 @pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)])
@@ -151,7 +167,7 @@ def test_unfinished_run_agrees_as_far_as_it_goes_but_is_not_equal(runs: Path, tm
     code, said = compare(runs, "one", str(part))
     assert (code, "last common step             15\n" in said) == (0, True), said
     assert "the runs are at steps 30 and 15" in said
-    assert "loss                         the same bits at 15 recorded steps" in said
+    assert "loss                         the same bits at 15 of 15 recorded steps" in said
     assert compare(runs, "one", str(part), "--assert-equal")[0] == 1
 
 
@@ -161,7 +177,7 @@ def test_unfinished_run_agrees_as_far_as_it_goes_but_is_not_equal(runs: Path, tm
         (lambda run: shutil.rmtree(run), "is not a directory"),
         (lambda run: (run / "metrics.jsonl").unlink(), "has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").write_text("\0\0\n7\n"), "has no train or eval rows"),
-        (lambda run: (run / "config.yaml").write_text("a: [\n"), "config.yaml is damaged"),
+        (lambda run: (run / "config.yaml").write_text("a: [\n"), "config.yaml cannot be read: "),
         (
             lambda run: (run / "metrics.jsonl").write_text('{"event": "train", "step": 3, "loss": "x"}\n'),
             "that no run writes",
@@ -177,9 +193,10 @@ def test_bad_input_is_one_line(runs: Path, tmp_path: Path, change: Callable[[Pat
 
 
 def test_doubled_fingerprint_is_refused() -> None:
-    row = {"event": "fingerprint", "step": 2, "first": 1, "loss": ["0" * 16] * 2, "grad_norm": ["0" * 8] * 2}
-    assert fingerprint.of_rows([row])["loss"] == {1: "0" * 16, 2: "0" * 16}
-    for damaged in ([row, row], [{**row, "loss": ["0" * 16]}], [row, {**row, "step": 3, "first": 2}]):
+    row = {"event": "fingerprint", "step": 2, "first": 1, "loss": [0.5, None], "grad_norm": [0.5, 0.5]}
+    assert fingerprint.of_rows([row])["loss"] == {1: 0.5, 2: None}
+    other_version = {**row, "loss": ["3fe0000000000000"] * 2}
+    for damaged in ([row, row], [{**row, "loss": [0.5]}], [row, {**row, "step": 3, "first": 2}], [other_version]):
         with pytest.raises(UserError, match="damaged"):
             fingerprint.of_rows(damaged)
 

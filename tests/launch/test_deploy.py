@@ -1,9 +1,8 @@
-"""train.deploy: a file says what it is, gives the checkpoint's logits, unpickles nothing, and is refused when damaged."""
+"""launch.deploy: a file says what it is, gives the checkpoint's logits, unpickles nothing, and is refused when damaged."""
 
 import json
 import pickle  # noqa: TID251  to show that it is never used
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import onnxruntime
 import pytest
 import safetensors
 import torch
-from conftest import TORCH
 from safetensors.torch import load_file, save_file
 
-from launch.deploy import export, formats
+from launch.__main__ import main
+from launch.deploy import formats
 from launch.deploy.formats import SUFFIXES, from_run
 from train.config import DataConfig
 from train.errors import UserError
@@ -38,12 +37,10 @@ def images_of_the_test_split() -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_gives_the_checkpoints_logits(kind: str, exported: dict[str, Path], digits_run: Path) -> None:
     original = from_run(digits_run, pytest.fail)
-    for own in (False, True):
-        found = formats.read(exported[kind], own=own)
-        assert found.facts == original.facts
-        torch.testing.assert_close(
-            found.scores(images_of_the_test_split()), original.scores(images_of_the_test_split()), atol=1e-4, rtol=1e-4
-        )
+    found = formats.read(exported[kind])
+    assert found.facts == original.facts
+    images = images_of_the_test_split()
+    torch.testing.assert_close(found.scores(images), original.scores(images), atol=1e-4, rtol=1e-4)
     assert original.facts.step == json.loads((digits_run / "summary.json").read_text())["best"]["step"]
     assert (original.facts.weights, original.facts.data, original.facts.model) == ("ema", "digits", "tiny")
 
@@ -63,10 +60,6 @@ def test_files_are_read_by_others_with_what_they_say_of_themselves(exported: dic
         torch.testing.assert_close(
             torch.from_numpy(session.run(None, {"inputs": some.numpy()})[0]), wanted[: len(some)]
         )
-        extra = {"lockstep.json": ""}
-        program = torch.export.load(exported["torch-export"], extra_files=extra).module()
-        torch.testing.assert_close(program(some), wanted[: len(some)])
-        assert json.loads(extra["lockstep.json"]) == facts
     weights = load_file(exported["safetensors"])
     assert checkpoint.tensors_sha256(weights) == facts["weights_sha256"]
 
@@ -86,43 +79,10 @@ def test_writing_and_reading_never_unpickles(
         for name in ("load", "loads"):
             monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
-    if TORCH >= (
-        2,
-        15,
-    ):  # torch 2.11's torch.export.save pickles the sample inputs (none), and drops the result
-        monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(torch, "save", refuse)
     monkeypatch.setattr(pickle, "Unpickler", Refuse)
-    assert export.main([str(digits_run), "--format", kind, "--output", str(tmp_path)]) == 0
-    path = tmp_path / f"model{SUFFIXES[kind]}"
-    formats.read(path)
-    if kind == "torch-export":
-        with zipfile.ZipFile(path) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-            assert [size for name, size in sizes.items() if name.endswith((".pt", ".pkl"))] == [
-                0
-            ]  # the sample inputs: none
-            configs = [archive.read(name).decode() for name in sizes if name.endswith("config.json")]
-        assert len(configs) == 2
-        assert not any('"use_pickle": true' in config for config in configs)
-
-
-def test_pt2_of_a_stranger_runs_no_program(copies: dict[str, Path], tmp_path: Path) -> None:
-    """A pickle and a broken program inside a .pt2 are not looked at: only weights and facts are read."""
-
-    class Evil:
-        def __reduce__(self) -> Any:
-            return (Path(tmp_path / "owned").touch, ())
-
-    evil = tmp_path / "evil.pt2"
-    with zipfile.ZipFile(copies["torch-export"]) as old, zipfile.ZipFile(evil, "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            content = (
-                pickle.dumps(Evil()) if name.endswith("model.pt") else b"{}" if name.endswith("model.json") else content
-            )
-            new.writestr(name, content)
-    assert formats.read(evil).scores(images_of_the_test_split()).shape == (359, 10)
-    assert not (tmp_path / "owned").exists()
+    assert main(["export", str(digits_run), "--format", kind, "--output", str(tmp_path)]) == 0
+    formats.read(tmp_path / f"model{SUFFIXES[kind]}")
 
 
 def metadata(**changes: str | None) -> Callable[[Path], None]:
@@ -146,19 +106,6 @@ def weights_of(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
     return lambda path: save_file(tensors, path, {"weights_sha256": checkpoint.tensors_sha256(tensors)})
 
 
-def replaced(name: str, content: bytes) -> Callable[[Path], None]:
-    """A damage of a .pt2: one entry of the zip has another content."""
-
-    def damage(path: Path) -> None:
-        with zipfile.ZipFile(path) as archive:
-            entries = {entry: archive.read(entry) for entry in archive.namelist()}
-        with zipfile.ZipFile(path, "w") as archive:
-            for entry, old in entries.items():
-                archive.writestr(entry, content if entry.endswith(name) else old)
-
-    return damage
-
-
 DAMAGES: list[tuple[str, str, Callable[[Path], Any], str]] = [
     *[(kind, "empty", lambda path: path.write_bytes(b""), "model") for kind in KINDS],
     *[(kind, "half", lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "model") for kind in KINDS],
@@ -179,12 +126,6 @@ DAMAGES: list[tuple[str, str, Callable[[Path], Any], str]] = [
     ("safetensors", "deep config", metadata(config="[" * 100_000), "lack"),
     ("safetensors", "another model", metadata(model="cnn"), "not this model's"),
     ("safetensors", "foreign weights", weights_of({"a": torch.zeros(3)}), "lack"),
-    ("torch-export", "no facts", replaced("lockstep.json", b""), "not a whole .pt2"),
-    ("torch-export", "facts are a list", replaced("lockstep.json", b"[]"), "lack"),
-    ("torch-export", "deep facts", replaced("lockstep.json", b"[" * 100_000), "not a whole .pt2"),
-    ("torch-export", "short weight", replaced("weight_4", bytes(8)), "not a whole .pt2"),
-    ("torch-export", "zero weight", replaced("weight_1", bytes(16)), "damaged: its weights have SHA-256"),
-    ("torch-export", "no weights", replaced("model_weights_config.json", b"{}"), "not a whole .pt2"),
     ("onnx", "flipped weight", lambda path: flip(path, path.read_bytes().find(b"conv1.weight") + 60), "onnx"),
 ]  # fmt: skip
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from launch.deploy import export, formats
+from launch.__main__ import main
+from launch.deploy import formats
 from launch.deploy.formats import SUFFIXES
 from train.config import DataConfig
 from train.storage import checkpoint, data
@@ -21,7 +22,7 @@ KINDS = list(SUFFIXES)
 
 def export_to(run: Path, folder: Path, kind: str = "safetensors", *flags: str) -> Path:
     """Export a run into a folder; return the file."""
-    assert export.main([str(run), "--format", kind, "--output", str(folder), *flags]) == 0
+    assert main(["export", str(run), "--format", kind, "--output", str(folder), *flags]) == 0
     return folder / f"model{SUFFIXES[kind]}"
 
 
@@ -33,7 +34,7 @@ def run(digits_run: Path, tmp_path: Path) -> Path:
 
 def refusal(argv: list[Any], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
     """Export what must be refused -> the one line."""
-    assert export.main([str(argument) for argument in argv]) == code
+    assert main(["export", *map(str, argv)]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -93,16 +94,17 @@ def test_best_checkpoint_is_taken_and_the_newest_where_it_is_damaged(run: Path, 
     ("flags", "name"),
     [
         ([], "run/export/model.safetensors"),
-        (["--format", "torch-export"], "run/export/model.pt2"),
-        (["--output", "{}/a/b.pt2"], "a/b.pt2"),
-        (["--output", "{}", "--format", "torch-export"], "model.pt2"),
+        (["--format", "onnx"], "run/export/model.onnx"),
+        (["--output", "{}/a/b.onnx"], "a/b.onnx"),
+        (["--output", "{}/a"], "a/model.safetensors"),
+        (["--output", "{}", "--format", "onnx"], "model.onnx"),
     ],
 )
 def test_file_lands_where_output_says_and_nothing_else_stays(
     flags: list[str], name: str, run: Path, tmp_path: Path
 ) -> None:
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert export.main([str(run), *(flag.format(tmp_path) for flag in flags)]) == 0
+    assert main(["export", str(run), *(flag.format(tmp_path) for flag in flags)]) == 0
     new = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} - {
         str(path.relative_to(tmp_path)) for path in before
     }
@@ -142,12 +144,12 @@ def test_checkpoint_that_predicts_other_than_its_run_did_is_not_exported(
 ) -> None:
     newest = checkpoint.directories(run / "checkpoints")[0]
     flags = [run, "--checkpoint", newest]
-    change_json(run / "summary.json", lambda summary: summary.update(ema_test_predictions_sha256="0" * 64))
+    change_json(run / "summary.json", lambda summary: summary["results"]["ema"].update(predictions_sha256="0" * 64))
     message = refusal(flags, capsys, code=1)
     assert "summary.json says 000000000000" in message
     assert not (run / "export").exists()
-    change_json(run / "summary.json", lambda summary: summary["contract"].update(num_threads=64))
-    assert export.main([str(flag) for flag in flags]) == 0
+    change_json(run / "summary.json", lambda summary: summary["environment"].update(num_threads=64))
+    assert main(["export", *map(str, flags)]) == 0
     assert "num_threads 64 -> " in capsys.readouterr().out
 
 
@@ -176,9 +178,9 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "option": (["{}/run", "--ouput", "x"], "Did you mean --output?"),
     "weights": (["{}/run", "--weights", "emma"], "Did you mean ema?"),
     "suffix": (["{}/run", "--output", "{}/m.pickle"], "ends in .pickle"),
-    "suffix of another format": (["{}/run", "--format", "onnx", "--output", "{}/m.pt2"], "is no onnx file"),
+    "suffix of another format": (["{}/run", "--format", "onnx", "--output", "{}/m.safetensors"], "is no onnx file"),
     "checkpoint": (["{}/run", "--checkpoint", "{}/absent"], "absent is not whole"),
-    "output in a file": (["{}/run", "--output", "{}/run/config.yaml/m.pt2"], "cannot be written"),
+    "output in a file": (["{}/run", "--output", "{}/run/config.yaml/m.onnx"], "cannot be written"),
     "train argument": (["{}/run", "--", "--optim.lrr", "1"], "Did you mean optim.lr?"),
     "other data": (["{}/run", "--", "--data.name", "random"], "The data are not the run's"),
     "data": (["{}/run", "--", "--data.name", "kmnist", "--data.download", "false"], "kmnist cannot be had"),
@@ -189,7 +191,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
 def test_export_refuses_in_one_line(case: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv, words = REFUSALS[case]
     assert words in refusal([argument.format(tmp_path) for argument in argv], capsys)
-    assert not list(tmp_path.rglob("*.pt2"))
+    assert not [path for suffix in SUFFIXES.values() for path in tmp_path.rglob(f"m*{suffix}") if path.stem == "m"]
 
 
 def test_run_without_averages_or_checkpoints_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +199,14 @@ def test_run_without_averages_or_checkpoints_says_so(run: Path, capsys: pytest.C
     assert "Use --weights raw" in refusal([run, "--weights", "ema"], capsys)
     shutil.rmtree(run / "checkpoints")
     assert "has no checkpoint" in refusal([run], capsys)
+
+
+@pytest.mark.parametrize("name", ["export", "predict"])
+def test_help_imports_neither_torch_nor_numpy(name: str, python: Callable) -> None:
+    code = "import sys; from launch.__main__ import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"
+    done = python("-c", code, name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert {"torch", "numpy", "PIL"} & set(done.stdout.split()) == set()
 
 
 def test_command_line_exports_and_predicts(digits_run: Path, tmp_path: Path, python: Callable) -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from launch.deploy import formats, image, predict
+from launch.__main__ import main
+from launch.deploy import formats, image
 from train.config import DataConfig
 from train.errors import UserError
 from train.storage import data
@@ -269,7 +270,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "text": (["0.png", "text.png", "1.png"], "text.png is neither PNG nor JPEG"),
     "empty": (["empty.png", "0.png"], "empty.png is empty"),
     "two bad ones": (["text.png", "empty.png"], "text.png is neither"),
-    "standard input twice": (["-", "-"], "stands twice"),
+    "standard input twice": (["-", "-"], "given twice"),
     "long name": (["x" * 5000], "File name too long"),
     "none": ([], "IMAGE"),
     "option": (["0.png", "--jsn"], "Did you mean --json?"),
@@ -282,7 +283,7 @@ def test_predict_refuses_before_it_prints(
 ) -> None:
     monkeypatch.chdir(folder)
     names, words = REFUSALS[case]
-    assert predict.main([str(digits_run), *names]) == 2
+    assert main(["predict", str(digits_run), *names]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
@@ -296,7 +297,7 @@ def test_predict_refuses_before_it_prints(
 def test_predict_refuses_what_is_no_model(
     name: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert predict.main([str(folder / name), str(folder / "0.png")]) == 2
+    assert main(["predict", str(folder / name), str(folder / "0.png")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert words in error
@@ -306,7 +307,7 @@ def test_predict_prints_a_line_per_image_in_order(
     folder: Path, digits_run: Path, model: Any, digits: tuple, capsys: Any
 ) -> None:
     names = [str(folder / f"{at}.png") for at in (2, 0, 1)]
-    assert predict.main([str(digits_run), *names]) == 0
+    assert main(["predict", str(digits_run), *names]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"{folder / f'{at}.png'}: {digits[1][at]}" for at in (2, 0, 1)]
     shares = [float(word.split()[1].rstrip("%")) for word in lines[0].split("(")[1].rstrip(")").split(", ")]
@@ -318,7 +319,7 @@ def test_predict_reads_standard_input_and_writes_json(
     folder: Path, digits_run: Path, digits: tuple, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((folder / "1.png").read_bytes())))
-    assert predict.main([str(digits_run), "-", str(folder / "0.png"), "--json"]) == 0
+    assert main(["predict", str(digits_run), "-", str(folder / "0.png"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["image"], row["label"]) for row in rows] == [
         ("-", str(int(digits[1][1]))),
@@ -329,5 +330,5 @@ def test_predict_reads_standard_input_and_writes_json(
         assert sum(row["probabilities"].values()) == pytest.approx(1)
         assert row["probability"] == max(row["probabilities"].values()) == row["probabilities"][row["label"]]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"nothing")))
-    assert predict.main([str(digits_run), "-"]) == 2
+    assert main(["predict", str(digits_run), "-"]) == 2
     assert "standard input is neither PNG nor JPEG" in capsys.readouterr().err

@@ -1,13 +1,14 @@
 """`launch sweep`, and what `launch slurm` refuses or prints without a cluster (with one: tests/slurm)."""
 
-import json
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from pages import make_evaluation, make_summary
 
 from launch import slurm
 from launch.sweep import table
@@ -16,22 +17,31 @@ from train.errors import UserError
 SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.exact", "true", "--train.micro_batches", "8"]
 
 
-def finished(run: Path, **values: object) -> None:
+def finished(run: Path, accuracies: dict[str, float], outcome: str = "finished") -> None:
+    results = {name: replace(make_evaluation(), accuracy=accuracy) for name, accuracy in accuracies.items()}
     run.mkdir(parents=True)
-    summary = {"outcome": "finished", "step": 9, "weights_sha256": "ab" * 32, **values}
-    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "summary.json").write_text(make_summary(outcome=outcome, results=results).to_json())
 
 
 def test_table_has_mean_and_standard_deviation(tmp_path: Path) -> None:
-    finished(tmp_path / "seed-1", test_accuracy=0.90)
-    finished(tmp_path / "seed-2", test_accuracy=0.10, ema_test_accuracy=0.94)
-    finished(tmp_path / "seed-3", test_accuracy=0.5, outcome="preempted")
+    finished(tmp_path / "seed-1", {"raw": 0.90})
+    finished(tmp_path / "seed-2", {"raw": 0.10, "ema": 0.94})
+    finished(tmp_path / "seed-3", {"raw": 0.5}, outcome="preempted")
     (tmp_path / "seed-4").mkdir()
     lines = table(tmp_path).splitlines()
     assert lines[-1] == "2 of 4 runs: mean 92.00% +- 2.83% (standard deviation)"
     assert [line.split()[:2] for line in lines[1:-1]] == [["seed-1", "90.00%"], ["seed-2", "94.00%"]] + [
         [f"seed-{n}", "not"] for n in (3, 4)
     ]
+
+
+def test_damaged_summary_costs_one_line_of_the_table(tmp_path: Path) -> None:
+    finished(tmp_path / "seed-1", {"raw": 0.90})
+    (tmp_path / "seed-2").mkdir()
+    (tmp_path / "seed-2" / "summary.json").write_text('{"schema": 1}')
+    lines = table(tmp_path).splitlines()
+    assert "summary.json cannot be read: it was written by" in lines[2]
+    assert lines[-1] == "1 of 2 runs: mean 90.00%"
 
 
 def test_table_of_nothing_is_refused(tmp_path: Path) -> None:
@@ -65,7 +75,7 @@ def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--", *SMALL, "--seeed", "1"], "There is no config field seeed"),
         (["--nodes", "2", "--gpus-per-node", "8", "--", *SMALL], "16 processes cannot share train.micro_batches 8"),
-        (["--time", "5", "--", *SMALL], "'5' stands alone"),
+        (["--time", "5", "--", *SMALL], "unexpected argument: '5'"),
         (["--gpus-per-node", "-1", "--", *SMALL], "--gpus-per-node is -1"),
         (["--signal-seconds", "-1", "--", *SMALL], "--signal-seconds is -1"),
         (["--sweep", "seeds", "--", *SMALL], "--sweep needs --array"),

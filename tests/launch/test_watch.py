@@ -18,7 +18,8 @@ from pages import STEPS, make_rows, make_run
 from ranks.processes import train
 
 from launch.__main__ import main as launch
-from launch.watch import pulse, read, sparkline
+from launch.watch import pulse, read
+from train.report.charts import sparkline
 
 NOW = 1e9  # when the made-up rows begin
 
@@ -50,8 +51,7 @@ def test_frame_says_what_the_rows_say(
         *says,
         "learning rate 0.001639",
         "time left 0:00:00",
-        "processes 4 → 2",
-        "restarts 1",
+        "processes 4 → 2 (1 restart)",
         "checkpoint none yet",
     ):
         assert said in text, said
@@ -89,7 +89,7 @@ def test_real_run_is_seen_to_be_finished(tmp_path: Path, capsys: pytest.CaptureF
     [
         (make_rows()[:4], 45.0, "running, last row 0:00:15 ago"),
         (make_rows()[:4], 3600.0, "no news: last row 0:59:30 ago. Is it still running?"),
-        (make_rows(restarts=(30,))[:6], 90.0, "preempted by SIGTERM, last row 0:01:00 ago; waiting for it to go on"),
+        (make_rows(restarts=(30,))[:6], 90.0, "preempted by SIGTERM, last row 0:01:00 ago; waiting for it to resume"),
         (make_rows(), 90.0, "running, last row 0:00:30 ago"),  # the last step, but not saved yet
         (
             [*make_rows(), *({"event": event, "step": STEPS, "time": NOW + 60} for event in ("saved", "save_failed"))],
@@ -117,9 +117,11 @@ def test_sparkline() -> None:
 
 def test_what_is_no_run_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "odd" / "metrics.jsonl").mkdir(parents=True)
     for name, says in (
         ("nowhere", "has no rows in metrics.jsonl"),
-        ("file", "metrics.jsonl cannot be read: Not a directory"),
+        ("file", "has no rows in metrics.jsonl"),
+        ("odd", "metrics.jsonl cannot be read: Is a directory"),
     ):
         assert launch(["watch", str(tmp_path / name)]) == 2
         printed = capsys.readouterr().err
@@ -188,7 +190,7 @@ def test_live_view_follows_a_run_from_before_its_birth_to_its_end(tmp_path: Path
         assert terminal.process.wait(100) == 0
         terminal.reader.join(100)
         assert "finished" in terminal.drawn
-        assert "step 60 of 60" in terminal.drawn
+        assert "step 60 of 60" in re.sub(r" +", " ", terminal.drawn)
     finally:
         terminal.process.kill()
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import train.functional.tables
-import train.journal
 import train.loop
 import train.step
+import train.tracking.journal
 import train.world.world
 from ranks import mutants
 from train.functional.sampler import Sampler
@@ -173,7 +173,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "augment": (train.step, "augment"),
     "forward_backward": (train.step, "_micro_batch_loss"),
     "optimizer": (train.step.optim, "grad_norm"),
-    "log": (train.journal.Journal, "_log"),
+    "log": (train.tracking.journal.Journal, "_log"),
     "evaluate": (train.loop, "evaluate"),
     "save": (checkpoint, "write"),
 }
@@ -212,14 +212,14 @@ def runs_ahead() -> None:
     """The host runs ahead, as on a GPU: rows of the log are read and written later."""
     train.world.world.World.runs_ahead = True  # type: ignore[assignment, method-assign]
     if "LAGS" in os.environ:
-        inner = train.journal.Journal._log
+        inner = train.tracking.journal.Journal._log
 
-        def log(self: train.journal.Journal) -> None:
+        def log(self: train.tracking.journal.Journal) -> None:
             with open(os.environ["LAGS"], "a") as file:
                 file.write(f"{self.unlogged[-1].step} {self.state.step}\n")
             inner(self)
 
-        train.journal.Journal._log = log  # type: ignore[method-assign]
+        train.tracking.journal.Journal._log = log  # type: ignore[method-assign]
     if "MOST_ROWS" in os.environ:
         train.functional.tables.MOST_ROWS = int(os.environ["MOST_ROWS"])
 

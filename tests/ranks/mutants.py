@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import train.functional.augment
 import train.functional.models
 import train.loop
+import train.rundir
 import train.state
 import train.step
-import train.tracking.metrics
 from launch.check.laws import BATCH
 from train.functional import optim, rng
 from train.functional.models import Dropout
@@ -248,7 +248,7 @@ def oldest_checkpoint() -> None:
 
 def rows_kept_on_resume() -> None:
     """The log goes on after the rows of steps that are computed again (wandb, TensorBoard)."""
-    train.tracking.metrics.drop_after = lambda path, step, staging: train.tracking.metrics.read_rows(path)
+    train.rundir.RunDir.remove_rows_after = lambda self, step, staging: self.read_rows()
 
 
 # Checkpoints

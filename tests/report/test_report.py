@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pages import EVIL, SHA256, STEPS, Page, confusion, make_pages, make_rows, make_run, make_summary
+from pages import DATA, EVIL, SHA256, STEPS, Page, make_evaluation, make_pages, make_rows, make_run, make_summary
 from ranks.processes import train
 
 from launch.__main__ import main as launch
@@ -53,7 +53,7 @@ def test_page_lands_in_the_run_and_says_what_the_run_says(run: Path, capsys: pyt
         "time line",
         "step (30 per epoch)",
     )
-    lives = (
+    attempts = (
         "2001-09-09 01:46:40 UTC",
         "0:00:30",
         "0 to 30",
@@ -71,7 +71,7 @@ def test_page_lands_in_the_run_and_says_what_the_run_says(run: Path, capsys: pyt
         "python -m train --seed 1",
     )
     phases = ("rank 0 rank 1 data 12.5% 25.0% forward_backward 87.5% 75.0%",)
-    for said in (*phases, *headline, *curves, *lives, *mistakes, *environment, "model cnn"):
+    for said in (*phases, *headline, *curves, *attempts, *mistakes, *environment, "model cnn"):
         assert said in found.text, said
     assert (found.count("svg"), found.count("table", **{"class": "matrix"})) == (6, 1)
     assert found.count("img") == 100 + 3
@@ -157,7 +157,7 @@ def test_same_seed_twice_is_a_comparison(tmp_path: Path) -> None:
 
 
 def test_fallback_is_on_a_banner(tmp_path: Path) -> None:
-    fallen = make_run(tmp_path / "fallen", make_rows(), make_summary(data={"name": "digits", "is_fallback": True}))
+    fallen = make_run(tmp_path / "fallen", make_rows(data={"name": "digits", "is_fallback": True}), make_summary())
     found = page(tmp_path, fallen)
     assert "THIS IS NOT MNIST: trained on the fallback data set digits" in found.text
     assert found.count("div", **{"class": "banner"}) == 1
@@ -167,7 +167,8 @@ def test_fallback_is_on_a_banner(tmp_path: Path) -> None:
 def test_averaged_weights_are_the_result_where_there_are_any(tmp_path: Path) -> None:
     rows = make_rows()
     rows.append({**rows[-1], "ema": True, "accuracy": 0.992, "correct": 992})
-    averaged = {"ema_weights_sha256": "e" * 64, "ema_test_confusion": confusion(99, {(8, 1): 8})}
+    results = {"raw": make_evaluation(), "ema": make_evaluation(99, {(8, 1): 8})}
+    averaged = {"ema_weights_sha256": "e" * 64, "results": results}
     text = page(tmp_path, make_run(tmp_path / "run", rows, make_summary(**averaged))).text
     for said in ("99.20% of 1,000 mnist test images, averaged weights", "e" * 12, "8 → 1 8", "test, averaged weights"):
         assert said in text, said
@@ -175,14 +176,14 @@ def test_averaged_weights_are_the_result_where_there_are_any(tmp_path: Path) -> 
 
 def test_run_without_a_current_summary_is_shown_as_unfinished(tmp_path: Path) -> None:
     killed = make_run(tmp_path / "killed", make_rows()[:4], None, mistakes=5)
-    went_on = make_run(tmp_path / "went-on", make_rows(), make_summary(outcome="preempted", step=30, total_steps=90))
+    resumed = make_run(tmp_path / "resumed", make_rows(total_steps=90), make_summary(outcome="preempted", step=30))
     assert "30 of 60, unfinished" in page(tmp_path, killed).text
-    found = page(tmp_path, went_on)
+    found = page(tmp_path, resumed)
     assert "60 of 90, unfinished" in found.text
     assert "the run has not finished" in found.text
     assert SHA256[:12] not in found.text  # it is the hash of older weights
     assert page(tmp_path, killed).count("img") == 0  # samples of an earlier end
-    assert "no word of its end" in page(tmp_path, killed).text
+    assert "0 to 30 not recorded" in page(tmp_path, killed).text
 
 
 def test_start_that_found_nothing_to_do_is_no_restart(run: Path, tmp_path: Path) -> None:
@@ -193,9 +194,10 @@ def test_start_that_found_nothing_to_do_is_no_restart(run: Path, tmp_path: Path)
 
 def test_extremes_are_drawn(tmp_path: Path) -> None:
     perfect = {"accuracy": 1.0, "correct": 1000, "loss": 0.0}
-    rows = [{**row, **perfect} if row["event"] == "eval" else {**row, "grad_norm": None} for row in make_rows()]
+    rows = make_rows(data={**DATA, "name": "fashion_mnist"})
+    rows = [{**row, **perfect} if row["event"] == "eval" else {**row, "grad_norm": None} for row in rows]
     config = Config(data=DataConfig(name="fashion_mnist"))
-    summary = make_summary(data={"name": "fashion_mnist", "is_fallback": False}, test_confusion=confusion(100, {}))
+    summary = make_summary(results={"raw": make_evaluation(100, {})})
     text = page(tmp_path, make_run(tmp_path / "perfect", rows, summary, config, mistakes=0)).text
     assert all(said in text for said in ("100.00%", "Trouser", "no mistakes", "nothing recorded yet"))
     wrong = [{**row, "accuracy": 0.0, "correct": 0} if row["event"] == "eval" else row for row in make_rows()]
@@ -218,7 +220,8 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
         ("", ["run"], "has no train or eval rows"),
         (None, ["run", "--output", "page.pdf"], "page.pdf. Expected a name that ends in .html"),
         (None, ["run", "--output", "run/metrics.jsonl/page.html"], "page.html cannot be written"),
-        (None, ["damaged"], "summary.json is damaged. Expected"),
+        (None, ["damaged"], "summary.json cannot be read: "),
+        (None, ["old"], "summary.json cannot be read: it was written by lockstep 0.9, in format 1, not 2"),
         (None, ["torn"], "samples.safetensors is damaged"),
         ('{"event": "eval", "step": 1, "split": "test", "accuracy": "all"}\n', ["run"], "rows that no run writes"),
         (
@@ -240,6 +243,8 @@ def test_bad_input_is_one_line_and_exit_2(
     make_run(Path("run"), make_rows(), make_summary())
     make_run(Path("damaged"), make_rows(), None)
     Path("damaged/summary.json").write_text("[1, 2")
+    make_run(Path("old"), make_rows(), None)
+    Path("old/summary.json").write_text('{"step": 60, "test_accuracy": 0.9, "versions": {"lockstep": "0.9"}}')
     make_run(Path("torn"), make_rows(), make_summary())
     Path("torn/samples.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     if spoil is not None:
@@ -263,12 +268,13 @@ def test_neither_torch_nor_a_display_is_needed(run: Path, python: Python) -> Non
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
 def test_missing_package_is_one_line_with_its_remedy(run: Path, python: Python, package: str) -> None:
-    code = f"import sys; sys.modules['{package}'] = None; from launch.__main__ import main; sys.exit(main(['report', sys.argv[1]]))"
+    code = f"import sys; sys.modules['{package}'] = None; from launch.__main__ import main; "
+    code += "sys.exit(main(['report', sys.argv[1]]))"
     done = python("-c", code, str(run))
     assert done.returncode == 2
     assert done.stderr == 'error: A report needs matplotlib and jinja2: pip install "lockstep[report]".\n'
-    code = f"import pathlib, sys; sys.modules['{package}'] = None; from train.__main__ import page_problem; "
-    done = python("-c", code + "print(page_problem(pathlib.Path(sys.argv[1])))", str(run))
+    code = f"import pathlib, sys; sys.modules['{package}'] = None; from train.__main__ import RunDir, page_problem; "
+    done = python("-c", code + "print(page_problem(RunDir(pathlib.Path(sys.argv[1]))))", str(run))
     assert done.stdout == 'A report needs matplotlib and jinja2: pip install "lockstep[report]".\n'
 
 
@@ -277,10 +283,11 @@ def test_end_of_a_run_writes_its_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
     summary = train(2, run, "--train.max_steps 12 --eval.every_steps 6 --log.report true --optim.ema 0.5")
     found = Page((run / "report.html").read_text())
-    assert f"{summary['ema_test_accuracy']:.2%} of 359 digits test images, averaged weights" in found.text
+    result = summary["results"]["ema"]
+    assert f"{result['accuracy']:.2%} of 359 digits test images, averaged weights" in found.text
     assert f"{summary['ema_weights_sha256']}" in found.text
     assert "12 of 12" in found.text
-    assert found.count("img") == min(359 - summary["ema_test_correct"], 100) + 4
+    assert found.count("img") == min(359 - result["correct"], 100) + 4
     printed = (tmp_path / "run-logs" / "rank-0.log").read_text()
     assert f"  {run / 'report.html'}\n" in printed
 

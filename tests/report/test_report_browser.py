@@ -23,7 +23,7 @@ function probe(page) {{
   const inside = [...page.querySelectorAll("body *")].filter(each => !each.closest(".scroll > *, svg, details:not([open])"));
   const wide = inside.filter(each => each.getBoundingClientRect().right > {width} + 0.5).map(each => each.outerHTML.slice(0, 80));
   const size = name => {{ const box = page.querySelector(name)?.getBoundingClientRect(); return box?.width * box?.height || 0; }};
-  const names = "h1, #figures, #charts svg, .matrix, .bars, .mistakes img, .filters img, #lives, #config, #environment";
+  const names = "h1, #figures, #charts svg, .matrix, .bars, .mistakes img, .filters img, #attempts, #config, #environment";
   const images = [...page.images].filter(each => !each.closest("details:not([open])"));
   document.getElementById("found").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth, wide,

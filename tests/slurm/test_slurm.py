@@ -279,7 +279,7 @@ def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
         (["--nodes", "4", "--", *TRAIN], "sbatch says"),
         (["--partition=none", "--", *TRAIN], "invalid partition"),
         (["--nodes", "0", "--", *TRAIN], "--nodes is 0"),
-        (["stray", "--", *TRAIN], "'stray' stands alone"),
+        (["stray", "--", *TRAIN], "unexpected argument: 'stray'"),
     ):
         code, output = cluster.launch(*arguments)
         assert code == 2, output

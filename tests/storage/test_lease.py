@@ -12,9 +12,9 @@ from conftest import small_state
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 
 from train.errors import UserError
+from train.rundir import RunDir
 from train.storage import checkpoint
 from train.storage.lease import Fenced, Lease, is_next_life
-from train.tracking.metrics import drop_after, read_rows
 
 _context = multiprocessing.get_context("spawn")
 
@@ -116,14 +116,14 @@ def test_old_incarnation_can_neither_save_nor_prune_nor_write(tmp_path: Path, mo
     log = open(tmp_path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with Lease(tmp_path, is_main=True) as new:
-        drop_after(tmp_path / "metrics.jsonl", 20, new.staging)
+        RunDir(tmp_path).remove_rows_after(20, new.staging)
         before = tree(tmp_path)
         log.write('{"event": "train", "step": 21}\n')
         for attempt in (
             lambda: save(old, 30),
             lambda: prune(old),
             lambda: old.write(tmp_path / "summary.json", b"{}"),
-            lambda: drop_after(tmp_path / "metrics.jsonl", 0, old.staging),
+            lambda: RunDir(tmp_path).remove_rows_after(0, old.staging),
             lambda: (old.staging / "step-00000030" / "model.safetensors").write_bytes(b""),
         ):
             with pytest.raises(
@@ -136,7 +136,7 @@ def test_old_incarnation_can_neither_save_nor_prune_nor_write(tmp_path: Path, mo
         log.close()
         with pytest.raises(UserError):
             Lease(tmp_path, is_main=True)
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [20]
+    assert [row["step"] for row in RunDir(tmp_path).read_rows()] == [20]
     assert [checkpoint.step_of(path) for path in checkpoint.directories(tmp_path / "checkpoints")] == [30, 20, 10]
 
 

@@ -1,13 +1,15 @@
-"""train.metrics: one row per event, none doubled or missing after a resume, silence on other ranks."""
+"""train.tracking.metrics: one row per event, none doubled or missing after a resume, silence on other ranks."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from train.config import Config, LogConfig
-from train.tracking.metrics import Metrics, drop_after, read_rows
+from train.rundir import RunDir
+from train.tracking.metrics import Metrics, histogram
 
 TRAIN = {"loss": 0.5, "lr": 0.1, "epoch": 0.25, "images_per_second": 1000.0, "seconds_left": 1.0, "grad_norm": None}
 EVAL = {"split": "test", "ema": False, "accuracy": 0.9912, "loss": 0.03, "correct": 9912, "num_examples": 10_000}
@@ -39,7 +41,7 @@ def test_record_writes_one_row_per_event_at_once(tmp_path: Path) -> None:
     assert {name: rows[1][name] for name in TRAIN} == TRAIN
     assert {name: rows[2][name] for name in EVAL} == EVAL
     assert all(row["time"] > 1.7e9 for row in rows)
-    assert read_rows(tmp_path / "metrics.jsonl") == rows
+    assert RunDir(tmp_path).read_rows() == rows
 
 
 def test_other_ranks_are_silent_and_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -86,14 +88,16 @@ KEPT = [(100, range(8)), (30, range(8)), (29, [0, 1, 2, 3, 4, 6, 7]), (10, [0, 1
 
 @pytest.mark.parametrize(("step", "kept"), KEPT)
 @pytest.mark.parametrize("tail", ["", '{"event": "train", "st', '{"event": "train", "step": 7', "\0\0\0", "\n\n"])
-def test_drop_after_drops_exactly_the_later_steps(step: int, kept: list[int], tail: str, tmp_path: Path) -> None:
+def test_remove_rows_after_removes_exactly_the_later_steps(
+    step: int, kept: list[int], tail: str, tmp_path: Path
+) -> None:
     path = tmp_path / "metrics.jsonl"
     write_rows(path, rows_of(EVENTS), tail)
     expected = [row for row in rows_of(EVENTS) if row["value"] in kept]
-    assert drop_after(path, step) == expected
+    assert RunDir(tmp_path).remove_rows_after(step) == expected
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert drop_after(path, step) == expected
+    assert RunDir(tmp_path).remove_rows_after(step) == expected
 
 
 def test_resume_after_a_torn_line_goes_on_in_a_new_one(tmp_path: Path) -> None:
@@ -101,10 +105,17 @@ def test_resume_after_a_torn_line_goes_on_in_a_new_one(tmp_path: Path) -> None:
     with opened(tmp_path) as metrics:
         assert len(metrics.open(10)) == 6
         metrics.record("train", 20, **TRAIN)
-    rows = read_rows(tmp_path / "metrics.jsonl")
+    rows = RunDir(tmp_path).read_rows()
     assert len(rows) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7
     assert [row["step"] for row in rows if row["event"] == "train"] == [10, 20]
 
 
 def test_read_rows_of_no_file_is_empty(tmp_path: Path) -> None:
-    assert read_rows(tmp_path / "absent") == []
+    assert RunDir(tmp_path).read_rows() == []
+
+
+def test_histogram_counts_every_value_and_leaves_out_tensors_without_one() -> None:
+    low, high, counts = histogram(torch.tensor([[0.0, 1.0], [1.0, 0.5]])) or []
+    assert (low, high, sum(counts), counts[0], counts[32], counts[-1]) == (0.0, 1.0, 4, 1, 1, 2)
+    assert histogram(torch.zeros(3)) is None
+    assert histogram(torch.tensor([1.0, float("nan")])) is None

@@ -10,8 +10,8 @@ from ranks.processes import train
 from train.config import DataConfig, ModelConfig
 from train.functional import models
 from train.functional.augment import normalize
-from train.samples import MOST_MISTAKES
 from train.storage import checkpoint, data
+from train.tracking.summary import MAX_MISTAKES
 from train.world.world import World
 
 SMALL = "--train.max_steps 12 --eval.every_steps 6 --checkpoint.every_steps 6"
@@ -30,23 +30,23 @@ def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World)
         probabilities = module(normalize(digits.test.images, digits.mean, digits.std)).softmax(1)
     wrong = (probabilities.argmax(1) != digits.test.labels).nonzero()[:, 0].tolist()
     at, confidences = shown["mistakes_positions"], shown["mistakes_confidences"]
-    assert len(wrong) == summary["num_examples"] - summary["results"]["ema"]["correct"] > MOST_MISTAKES
+    assert len(wrong) == summary["num_examples"] - summary["results"]["ema"]["correct"] > MAX_MISTAKES
     assert set(at.tolist()) <= set(wrong)
-    assert len(at) == MOST_MISTAKES
+    assert len(at) == MAX_MISTAKES
     torch.testing.assert_close(confidences, probabilities.amax(1)[at])
     assert confidences.tolist() == sorted(confidences.tolist(), reverse=True)
     torch.testing.assert_close(
-        confidences[-1], probabilities.amax(1)[wrong].sort(descending=True).values[MOST_MISTAKES - 1]
+        confidences[-1], probabilities.amax(1)[wrong].sort(descending=True).values[MAX_MISTAKES - 1]
     )
     assert torch.equal(shown["mistakes_labels"], digits.test.labels[at])
     assert torch.equal(shown["mistakes_predictions"], probabilities.argmax(1)[at])
     assert torch.equal(shown["mistakes_images"], digits.test.images[at, 0])
     assert torch.equal(shown["filters"], state.ema["conv1.weight"][:, 0])
     assert {(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in shown.items()} == {
-        ("mistakes_images", torch.uint8, (MOST_MISTAKES, 28, 28)),
-        ("mistakes_confidences", torch.float32, (MOST_MISTAKES,)),
+        ("mistakes_images", torch.uint8, (MAX_MISTAKES, 28, 28)),
+        ("mistakes_confidences", torch.float32, (MAX_MISTAKES,)),
         ("filters", torch.float32, (4, 5, 5)),
-        *((f"mistakes_{name}", torch.int64, (MOST_MISTAKES,)) for name in ("labels", "predictions", "positions")),
+        *((f"mistakes_{name}", torch.int64, (MAX_MISTAKES,)) for name in ("labels", "predictions", "positions")),
     }
 
 

@@ -1,8 +1,9 @@
-"""train.tracking, train.mirror, launch sync: W&B shows what metrics.jsonl says, whatever happens to the server or the run.
+"""train.tracking.wandb, launch sync: W&B shows what is in metrics.jsonl, whatever happens to the server or the run.
 
 Against a local server (wandb_server.py), with wandb's own processes: its protocol is not ours to fake on this side.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ranks.processes import Ranks, arguments, launch, rows, train, wait_for_step
 from wandb_server import PATIENT, SHORT, Server, expected, is_end, numbers, sync
 
 from train.config import Config, WandbConfig
-from train.tracking.mirror import end_row, wandb_id
-from train.tracking.tracker import Tail, histograms, mode_of
+from train.rundir import Evaluation, RunDir, Summary, Tail
+from train.tracking.wandb import finished_summary, mode_of, wandb_id
 
 MEDIUM = "--train.max_steps 1000 --log.every_steps 10 --eval.every_steps 500 --checkpoint.every_steps 500"
 LONG = "--train.max_steps 100000 --log.every_steps 5 --eval.every_steps 1000 --checkpoint.every_steps 50"
@@ -29,7 +29,7 @@ LONG = "--train.max_steps 100000 --log.every_steps 5 --eval.every_steps 1000 --c
 
 def followers(run: Path) -> list[int]:
     """The processes that mirror a run."""
-    command = f"train.tracking.tracker\0{run}".encode()
+    command = f"train.tracking.wandb\0{run}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -74,11 +74,11 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
     assert "(No API key configured" in ranks.output()
     last = rows(run)[-1]["step"]
     config = run / "config.yaml"
-    ranks = Ranks(1, arguments(run, LONG, PATIENT, "--wandb.histograms false"), tmp_path / "logs-2", **no_key)
+    ranks = Ranks(1, arguments(run, LONG, PATIENT, "--wandb.media false"), tmp_path / "logs-2", **no_key)
     wait_for_step(run, last + 50)
     ranks.signal(signal.SIGTERM)
     assert ranks.wait() == [75]
-    first, second = sorted((run / "wandb").glob(f"offline-run-*-{wandb_id(run)}"))
+    first, second = sorted((run / "wandb").glob(f"offline-run-*-{wandb_id(RunDir(run))}"))
     records = [leet(first), leet(second)]
     kept = [
         {name: value for name, value in row["item"].items() if name[0] != "_"}
@@ -89,7 +89,7 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
     steps = [row["item"]["_step"] for found in records for row in found["history"]]
     assert steps == list(
         range(len(expected(run)))
-    )  # the second life goes on behind the first, so that both can be merged
+    )  # the second attempt continues the first, so that both can be merged
     assert records[0]["run"][0]["config"]["update"]["seed"] == 0
     assert [alert["title"] for found in records for alert in found["alert"]] == ["r preempted"] * 2
     assert [found["exit"][0]["exit_code"] for found in records] == [75, 75]
@@ -133,14 +133,21 @@ def test_a_server_that_fails_is_not_in_the_way(
     fate: str, undisturbed: str, tmp_path: Path, server: Server, env: dict[str, str]
 ) -> None:
     run = tmp_path / "runs" / "r"
-    patience = "--wandb.start_seconds 100"
+    patience = "--wandb.timeout 20"  # a busy machine needs some time to go online
     if fate == "silent from the start":
         server.awake.clear()
-        patience = "--wandb.finish_seconds 100"
+        patience = "--wandb.timeout 1"
+    elif fate != "wandb dies":  # without an answer wandb soon gives up on files, but not on rows
+        patience += " --wandb.media false --wandb.artifacts false"
     ranks = Ranks(1, arguments(run, MEDIUM, patience), tmp_path / "logs", **env)
-    if fate != "silent from the start":
+    if fate == "silent from the start":
+        until(lambda: followers(run))
+        ranks.signal(signal.SIGSTOP)  # so that training does not end before
+        until(lambda: list((run / "wandb").glob("offline-*")))
+        ranks.signal(signal.SIGCONT)
+    else:
         until(lambda: "wandb: online" in ranks.output())
-        assert not (run / "summary.json").exists()
+    assert not (run / "summary.json").exists()
     if fate == "silent later":
         server.awake.clear()
     elif fate == "gone later":
@@ -151,7 +158,7 @@ def test_a_server_that_fails_is_not_in_the_way(
         os.kill(core, signal.SIGKILL)
     assert ranks.wait() == [0]
     said = {"silent from the start": "wandb: offline (", "wandb dies": "wandb: stopped ("}.get(
-        fate, "wandb: not done after 5 s"
+        fate, "wandb: not done after 20 s"
     )
     assert said in ranks.output()
     assert f"`python -m launch sync {run}`" in ranks.output()
@@ -187,9 +194,9 @@ def test_mode(config: Any, environment: str | None, mode: str, monkeypatch: pyte
 
 
 def test_wandb_id_is_made_once_or_by_the_agent_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [tmp_path / name for name in "abc"]
+    runs = [RunDir(tmp_path / name) for name in "abc"]
     for run in runs:
-        run.mkdir()
+        run.path.mkdir()
     assert wandb_id(runs[0]) == wandb_id(runs[0]) != wandb_id(runs[1])
     monkeypatch.setenv("WANDB_RUN_ID", "sweep123")
     assert wandb_id(runs[2]) == "sweep123"
@@ -199,34 +206,32 @@ def test_wandb_id_is_made_once_or_by_the_agent_of_a_sweep(tmp_path: Path, monkey
 def test_tail_gives_whole_rows_only(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert Tail(path).rows() == []
-    path.write_text('{"step": 1}\n{"ste')
+    path.write_text('{"event": "a", "step": 1}\n{"event": "a", "ste')
     tail = Tail(path)
-    assert tail.rows() == [{"step": 1}]
+    assert tail.rows() == [{"event": "a", "step": 1}]
     with path.open("a") as file:
         file.write('p": 2}\ntorn\n')
-    assert (tail.rows(), tail.rows()) == ([{"step": 2}], [])
-
-
-def test_histograms_count_every_value_and_leave_out_what_has_none() -> None:
-    tensors = {
-        "a": torch.tensor([[0.0, 1.0], [1.0, 0.5]]),
-        "constant": torch.zeros(3),
-        "bad": torch.tensor([1.0, float("nan")]),
-    }
-    ((name, (low, high, counts)),) = histograms(tensors).items()
-    assert (name, low, high, sum(counts), counts[0], counts[32], counts[-1]) == ("a", 0.0, 1.0, 4, 1, 1, 2)
+    assert (tail.rows(), tail.rows()) == ([{"event": "a", "step": 2}], [])
 
 
 def test_a_summary_that_is_older_than_the_rows_is_not_the_end(tmp_path: Path) -> None:
-    assert end_row(tmp_path, 20) is None
-    (tmp_path / "summary.json").write_text('{"outcome": "finished", "step": 20, "test_accuracy": 0.5}')
-    assert end_row(tmp_path, 20) == {"event": "finished", "step": 20, "test_accuracy": 0.5}
-    assert end_row(tmp_path, 10) is None
-    (tmp_path / "summary.json").write_text('{"outcome": "preempted", "step": 20}')
-    assert end_row(tmp_path, 20) is None
+    run_dir = RunDir(tmp_path)
+    assert finished_summary(run_dir, 20) is None
+    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(Summary) if field.name != "schema"}
+    fields |= {"step": 20, "results": {"raw": Evaluation(0.5, 1.0, 5, "", [])}}
+    finished, preempted = (Summary(**{**fields, "outcome": outcome}) for outcome in ("finished", "preempted"))
+    run_dir.summary.write_text(finished.to_json())
+    assert finished_summary(run_dir, 20) == finished
+    assert finished_summary(run_dir, 10) is None
+    run_dir.summary.write_text(preempted.to_json())
+    assert finished_summary(run_dir, 20) is None
 
 
 def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:
     code, shown = launch(tmp_path / "log", f"sync {tmp_path}")
     assert (code, shown.count("\n")) == (2, 1)
-    assert "is no run with rows" in shown
+    assert "config.yaml is missing" in shown
+    (tmp_path / "config.yaml").touch()
+    code, shown = launch(tmp_path / "log", f"sync {tmp_path}")
+    assert (code, shown.count("\n")) == (2, 1)
+    assert "has no rows" in shown

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks.processes import Ranks
 
 import launch.run
-from launch.bench import peers, trainings
+from launch.bench import measures, peers
 from launch.check import allreduce, checks, demo, selftest
 from launch.check.laws import SAVE_STEPS, STEPS_PER_EPOCH
 from train.cli import parse
@@ -148,10 +148,10 @@ def test_demo_trains_on_gpus_only_where_all_its_processes_have_one(
 def test_bench_starts_no_more_processes_than_gpus(
     monkeypatch: pytest.MonkeyPatch, gpus: int, exact: list[int], scaling: list[int]
 ) -> None:
-    monkeypatch.setattr(trainings, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(measures, "count_gpus", lambda: gpus)
     sizes: set[int] = set()
-    monkeypatch.setattr(trainings, "images_per_second", lambda place, name, size, batch, flags: sizes.add(size) or 1.0)
-    for measure, expected in ((trainings.exact, exact), (trainings.scaling, scaling), (trainings.wandb, [1])):
+    monkeypatch.setattr(measures, "images_per_second", lambda size, batch, flags: sizes.add(size) or 1.0)
+    for measure, expected in ((measures.exact, exact), (measures.scaling, scaling), (measures.wandb, [1])):
         sizes.clear()
         rows = measure(1)
         assert sorted(sizes) == expected
@@ -159,9 +159,9 @@ def test_bench_starts_no_more_processes_than_gpus(
 
 
 def test_bench_measures_exact_mode_on_two_cpu_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainings, "count_gpus", lambda: 0)
-    monkeypatch.setattr(trainings, "images_per_second", lambda *arguments: 1.0)
-    assert {row.name.split(",")[0] for row in trainings.exact(1)} == {"1 process", "2 processes"}
+    monkeypatch.setattr(measures, "count_gpus", lambda: 0)
+    monkeypatch.setattr(measures, "images_per_second", lambda *arguments: 1.0)
+    assert {row.name.split(",")[0] for row in measures.exact(1)} == {"1 process", "2 processes"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 import torch._inductor.config
 
 from train.config import TrainConfig
-from train.summary import PACKAGES
+from train.tracking.summary import PACKAGES
 from train.world import meter, reduce, world
 from train.world.clock import Clock, Record
 from train.world.environment import environment, environment_differences, versions

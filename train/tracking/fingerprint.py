@@ -1,66 +1,79 @@
-"""Fingerprints: the bits of each step's loss (float64) and gradient norm (float32) in hex, as metrics.jsonl keeps them.
+"""Fingerprints: each step's loss and gradient norm as JSON numbers in metrics.jsonl, in exact mode.
 
-Invariant: nothing is rounded, so two computations of a step agree if and only if their texts do. A row holds the steps
-`first` to `step`; each step of a run is in exactly one row. No torch: what was written can be read anywhere.
+Invariant: nothing is rounded. A loss is a float64, a gradient norm a float32, and Python writes either as the shortest
+text that reads back as the same float. NaN and infinity are null. A row holds the steps `first` to `step`, and each step
+of a run is in exactly one row. No torch: what was written can be read anywhere.
 """
 
 import hashlib
 import itertools
+import json
 import math
 import struct
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.errors import UserError
+from train.rundir import Row
 
-FORMATS = {"loss": ">d", "grad_norm": ">f"}  # struct's: big-endian float64 and float32
-Bits = dict[int, str]  # step -> hex
+if TYPE_CHECKING:
+    from train.functional.tables import StepResult
 
-
-def encode(name: str, value: float) -> str:
-    """The bits of a value in hex: 16 digits of a loss, 8 of a gradient norm. A NaN has one kind of bits, whoever made it."""
-    value = math.nan if math.isnan(value) else value
-    return struct.pack(FORMATS[name], value).hex()
+FORMATS = {"loss": ">d", "grad_norm": ">f"}  # struct's: float64 and float32, with the highest bits first
+Series = dict[int, float | None]  # step -> value, None if it is not finite
 
 
-def decode(bits: str) -> float:
-    """The value whose bits these are."""
-    return struct.unpack(">d" if len(bits) == 16 else ">f", bytes.fromhex(bits))[0]
+def encode(results: "Iterable[StepResult]") -> dict[str, list[float | None]]:
+    """Return each step's loss and gradient norm as a row holds them."""
+    values = {name: [getattr(result, name) for result in results] for name in FORMATS}
+    return {name: [value if math.isfinite(value) else None for value in column] for name, column in values.items()}
 
 
-def ulps(bits: str, other: str) -> int:
-    """How many floats lie from one value to another of the same width (0: the same; -0.0 and 0.0: the same)."""
-
-    def rank(text: str) -> int:
-        sign = 1 << (4 * len(text) - 1)
-        number = int(text, 16)
-        return number if number < sign else sign - number
-
-    return abs(rank(bits) - rank(other))
-
-
-def of_rows(rows: Iterable[dict[str, Any]]) -> dict[str, Bits]:
-    """Collect `{"loss": {step: hex}, "grad_norm": ...}` from a run's rows; raise UserError where a step comes twice."""
-    found: dict[str, Bits] = {name: {} for name in FORMATS}
+def of_rows(rows: Iterable[Row]) -> dict[str, Series]:
+    """Return `{"loss": {step: value}, "grad_norm": ...}` of a run's rows. Raises UserError if a step is missing or double."""
+    found: dict[str, Series] = {name: {} for name in FORMATS}
     for row in rows:
         if row["event"] == "fingerprint":
             steps = range(row["first"], row["step"] + 1)
-            for name, bits in found.items():
-                if len(row[name]) != len(steps) or not bits.keys().isdisjoint(steps):
+            for name, series in found.items():
+                values = [value for value in row[name] if value is None or isinstance(value, float)]
+                if len(values) != len(steps) or not series.keys().isdisjoint(steps):
                     raise UserError(
-                        f"The fingerprints of steps {steps.start} to {row['step']} are damaged: too few or doubled."
+                        f"The fingerprints of steps {steps.start} to {row['step']} are damaged. Expected a number per step."
                     )
-                bits.update(zip(steps, row[name], strict=True))
+                series.update(zip(steps, values, strict=True))
     return found
 
 
-def receipt(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """What summary.json says of the fingerprints: first and last step, and a SHA-256 over all; None if there are none."""
+def receipt(rows: Iterable[Row]) -> dict[str, Any] | None:
+    """Return the first and the last step that have fingerprints, and a SHA-256 over all of them; None without any.
+
+    How steps are cut into rows does not count, so the receipt is the same on any world size.
+    """
     stretches = [row for row in rows if row["event"] == "fingerprint"]
     if not stretches:
         return None
     digest = hashlib.sha256()
     for row in stretches:
         for step, loss, norm in zip(itertools.count(row["first"]), row["loss"], row["grad_norm"], strict=False):
-            digest.update(f"{step} {loss} {norm}\n".encode())
+            digest.update(json.dumps([step, loss, norm]).encode())
     return {"first": stretches[0]["first"], "last": stretches[-1]["step"], "sha256": digest.hexdigest()}
+
+
+def ulps(name: str, value: float, other: float) -> int:
+    """Return how many floats of the quantity's width lie from one value to another. 0.0 and -0.0 are the same."""
+
+    def place(number: float) -> int:
+        bits = int.from_bytes(struct.pack(FORMATS.get(name, ">d"), abs(number)))
+        return -bits if number < 0 else bits
+
+    return abs(place(value) - place(other))
+
+
+def difference(name: str, value: float | None, other: float | None) -> str:
+    """Say how far two values of a quantity are from each other."""
+    if value is None or other is None:
+        return f"{value} and {other} (None: not finite)"
+    width = 8 * struct.calcsize(FORMATS.get(name, ">d"))
+    distance = f"{abs(value - other):.3g} apart ({ulps(name, value, other):,} ulps of float{width})"
+    return f"{value:.9g} and {other:.9g}, {distance}"

@@ -1,7 +1,7 @@
-"""One record per event -> metrics.jsonl, the console, a progress bar and W&B. Rank 0 only; other ranks hold a silent one.
+"""Write a row per event to metrics.jsonl, and show it on the console, in a progress bar and in W&B. On rank 0 only.
 
-metrics.jsonl is the record: a row per event, flushed at once, keyed by step. A resume drops the rows of steps that will be
-computed again, so no row is doubled or missing. W&B is a mirror of it (`tracking.py`).
+metrics.jsonl is the record: each row is written at once and has its step. A resume removes the rows of steps that are
+computed again, so no row is doubled or missing. W&B follows the file (`wandb.py`).
 """
 
 import contextlib
@@ -11,53 +11,39 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from train.config import Config
-from train.report.records import parse_rows
-from train.tracking.tracker import Tracker, histograms, mode_of
-
-if TYPE_CHECKING:
-    from torch import nn
+from train.rundir import Row, RunDir
+from train.tracking.wandb import Follower, mode_of
 
 PLAIN_LINE_SECONDS = 5.0
-LIFE_EVENTS = (
-    "start",
-    "preempted",
-    "save_failed",
-)  # what happened to the processes: stays when steps are computed again
+NUM_BINS = 64
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the whole rows of a metrics.jsonl; a torn last line, which a kill can leave, is not one."""
-    return parse_rows(path.read_text(errors="replace")) if path.is_file() else []
-
-
-def drop_after(path: Path, step: int, staging: Path | None = None) -> list[dict[str, Any]]:
-    """Rewrite a metrics.jsonl without the rows of later steps and return what stays; atomic, prepared in `staging`."""
-    rows = [row for row in read_rows(path) if row["step"] <= step or row["event"] in LIFE_EVENTS]
-    temporary = (staging or path.parent) / (path.name + ".writing")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return rows
+def histogram(values: Tensor) -> list[Any] | None:
+    """Return [smallest value, largest value, counts in NUM_BINS equal bins]; None for constant or non-finite values."""
+    values = values.detach().float().cpu().flatten()  # a host-device sync; histc is not deterministic on a GPU
+    low, high = (float(edge) for edge in values.aminmax())
+    has_bins = bool(values.isfinite().all()) and low < high
+    return [low, high, values.histc(NUM_BINS, low, high).int().tolist()] if has_bins else None
 
 
 class Metrics:
-    """The outlets of one process's records; all of them closed on ranks other than 0. A context manager."""
+    """Where the rows of one process go: nowhere on ranks other than 0. A context manager."""
 
     def __init__(self, config: Config, run_dir: Path, *, is_main: bool, total_steps: int) -> None:
-        self.config, self.path, self.is_main, self.total_steps = config, run_dir / "metrics.jsonl", is_main, total_steps
+        self.config, self.run_dir, self.is_main, self.total_steps = config, RunDir(run_dir), is_main, total_steps
+        self.path = self.run_dir.metrics
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
-        self.shows_progress = config.log.progress and is_main
+        self.should_show_progress = config.log.progress and is_main
         self.file: Any = None
-        self.unwritten = b""  # rows that a full disk did not take yet
-        self.tracker: Tracker | None = None
+        self.unwritten = b""  # rows for which a full disk had no room yet
+        self.follower: Follower | None = None
         self.progress: Progress | None = None
         self.last_line = 0.0
 
@@ -67,21 +53,21 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close every outlet."""
+        """Close the file, the progress bar and W&B."""
         if self.progress:
             self.progress.stop()
         if self.file:
             self.file.close()
-        if self.tracker:
-            self.tracker.close(error)
+        if self.follower:
+            self.follower.close(error)
 
-    def open(self, step: int, staging: Path | None = None) -> list[dict[str, Any]]:
-        """Go on after `step`; return the rows that were kept."""
+    def open(self, step: int, staging: Path | None = None) -> list[Row]:
+        """Open metrics.jsonl without the rows after `step`; return the rows that it keeps."""
         if not self.is_main:
             return []
-        rows = drop_after(self.path, step, staging)
+        rows = self.run_dir.remove_rows_after(step, staging)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        if self.shows_progress and self.console.is_terminal:
+        if self.should_show_progress and self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
             self.progress = Progress(TextColumn("step"), *columns, console=self.console)
             self.task = self.progress.add_task("train", total=self.total_steps, completed=step, text="")
@@ -89,12 +75,12 @@ class Metrics:
         return rows
 
     def flush(self) -> None:
-        """Hand the rows that are not written yet to the system; raise OSError if the disk takes them no more."""
+        """Write the rows that are not written yet. Raises OSError if the disk has no room."""
         while self.file and self.unwritten:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def sync(self) -> None:
-        """Put all rows on the disk; raise OSError if it takes them no more."""
+        """Put all rows on the disk. Raises OSError if it has no room."""
         self.flush()
         if self.file:
             os.fsync(self.file.fileno())
@@ -104,25 +90,26 @@ class Metrics:
         self.console.print(text, markup=False)
 
     def record(self, event: str, step: int, **values: Any) -> None:
-        """Write one row and show it. Values are JSON. The first row, `start`, starts W&B."""
+        """Write one row of JSON values and show it. The first row, `start`, starts W&B."""
         if not self.is_main:
             return
         row = {"event": event, "step": step, **values, "time": round(time.time(), 3)}
         self.unwritten += (json.dumps(row) + "\n").encode()
-        with contextlib.suppress(OSError):  # later, then; `save` insists
+        with contextlib.suppress(OSError):  # the next row tries again, and a checkpoint requires it
             self.flush()
         if event == "start" and mode_of(self.config) != "disabled":
-            self.tracker = Tracker(self.config, self.path.parent, self.say)
+            self.follower = Follower(self.config, self.run_dir.path, self.say)
         if event == "eval":
             split = f"{'averaged weights, ' if values.get('ema') else ''}{values['split']}"
             self.say(f"step {step}: {split} accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
-        elif event == "train" and self.shows_progress and values["loss"] is not None:
+        elif event == "train" and self.should_show_progress and values["loss"] is not None:
             self._show(step, values)
 
-    def record_weights(self, step: int, model: "nn.Module") -> None:
+    def record_weights(self, step: int, model: nn.Module) -> None:
         """Write the histograms of a model's parameters, if W&B shows them."""
-        if self.tracker and self.config.wandb.histograms:
-            self.record("weights", step, **histograms(dict(model.named_parameters())))
+        if self.follower and self.config.wandb.media:
+            found = {name: histogram(tensor) for name, tensor in model.named_parameters()}
+            self.record("weights", step, **{name: bins for name, bins in found.items() if bins})
 
     def _show(self, step: int, values: dict[str, Any]) -> None:
         text = f"loss {values['loss']:.4f}  lr {values['lr']:.4g}  {values['images_per_second']:,.0f} images/s"

@@ -1,4 +1,4 @@
-"""The environment fingerprint: the device, libraries and threads that a run computes with.
+"""The environment fingerprint: the device, libraries and threads that a run computes with; and the commit of its code.
 
 Two runs with equal config, data and fingerprint compute the same bits in exact mode. A checkpoint stores the
 fingerprint, so that a resume can warn if it has changed (docs/exactness.md).
@@ -7,10 +7,12 @@ fingerprint, so that a resume can warn if it has changed (docs/exactness.md).
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.mathematics import differences
+from train.functional.trajectory import differences
 
 if TYPE_CHECKING:
     from train.world.world import World
@@ -45,3 +47,17 @@ def environment_differences(before: dict[str, Any], after: dict[str, Any]) -> li
     first, second = ({**fingerprint, **fingerprint.get("versions", {})} for fingerprint in (before, after))
     common = (first.keys() & second.keys()) - {"versions"}
     return differences({name: first[name] for name in common}, {name: second[name] for name in common})
+
+
+def git_commit() -> str | None:
+    """Return the commit of the code that runs, with `+` if files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(Path(__file__).parent), *arguments), capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

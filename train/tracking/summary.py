@@ -1,23 +1,24 @@
-"""What a run says of itself: how a batch is cut, and the contents of summary.json."""
+"""What a run leaves at its end: its summary, samples to look at, and the lines that describe it."""
 
 import contextlib
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from train.errors import UserError
 from train.evaluate import Result
-from train.mathematics import mathematics
+from train.functional.trajectory import trajectory
 from train.rundir import Row, RunDir, Summary
 from train.state import Plan, State, why_not_recordable
 from train.storage import checkpoint
 from train.tracking import fingerprint
 from train.world.clock import PHASES
-from train.world.environment import environment, versions
+from train.world.environment import environment, git_commit, versions
 from train.world.world import World
 
+MAX_MISTAKES = 100
 PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "safetensors")
 
 
@@ -48,20 +49,6 @@ def headline(plan: Plan, state: State, run_dir: Path, resumed_from: str | None) 
     return f"{run_dir}: {origin}, step {state.step} of {plan.total_steps}, {ranks}, {mode}"
 
 
-def git_commit() -> str | None:
-    """The commit of the code that runs, with `+` if files differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(Path(__file__).parent), *arguments), capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def summarize(plan: Plan, state: State, results: dict[str, Result], rows: list[Row], wall_seconds: float) -> Summary:
     """Build the summary; `results` are those of the last step. Collective: every rank must call it."""
     config, world, timing = plan.config, plan.world, state.timing
@@ -88,7 +75,7 @@ def summarize(plan: Plan, state: State, results: dict[str, Result], rows: list[R
         precision=config.train.precision,
         device=world.device.type,
         data=plan.data.summary(),
-        config=mathematics(config),
+        config=trajectory(config),
         environment=environment(world),
         versions={"python": platform.python_version(), **versions(*PACKAGES, "lockstep")},
         git_commit=git_commit(),
@@ -124,3 +111,25 @@ def read_finished(run_dir: RunDir, plan: Plan, state: State) -> Summary | None:
             summary = None
     text = plan.world.broadcast(summary.to_json() if summary else None)
     return Summary.from_json(text) if text else None
+
+
+def collect_samples(plan: Plan, state: State, results: dict[str, Result]) -> dict[str, Tensor]:
+    """Return CPU tensors of the last of `results`: K mistakes, the most confident first, and the first convolution.
+
+    `mistakes_images` uint8 [K,28,28]; `mistakes_labels`, `mistakes_predictions`, `mistakes_positions` (in the evaluated
+    split) int64 [K]; `mistakes_confidences` float32 [K], 0..1; `filters` float32 [C,h,w]. A host-device sync.
+    """
+    result, labels = list(results.values())[-1], plan.data.test.labels.cpu()
+    wrong = (result.predictions != labels).nonzero()[:, 0]
+    order = result.confidences[wrong].argsort(descending=True, stable=True)
+    at = wrong[order[:MAX_MISTAKES]]
+    module = list(state.modules.values())[-1]
+    first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    return {
+        "mistakes_images": plan.data.test.images[at.to(plan.world.device), 0].cpu(),
+        "mistakes_labels": labels[at],
+        "mistakes_predictions": result.predictions[at],
+        "mistakes_confidences": result.confidences[at],
+        "mistakes_positions": at,
+        "filters": first.weight.detach()[:, 0].to("cpu", torch.float32).contiguous(),
+    }

@@ -18,11 +18,12 @@ from train.errors import RunError
 from train.functional import optim
 from train.functional.tables import StepResult
 from train.state import Plan, State
-from train.step import is_skipped
 from train.tracking import fingerprint
 from train.tracking.alarms import Alarms
 from train.tracking.metrics import Metrics
 from train.world import signals
+
+MAX_NAMED_EXAMPLES = 8  # of a broken micro-batch, in the error
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Journal:
         """Write the row of the steps since the last such row; in exact mode only."""
         if self.fingerprints:
             first, last = self.fingerprints[0].step, self.fingerprints[-1].step
-            self.metrics.record("fingerprint", last, first=first, **encode(self.fingerprints))
+            self.metrics.record("fingerprint", last, first=first, **fingerprint.encode(self.fingerprints))
             self.fingerprints.clear()
 
     def _log(self) -> None:
@@ -155,8 +156,31 @@ class Journal:
         self.unlogged.clear()
 
 
-def encode(results: list[StepResult]) -> dict[str, list[str]]:
-    """Return the bits of each step's loss and gradient norm."""
-    return {
-        name: [fingerprint.encode(name, getattr(result, name)) for result in results] for name in ("loss", "grad_norm")
-    }
+def is_skipped(plan: Plan, state: State, result: StepResult) -> bool:
+    """Return whether a step's update was left out, and count it. Call it for each step in turn.
+
+    Raises RunError under optim.nonfinite stop, or when optim.max_skips is exceeded: on every rank after the same step.
+    """
+    if result.is_sound:
+        return False
+    state.skipped_steps += 1
+    config = plan.config.optim
+    if config.nonfinite == "stop" or state.skipped_steps > config.max_skips:
+        before = "" if config.nonfinite == "stop" else f", after optim.max_skips {config.max_skips} skipped steps"
+        raise RunError(
+            f"The loss or the gradient of step {result.step} is not finite: {_blame(plan, result)}{before}. "
+            "The last checkpoint is from before; try a smaller optim.lr, optim.clip_norm 1 or optim.nonfinite skip."
+        )
+    return True
+
+
+def _blame(plan: Plan, result: StepResult) -> str:
+    """Name the micro-batches of a step whose loss is broken, and the first one's examples."""
+    losses, step = result.loss_sums, result.step - 1
+    bad = [index for index, loss in enumerate(losses) if not abs(loss) < float("inf")]
+    if not bad:
+        return f"its {len(losses)} micro-batch(es) have finite losses, the gradient has not a finite norm"
+    examples = plan.sampler.examples(step, *plan.sampler.micro_batch(step, bad[0])).tolist()
+    named = ", ".join(map(str, examples[:MAX_NAMED_EXAMPLES])) + (", ..." if examples[MAX_NAMED_EXAMPLES:] else "")
+    others = f" (and {len(bad) - 1} more)" if bad[1:] else ""
+    return f"loss {losses[bad[0]]} in micro-batch {bad[0]}{others} of {len(losses)}, training examples {named}"
