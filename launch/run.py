@@ -18,8 +18,8 @@ from typing import IO
 
 from train.cli import Parser, did_you_mean, parse, run_name, split_arguments
 from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, UserError
+from train.world.launcher import run_suffix
 from train.world.process import die_with_parent
-from train.world.world import run_suffix
 
 LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
 SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved checkpoint

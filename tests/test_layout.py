@@ -117,14 +117,14 @@ def test_torch_distributed_is_named_at_its_home_only() -> None:
     assert named == {"world", "reduce"}
 
 
-def test_rank_variables_are_read_in_world_only() -> None:
+def test_rank_variables_are_read_in_launcher_only() -> None:
     found = {
         path.stem
         for path in TRAIN
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value in RANK_VARIABLES
     }
-    assert found == {"world"}
+    assert found == {"launcher"}
 
 
 def test_functional_knows_nothing_of_ranks_and_files() -> None:
@@ -135,7 +135,7 @@ def test_functional_knows_nothing_of_ranks_and_files() -> None:
 
 LIGHT_STEMS = (
     "errors config labels trajectory device cli world signals process rundir records "
-    "charts page fingerprint clock watchdog wandb lease environment __main__"
+    "charts page fingerprint clock watchdog wandb lease launcher environment __main__"
 )
 LIGHT = [path for path in TRAIN if path.stem in LIGHT_STEMS.split()]
 

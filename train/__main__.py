@@ -22,8 +22,9 @@ from train.cli import parse, run_name
 from train.config import Config
 from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, UserError, one_line
 from train.rundir import RunDir, Summary
+from train.world.launcher import read_placement, run_suffix
 from train.world.process import die_with_launcher, keep_others_from_writing, leave
-from train.world.world import World, env_ranks, run_suffix
+from train.world.world import World
 
 OTHER_RANKS_WAIT_SECONDS = 2.0
 
@@ -34,7 +35,8 @@ def complain(error: UserError | RunError, world: World | None) -> int:
     Rank 0 prints it. Before there is a world, in which all ranks raise the same error, one rank of each other machine prints
     it too. Ranks that print nothing wait briefly, because launchers kill all ranks as soon as one exits.
     """
-    rank, local_rank = env_ranks()
+    place = read_placement()
+    rank, local_rank = place.rank, place.local_rank
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif world is None and local_rank == 0:

@@ -27,8 +27,9 @@ from train.tracking.summary import collect_samples, describe_batch, headline, re
 from train.tracking.tracer import Tracer
 from train.warmup import warm_up
 from train.world import signals
+from train.world.launcher import is_restart
 from train.world.watchdog import Watchdog
-from train.world.world import World, is_restart
+from train.world.world import World
 
 T = TypeVar("T")
 

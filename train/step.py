@@ -58,7 +58,7 @@ def train_step(plan: Plan, state: State) -> None:
     if not is_alone:
         if signals.requested() is not None:
             statistics.stop_flags.fill_(1)
-        statistics.rank_seconds[world.rank] = clock.lap()
+        statistics.rank_seconds[world.rank] = clock.take_lap()
         world.all_reduce_sum_(statistics.summed)
     optim.align_gradients(state.parameters)
     torch.div(statistics.loss_sums.sum(), num_examples, out=statistics.loss)

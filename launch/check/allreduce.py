@@ -23,8 +23,8 @@ from train.cli import Parser
 from train.config import TrainConfig
 from train.errors import UserError
 from train.world.device import choose_backend, choose_device
+from train.world.launcher import slurm_variables
 from train.world.process import leave
-from train.world.world import slurm_variables
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
 POLL_SECONDS = 0.05

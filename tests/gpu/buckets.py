@@ -88,16 +88,16 @@ class TwoRanks:
 class SelfExchange(ExactTree):
     """The exact tree whose exchange is a message to itself: the mean of what was sent and what came back is what was sent."""
 
-    def _double(self, buffer: Tensor) -> None:
+    def _recursive_doubling(self, buffer: Tensor) -> None:
         if buffer.is_cuda:  # gloo does not send to itself
             other = torch.empty_like(buffer)
             for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, buffer, 0), dist.P2POp(dist.irecv, other, 0)]):
                 work.wait()
             buffer.add_(other).mul_(0.5)  # exact
 
-    def _gather(self, pieces: list[Tensor], buffer: Tensor) -> None:
+    def _all_gather(self, pieces: list[Tensor], buffer: Tensor) -> None:
         assert len(pieces) == 1, len(pieces)
-        self._double(buffer)
+        self._recursive_doubling(buffer)
 
 
 def all_leaves(plan: Plan, state: State, model: nn.Module, reducer: Any) -> list[Tensor]:

@@ -37,8 +37,8 @@ exec {python} "$@"
 CHOOSE = """
 import os, torch
 from train.config import TrainConfig
-from train.device import choose_device
-from train.world import slurm_variables
+from train.world.device import choose_device
+from train.world.launcher import slurm_variables
 place = slurm_variables(os.environ)
 torch.cuda.device_count = lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
 try:

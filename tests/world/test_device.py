@@ -1,4 +1,4 @@
-"""Which device each rank chooses, on boxes that this machine is not: what torch says of GPUs is mocked."""
+"""Which device each rank chooses on machines with other GPUs than this one. What torch reports about GPUs is mocked."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from train.config import TrainConfig
 from train.errors import UserError
-from train.world.device import choose_backend, choose_device, set_tf32, tasks_on_node
-from train.world.world import World, join_on_loopback, slurm_variables
+from train.world.device import choose_backend, choose_device, set_tf32
+from train.world.launcher import Placement, slurm_variables, tasks_on_node
+from train.world.world import World, join_on_loopback
 
 REFUSED = None
 GPU = torch.device("cuda", 0)
@@ -26,7 +27,7 @@ def tf32() -> tuple[bool, bool]:
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What World.open sets in torch and in the environment ends with the test."""
+    """Undo after the test what World.open sets in torch and in the environment."""
     before = tf32()
     for name in ("RANK", "ACCELERATE_BYPASS_DEVICE_MAP"):
         monkeypatch.setenv(name, "")
@@ -36,7 +37,7 @@ def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def show(monkeypatch: pytest.MonkeyPatch, num_gpus: int, capability: tuple[int, int] = (9, 0)) -> None:
-    """Let torch see so many GPUs."""
+    """Let torch see this many GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -45,7 +46,7 @@ def show(monkeypatch: pytest.MonkeyPatch, num_gpus: int, capability: tuple[int, 
 
 
 def environment(launcher: Launcher, local_rank: int, ranks: int, gpus: int) -> dict[str, str]:
-    """What a rank of a node with `gpus` allocated GPUs finds in its environment."""
+    """Return the environment variables of a rank on a node with `gpus` allocated GPUs."""
     if launcher in ("launch run", "torchrun", "accelerate"):
         return {}
     tasks, task = (1, 0) if launcher == "torchrun in a task" else (ranks, local_rank)
@@ -73,7 +74,7 @@ SHARED = {
     (8, 2): [0, 1],
     (8, 8): [0, 1, 2, 3, 4, 5, 6, 7],
 }
-# the same GPUs, dealt out by srun: a rank numbers its own from 0
+# the same GPUs, bound to tasks by srun: a rank numbers its own from 0
 BOUND = {place: chosen and [0] * len(chosen) for place, chosen in SHARED.items()}
 
 
@@ -99,7 +100,7 @@ def test_every_rank_chooses_a_gpu_of_its_own_or_is_refused(
                     choose_device(TrainConfig(), local_rank, ranks)
             else:
                 chosen = choose_device(TrainConfig(), local_rank, ranks)
-                # bound to several, a rank takes one of its own
+                # a rank that is bound to several uses one of them
                 assert chosen.index == (local_rank % (gpus // ranks) if is_bound else expected[local_rank])
 
 
@@ -124,7 +125,7 @@ def test_tasks_of_a_node(text: str, node: str, tasks: int) -> None:
     [
         ("torchrun", 2, None, 1, [1]),
         ("srun", 2, None, 1, [1]),
-        ("srun, bound", 1, None, 0, None),  # the only GPU that this rank sees; [1] would be none of its own
+        ("srun, bound", 1, None, 0, None),  # the only GPU that this rank sees: it has no [1]
         ("torchrun", 1, "gloo", 0, None),
     ],
 )
@@ -170,7 +171,7 @@ def test_ddp_gets_the_device_that_the_rank_has_chosen(
 def test_emulated_precision_is_refused(monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
     show(monkeypatch, 1, capability=(7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    with pytest.raises(UserError, match=f"This GPU does not compute in {precision}. Use train.precision fp16 or fp32."):
+    with pytest.raises(UserError, match=f"This GPU has no native {precision}. Use train.precision fp16 or fp32."):
         choose_device(TrainConfig(precision=precision), 0, 1)
     assert choose_device(TrainConfig(precision="fp16"), 0, 1) == GPU
     show(monkeypatch, 1, capability=(8, 0))
@@ -204,14 +205,14 @@ def test_tf32_is_on_while_a_world_of_that_precision_is_open(
         assert tf32() == before
 
 
-def test_setting_tf32_warns_of_nothing() -> None:
+def test_setting_tf32_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert set_tf32(*set_tf32(True, True)) == (True, True)
 
 
 @pytest.mark.parametrize(("share", "backend"), [(None, "nccl"), ("nccl", "nccl"), ("gloo", "gloo")])
-def test_ranks_that_share_a_gpu_say_by_what_they_exchange(
+def test_backend_of_ranks_that_share_a_gpu_is_the_one_asked_for(
     monkeypatch: pytest.MonkeyPatch, share: str | None, backend: str
 ) -> None:
     show(monkeypatch, 1)
@@ -223,9 +224,7 @@ def test_ranks_that_share_a_gpu_say_by_what_they_exchange(
     started: list[str] = []
     monkeypatch.setattr(dist, "TCPStore", lambda *arguments, **options: None)
     monkeypatch.setattr(dist, "init_process_group", lambda name, **options: started.append(name))
-    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    join_on_loopback(GPU, None)  # type: ignore[arg-type]
+    join_on_loopback(GPU, Placement(1, 4, 1, 4, "127.0.0.1", "1"), None)  # type: ignore[arg-type]
     assert started == [backend]
 
 

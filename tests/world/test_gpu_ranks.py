@@ -11,23 +11,21 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
-from train.world.versions import versions
 
-from train import run
 from train.config import TrainConfig
-from train.functional.trajectory import contract_differences
 from train.tracking.summary import PACKAGES
 from train.world import meter, reduce, world
 from train.world.clock import Clock, Record
+from train.world.environment import environment, environment_differences, versions
 from train.world.meter import DeviceMeter
-from train.world.watchdog import verdict
+from train.world.watchdog import Verdict, judge
 from train.world.world import World
 
 GPU = torch.device("cuda", 1)
 
 
 def on_gpus(opened: World) -> World:
-    """The world as rank 1 of two on GPUs sees it."""
+    """Return the world of rank 1 of two on GPUs."""
     return dataclasses.replace(opened, rank=1, world_size=2, device=GPU, clock=Clock())
 
 
@@ -57,11 +55,11 @@ def test_exact_tree_sends_no_tensor_of_a_gpu_through_gloo(world: World, monkeypa
     assert exact_tree(dataclasses.replace(world, world_size=2), monkeypatch, "gloo")[0].is_perfect
 
 
-# Whom the watchdog blames
+# Which rank the watchdog blames
 
 
 def record_in_wait(ranks: World, monkeypatch: pytest.MonkeyPatch, rank: int, phase: str) -> Record:
-    """The record of a rank that waits for its device, as other ranks would read it."""
+    """Return the record of a rank that waits for its device, as other ranks would read it."""
     found: list[Record] = []
     monkeypatch.setattr(
         torch.cuda, "synchronize", lambda device: found.append(Record.unpack(rank, bytes(ranks.clock.record)))
@@ -76,16 +74,16 @@ def record_in_wait(ranks: World, monkeypatch: pytest.MonkeyPatch, rank: int, pha
 def test_ranks_that_wait_for_their_devices_blame_nobody(
     world: World, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    """Two hosts that read the result of a collective which hangs on the devices: neither rank is at fault."""
+    """Two hosts read the result of a collective that hangs on the devices. Neither rank is at fault."""
     ranks = [on_gpus(world), on_gpus(world)]
     for each in ranks:
         each.clock.step = 20
         each.clock.announce("all_reduce")
     records = [record_in_wait(each, monkeypatch, rank, phase) for rank, each in enumerate(ranks)]
     asleep, now = {0: "asleep", 1: "asleep"}, time.time()
-    assert verdict(records, asleep, 2, now) == ([], "all ranks wait in all_reduce 1 of step 20 for 0 s")
+    assert judge(records, asleep, 2, now) == Verdict([], "all ranks wait in all_reduce 1 of step 20 for 0 s")
     unmarked = [dataclasses.replace(record, phase=phase) for record in records]
-    assert verdict(unmarked, asleep, 2, now)[0] == unmarked  # as if both were busy
+    assert judge(unmarked, asleep, 2, now).culprits == unmarked  # as if both were busy
 
 
 @pytest.mark.parametrize("phase", ["data", "forward_backward"])
@@ -101,12 +99,14 @@ def test_rank_that_is_behind_on_the_host_is_blamed_by_one_that_waits_for_its_dev
     for _ in range(16):
         ahead.clock.announce("all_reduce")
     waiting, stuck = record_in_wait(ahead, monkeypatch, 0, "log"), Record.unpack(1, bytes(behind.record))
-    guilty, line = verdict([waiting, stuck], {0: "asleep", 1: "asleep"}, 2, time.time())
-    assert guilty == [stuck]
-    assert f"did not reach all_reduce 17 of step 20: it is in {phase}" in line
+    verdict = judge([waiting, stuck], {0: "asleep", 1: "asleep"}, 2, time.time())
+    assert verdict.culprits == [stuck]
+    assert f"did not reach all_reduce 17 of step 20: it is in {phase}" in verdict.line
 
 
-def test_only_several_gpus_wait_in_reduce_and_a_cpu_not_at_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_of_several_gpus_waits_in_reduce_and_a_cpu_does_not_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert record_in_wait(dataclasses.replace(on_gpus(world), world_size=1), monkeypatch, 0, "log").phase == "log"
     assert record_in_wait(on_gpus(world), monkeypatch, 0, "log").phase == "reduce"
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("waits"))
@@ -114,7 +114,7 @@ def test_only_several_gpus_wait_in_reduce_and_a_cpu_not_at_all(world: World, mon
 
 
 class Read:
-    """A tensor whose numbers the host reads: it notes the phase in which it is read."""
+    """A tensor that records the phase in which the host reads its numbers."""
 
     def __init__(self, clock: Clock, value: int) -> None:
         self.clock, self.value, self.phases = clock, value, []  # type: ignore[var-annotated]
@@ -146,7 +146,7 @@ def test_results_of_collectives_are_read_in_reduce(world: World, monkeypatch: py
 
 
 class Device:
-    """A device that does its work when told: `done` is how far it is, in ms."""
+    """A device that has done `done` of the queued milliseconds of work."""
 
     def __init__(self) -> None:
         self.queued, self.done = 0.0, -1.0
@@ -160,7 +160,7 @@ class Device:
 
 
 def step(clock: Clock, device: Device, own: float, wait: float) -> float:
-    """One step as train_step marks it -> its lap."""
+    """Mark one step as train_step does; return its lap."""
     clock.enter("data")
     clock.enter("forward_backward")
     device.work(own)
@@ -168,7 +168,7 @@ def step(clock: Clock, device: Device, own: float, wait: float) -> float:
     device.work(wait)
     clock.enter("forward_backward")
     clock.enter("optimizer")
-    lap = clock.lap()
+    lap = clock.take_lap()
     with clock.collective("all_reduce"):
         device.work(wait)
     device.work(1.0)
@@ -191,7 +191,7 @@ def test_own_work_is_the_seconds_of_the_device_without_waiting_and_comes_late() 
 
 
 def test_seconds_of_a_warm_up_are_forgotten() -> None:
-    """They would stand for the first steps, whose own are not known yet, and name a rank that is not slow."""
+    """The first steps, whose own seconds are not known yet, would report them and name a rank that is not slow."""
     device, clock = Device(), Clock()
     clock.meter = DeviceMeter(device.record)
     step(clock, device, 3000.0, 40.0)
@@ -206,7 +206,7 @@ def test_clock_without_a_meter_measures_the_host() -> None:
     clock = Clock()
     clock.enter("data")
     time.sleep(0.01)
-    assert clock.lap() >= 0.01
+    assert clock.take_lap() >= 0.01
 
 
 def test_captured_events_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +218,12 @@ def test_captured_events_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         measured.begin()
         measured.end()
     assert measured.stretches == []
-    assert measured.lap() == 0.0
+    assert measured.take_lap() == 0.0
 
 
 @pytest.fixture
 def opened_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Open a world whose ranks and device are made up."""
+    """Open a world with fake ranks and a fake device."""
 
     def open_world(world_size: int, device: torch.device, config: TrainConfig) -> World:
         found = SimpleNamespace(process_index=0, local_process_index=0, num_processes=world_size, device=device)
@@ -250,7 +250,7 @@ def test_exact_mode_switches_on_and_off_what_it_needs(opened_on: Any, monkeypatc
     deterministic: Any = torch.utils.deterministic
     exact = opened_on(1, torch.device("cpu"), TrainConfig(exact=True, micro_batches=2, compile=True))
     assert torch.are_deterministic_algorithms_enabled()
-    assert torch._inductor.config.deterministic  # else compiled kernels are chosen by how long they take
+    assert torch._inductor.config.deterministic  # else Inductor chooses kernels by how long they take
     assert not deterministic.fill_uninitialized_memory
     exact.close()
     assert not torch.are_deterministic_algorithms_enabled()
@@ -260,19 +260,19 @@ def test_exact_mode_switches_on_and_off_what_it_needs(opened_on: Any, monkeypatc
     opened_on(1, torch.device("cpu"), TrainConfig()).close()
 
 
-def test_contract_names_cuda_and_cudnn_on_a_gpu(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_fingerprint_names_cuda_and_cudnn_on_a_gpu(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    contract = run.contract(on_gpus(world))
-    assert contract["versions"].items() >= {"cuda": "13.0", "cudnn": 91900}.items()
-    assert contract["versions"].keys() == {"torch", "accelerate", "cuda", "cudnn"}
-    assert (contract["device"], contract["num_threads"]) == ("H100", None)
-    assert run.contract(world)["versions"].keys() == {"torch", "accelerate"}
-    old = {**contract, "versions": {"torch": contract["versions"]["torch"]}}
-    assert contract_differences(old, contract) == contract_differences(contract, old) == []  # it was not recorded
-    other = {**contract, "versions": contract["versions"] | {"cudnn": 92000}}
-    assert contract_differences(contract, other) == ["cudnn 91900 -> 92000"]
+    found = environment(on_gpus(world))
+    assert found["versions"].items() >= {"cuda": "13.0", "cudnn": 91900}.items()
+    assert found["versions"].keys() == {"torch", "accelerate", "cuda", "cudnn"}
+    assert (found["device"], found["num_threads"]) == ("H100", None)
+    assert environment(world)["versions"].keys() == {"torch", "accelerate"}
+    old = {**found, "versions": {"torch": found["versions"]["torch"]}}
+    assert environment_differences(old, found) == environment_differences(found, old) == []  # it was not recorded
+    other = {**found, "versions": found["versions"] | {"cudnn": 92000}}
+    assert environment_differences(found, other) == ["cudnn 91900 -> 92000"]
 
 
 def test_packages_without_metadata_are_left_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +283,6 @@ def test_packages_without_metadata_are_left_out(world: World, monkeypatch: pytes
             raise importlib.metadata.PackageNotFoundError(name)
         return found(name)
 
-    monkeypatch.setattr("train.world.versions.version", version)
+    monkeypatch.setattr("train.world.environment.version", version)
     assert versions(*PACKAGES, "lockstep").keys() == {"torch", "torchvision", "numpy", "safetensors"}
-    assert run.contract(world)["versions"].keys() == {"torch"}
+    assert environment(world)["versions"].keys() == {"torch"}

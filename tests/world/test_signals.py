@@ -1,4 +1,4 @@
-"""The preemption matrix, real processes: whoever is told, whenever, once or twice: all leave at one step, nothing is lost."""
+"""Preemption of real processes: a signal to any rank, at any time, stops all at one step, and nothing is lost."""
 
 import json
 import os
@@ -14,20 +14,20 @@ import pytest
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 
 FLAGS = (
-    "--model.name tiny_bn --train.micro_batches 2 --model.dropout 0.2 --optim.ema 0.9 --train.max_steps 60 --log.every_steps 1 "
-    "--eval.every_steps 20 --checkpoint.every_steps 20 --checkpoint.keep 9"
+    "--model.name tiny_bn --train.micro_batches 2 --model.dropout 0.2 --optim.ema 0.9 --train.max_steps 60 "
+    "--log.every_steps 1 --eval.every_steps 20 --checkpoint.every_steps 20 --checkpoint.keep 9"
 )
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The summary of the run that nobody told anything."""
+    """Return the summary of a run without signals."""
     return train(request.param, tmp_path_factory.mktemp("undisturbed") / "run", FLAGS)
 
 
-def check_told(run: Path, ranks: Ranks, undisturbed: dict[str, Any], step: int | None = None) -> None:
-    """All ranks left with 75 after saving; the resumed run computes no step again and ends with the same bits."""
+def check_preempted(run: Path, ranks: Ranks, undisturbed: dict[str, Any], step: int | None = None) -> None:
+    """Check that all ranks saved and left with 75, and that a resume repeats no step and ends with the same bits."""
     assert set(ranks.wait()) == {75}, ranks.output()
     assert "Traceback" not in ranks.output()
     summary = json.loads((run / "summary.json").read_text())
@@ -48,7 +48,7 @@ CASES += [("evaluate", signal.SIGTERM, 2), ("save", signal.SIGTERM, 2), ("save",
 
 
 @pytest.mark.parametrize(("moment", "number", "times"), CASES)
-def test_told_at_a_bad_moment(
+def test_signal_at_a_bad_moment_loses_nothing(
     tmp_path: Path, undisturbed: dict[str, Any], moment: str, number: signal.Signals, times: int
 ) -> None:
     run, marker, world_size = tmp_path / "run", tmp_path / "marker", undisturbed["world_size"]
@@ -62,28 +62,31 @@ def test_told_at_a_bad_moment(
         ranks.signal(number, rank=world_size - 1 if moment != "save" else 0)  # in the save: the rank that writes
         time.sleep(0.05)
     marker.unlink()
-    check_told(run, ranks, undisturbed, MOMENTS[moment])
+    check_preempted(run, ranks, undisturbed, MOMENTS[moment])
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("told", ["one", "all", "one after the other"])
-def test_told_while_training(tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals, told: str) -> None:
+@pytest.mark.parametrize("who", ["one", "all", "one after the other"])
+def test_signal_while_training_loses_nothing(
+    tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals, who: str
+) -> None:
     world_size = undisturbed["world_size"]
     run = tmp_path / "run"
     ranks = Ranks(world_size, arguments(run, FLAGS), tmp_path / "logs", MUTANT="slow_steps")
     wait_for_step(run, 5)
-    for rank in {"one": [1], "all": [0, 1], "one after the other": [1, 0]}[told]:  # a single one: twice
+    for rank in {"one": [1], "all": [0, 1], "one after the other": [1, 0]}[who]:  # a single one: twice
         ranks.signal(number, rank=rank % world_size)
-        time.sleep(0.01 * (told == "one after the other"))
-    check_told(run, ranks, undisturbed)
+        time.sleep(0.01 * (who == "one after the other"))
+    check_preempted(run, ranks, undisturbed)
 
 
-def test_time_limit_is_a_signal_that_comes_by_itself(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_time_limit_acts_like_a_signal(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     run = tmp_path / "run"
-    limit = "--run.time_limit 0.02"  # 60 slow steps take as long, and the start does not count less
+    limit = "--run.time_limit 0.02"  # 60 slow steps take as long, in addition to the start
     ranks = Ranks(undisturbed["world_size"], arguments(run, FLAGS, limit), tmp_path / "logs", MUTANT="slow_steps")
-    check_told(run, ranks, undisturbed)
-    assert rows(run, "preempted")[-1]["signal"] in ("SIGALRM", "a signal to another rank")  # whose time was up first
+    check_preempted(run, ranks, undisturbed)
+    # either rank's time may be up first
+    assert rows(run, "preempted")[-1]["signal"] in ("SIGALRM", "a signal to another rank")
 
 
 STARTED: list[subprocess.Popen] = []
@@ -91,7 +94,7 @@ STARTED: list[subprocess.Popen] = []
 
 @pytest.fixture(autouse=True)
 def no_process_survives() -> Iterator[None]:
-    """A test that fails halfway must not disturb the next one."""
+    """Kill what a failed test left behind, so that it does not disturb the next one."""
     yield
     for process in STARTED:
         process.kill()
@@ -110,7 +113,7 @@ def start(run: Path, *command: str) -> subprocess.Popen:
 
 
 def has_handlers(pid: int) -> bool:
-    """Whether a process catches SIGTERM, as the kernel shows it."""
+    """Return whether a process catches SIGTERM, according to the kernel."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -120,10 +123,10 @@ def has_handlers(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_told_while_torch_is_being_imported(
+def test_signal_while_torch_is_being_imported_loses_nothing(
     tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals
 ) -> None:
-    """`python -m train` and `launch run`, told as soon as they have handlers: a tenth of a second after their start."""
+    """The signal comes as soon as `python -m train` or `launch run` has handlers, 0.1 s after its start."""
     world_size, run = undisturbed["world_size"], tmp_path / "run"
     command = ["-m", "train"] if world_size == 1 else ["-m", "launch", "run", "--nproc", "2", "--"]
     process = start(run, *command)
@@ -133,7 +136,7 @@ def test_told_while_torch_is_being_imported(
         assert time.monotonic() < deadline
         time.sleep(0.001)
     assert "torch/lib" not in Path(f"/proc/{process.pid}/maps").read_text()
-    if world_size == 2:  # the launcher alone is told: while it starts its ranks, which have no handlers yet
+    if world_size == 2:  # the launcher alone gets it, while it starts its ranks, which have no handlers yet
         while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -145,7 +148,7 @@ def test_told_while_torch_is_being_imported(
     assert train(world_size, run, FLAGS)["weights_sha256"] == undisturbed["weights_sha256"]
 
 
-def test_told_before_the_launcher_has_begun_is_told(tmp_path: Path) -> None:
+def test_signal_before_the_launcher_has_started_ranks_preempts_them(tmp_path: Path) -> None:
     process = start(tmp_path / "run", "-m", "launch", "run", "--nproc", "2", "--")
     deadline = time.monotonic() + 60
     while not has_handlers(process.pid):

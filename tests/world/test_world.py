@@ -1,4 +1,4 @@
-"""What train.world makes of a launcher's variables."""
+"""What train.world reads from a launcher's variables, and what it does to this process."""
 
 import platform
 import socket
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from train.__main__ import main
-from train.world.world import env_ranks, run_suffix, slurm_variables
+from train.world.launcher import read_placement, run_suffix, slurm_variables
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -23,7 +23,7 @@ STEP = {
 }
 
 
-def test_rank_that_srun_started() -> None:
+def test_rank_under_srun_gets_the_variables_of_torch() -> None:
     assert slurm_variables(STEP) == {
         "RANK": "6",
         "WORLD_SIZE": "7",
@@ -55,7 +55,7 @@ def test_site_may_set_address_and_port() -> None:
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "29500")
 
 
-def test_port_is_another_for_each_job_life_and_step() -> None:
+def test_port_differs_between_jobs_attempts_and_steps() -> None:
     changes = [{}, {"SLURM_JOB_ID": "1234568"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_STEP_ID": "1"}]
     assert len({slurm_variables(STEP | change)["MASTER_PORT"] for change in changes}) == 4
 
@@ -69,17 +69,17 @@ def test_other_launchers_are_left_alone() -> None:
 def test_run_has_the_same_name_after_a_requeue(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert env_ranks()[0] == 6
+    assert read_placement().rank == 6
     assert run_suffix() == "1234567.0"
     monkeypatch.setenv("SLURM_PTY_PORT", "1")  # srun --pty bash: two commands at one prompt are two runs
     assert run_suffix() != "1234567.0"
 
 
 @pytest.mark.parametrize(("local_rank", "line"), [("0", f"error: rank 8 on {socket.gethostname()}: "), ("1", "")])
-def test_what_only_another_machine_finds_wrong_is_said_there(
+def test_error_that_only_another_machine_has_is_printed_there(
     local_rank: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before there is a world nobody can agree on an error: rank 0 may have none, or wait for this rank."""
+    """Before the ranks are connected they cannot share an error. Rank 0 may have none, or wait for this rank."""
     monkeypatch.setenv("RANK", "8")
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr("train.__main__.OTHER_RANKS_WAIT_SECONDS", 0.0)
@@ -91,10 +91,10 @@ def test_what_only_another_machine_finds_wrong_is_said_there(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
-    """Tensors of all sizes that a step frees stay with the process: what the kernel takes back it hands out anew, zeroed."""
+    """Freed tensors of all sizes stay with the process: the kernel would zero what it takes back."""
     program = """
 import sys, torch
-from train.world.world import tune_malloc
+from train.world.process import tune_malloc
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
 if sys.argv[1] == "kept":

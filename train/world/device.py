@@ -1,4 +1,4 @@
-"""Where a rank computes and in which arithmetic: its device, the backend of its collectives, TF32 on or off.
+"""Where a rank computes and in which arithmetic: its device, its collectives' backend, TF32, deterministic kernels.
 
 Invariant: a rank gets the device and the arithmetic that the config asks for, or a UserError. torch is imported inside
 functions, as in world.py.
@@ -7,36 +7,25 @@ functions, as in world.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from train.config import TrainConfig
 from train.errors import UserError
+from train.world.launcher import tasks_on_node
 
 if TYPE_CHECKING:
     import torch
 
-SHARE_GPU = "LOCKSTEP_SHARE_GPU"  # for tests on one GPU: gloo or nccl (2.30 or newer) lets several ranks share it
-NATIVE_CAPABILITY = (8, 0)  # the first GPUs that compute in bf16 and TF32; older ones emulate bf16 or fail
-
-
-def tasks_on_node(env: Mapping[str, str]) -> int:
-    """Return how many tasks of this Slurm step run on this node; 0 outside of a step.
-
-    `SLURM_STEP_TASKS_PER_NODE` may be 2(x3),1.
-    """
-    tasks: list[int] = []
-    for group in env.get("SLURM_STEP_TASKS_PER_NODE", "0").split(","):
-        count, _, times = group.rstrip(")").partition("(x")
-        tasks += [int(count)] * int(times or 1)
-    return tasks[int(env.get("SLURM_NODEID", "0"))] if any(tasks) else 0
+SHARE_GPU = "LOCKSTEP_SHARE_GPU"  # for tests: ranks share one GPU and exchange by gloo or nccl (2.30 or newer)
+NATIVE_CAPABILITY = (8, 0)  # of the first GPUs with bf16 and TF32; older ones emulate bf16 or fail
 
 
 def num_gpus_for(num_visible: int, local_rank: int, local_world_size: int) -> int:
     """Return how many GPUs the ranks of this machine have between them.
 
-    These are the visible ones. Only srun may bind its tasks to GPUs: then each task sees its own, all together what
-    `SLURM_GPUS_ON_NODE` says. The ranks of a launcher that runs inside a task share the GPUs of that task.
+    That is the number of visible GPUs, except under srun, which may bind each task to GPUs of its own. All tasks
+    together then have `SLURM_GPUS_ON_NODE`. The ranks of a launcher that runs inside a task share the GPUs of that
+    task.
     """
     env = os.environ
     is_task = env.get("SLURM_LOCALID") == str(local_rank) and tasks_on_node(env) == local_world_size
@@ -44,7 +33,7 @@ def num_gpus_for(num_visible: int, local_rank: int, local_world_size: int) -> in
 
 
 def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -> torch.device:
-    """Return this rank's device; raise UserError where the machine cannot do what the config asks."""
+    """Return this rank's device. Raises UserError if the machine lacks what the config asks for."""
     import torch
 
     use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -60,16 +49,17 @@ def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -
     num_gpus = num_gpus_for(num_visible, local_rank, local_world_size)
     if local_world_size > num_gpus and SHARE_GPU not in os.environ:
         raise UserError(
-            f"{local_world_size} processes on this machine, but {num_gpus} GPU(s). Start {num_gpus}, or use --train.device cpu."
+            f"{local_world_size} processes on this machine, but {num_gpus} GPU(s). "
+            f"Start {num_gpus}, or use --train.device cpu."
         )
     device = torch.device("cuda", local_rank % num_visible)
     if config.precision in ("bf16", "tf32") and torch.cuda.get_device_capability(device) < NATIVE_CAPABILITY:
-        raise UserError(f"This GPU does not compute in {config.precision}. Use train.precision fp16 or fp32.")
+        raise UserError(f"This GPU has no native {config.precision}. Use train.precision fp16 or fp32.")
     return device
 
 
 def choose_backend(device: torch.device) -> str:
-    """Return the backend of torch.distributed for ranks on such a device."""
+    """Return the backend of torch.distributed for ranks on a kind of device."""
     if device.type == "cpu":
         return "gloo"
     backend = os.environ.get(SHARE_GPU, "nccl")
@@ -78,11 +68,25 @@ def choose_backend(device: torch.device) -> str:
     return backend
 
 
-def set_tf32(in_convolutions: bool, in_products: bool) -> tuple[bool, bool]:
-    """Switch TF32 on or off in a GPU's convolutions and in its matrix products; return how it was before.
+def set_arithmetic(is_exact: bool, tf32: tuple[bool, bool]) -> tuple[bool, bool]:
+    """Switch deterministic algorithms on or off, and TF32 as `set_tf32` does. Return the TF32 switches from before."""
+    import torch
 
-    torch has it on in convolutions. Its newer settings (`fp32_precision`) are not used: what still reads these ones, such
-    as Inductor, then raises. Neither touches the CPU.
+    if is_exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    if is_exact or torch.are_deterministic_algorithms_enabled():  # the call imports Inductor's config, which takes time
+        torch.use_deterministic_algorithms(is_exact)  # Inductor's too: it then tunes nothing by timing
+        # torch would fill new tensors with NaN, which finds bugs but takes time
+        torch.utils.deterministic.fill_uninitialized_memory = not is_exact  # type: ignore[attr-defined]
+    return set_tf32(*tf32)
+
+
+def set_tf32(in_convolutions: bool, in_products: bool) -> tuple[bool, bool]:
+    """Switch TF32 on or off in a GPU's convolutions and matrix products. Return the two switches from before.
+
+    By default, torch has it on in convolutions. Its newer `fp32_precision` settings are not used: code that still reads
+    these ones, such as Inductor, would raise. Neither affects the CPU.
     """
     import torch
 

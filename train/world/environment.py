@@ -1,4 +1,8 @@
-"""The environment fingerprint: what must stay the same, besides config and data, for the bits to stay the same."""
+"""The environment fingerprint: the device, libraries and threads that a run computes with; and the commit of its code.
+
+Two runs with equal config, data and fingerprint compute the same bits in exact mode. A checkpoint stores the
+fingerprint, so that a resume can warn if it has changed (docs/exactness.md).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def environment(world: World) -> dict[str, Any]:
-    """Return the fingerprint of this rank's device, libraries and, on a CPU, number of threads (docs/exactness.md)."""
+    """Return the environment fingerprint of this rank. The number of threads is part of it on a CPU only."""
     import torch
 
     on_gpu = world.device.type == "cuda"
@@ -39,14 +43,14 @@ def environment(world: World) -> dict[str, Any]:
 
 
 def environment_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return what differs between two fingerprints, as `name before -> after`. A name that one of them lacks does not count."""
+    """Return what differs between two fingerprints, as `name before -> after`, for the names that both have."""
     first, second = ({**fingerprint, **fingerprint.get("versions", {})} for fingerprint in (before, after))
     common = (first.keys() & second.keys()) - {"versions"}
     return differences({name: first[name] for name in common}, {name: second[name] for name in common})
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with `+` if files differ from it; None outside a checkout."""
+    """Return the commit of the code that runs, with `+` if files differ from it; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

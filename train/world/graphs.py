@@ -1,25 +1,25 @@
 """CUDA graphs: the device's work in a step, recorded once and then started as a whole instead of kernel by kernel.
 
-Invariant: what is recorded takes everything that changes from step to step out of tensors; a number that came from the host
-would stay as it was (`tests/world/test_graphs.py` holds the step to that on any device).
+Invariant: recorded work reads everything that changes from step to step from tensors. A number that came from the host
+would keep the value of the recording. `tests/world/test_graphs.py` checks the step for that, on any device.
 """
 
 from collections.abc import Callable
 
 import torch
 
-CALLS_BEFORE = 3  # torch's advice: libraries choose and allocate in the first ones
+CALLS_BEFORE = 3  # torch's advice: libraries choose algorithms and allocate memory in the first calls
 
 
 def leave_default_stream(device: torch.device) -> None:
-    """Move this thread's work on the device to a stream of its own, as recording demands."""
+    """Move this thread's work on the device to a stream of its own, which recording requires."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda.set_stream(stream)
 
 
 def record(work: Callable[[], object]) -> Callable[[], object]:
-    """Record `work` on the current stream, and return what replays it; nothing is computed yet.
+    """Record `work` on the current stream without computing anything, and return the function that replays it.
 
     Raises RuntimeError if something in it cannot be recorded.
     """

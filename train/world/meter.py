@@ -1,7 +1,7 @@
-"""How long a GPU works between a rank's waits for the others, from CUDA events.
+"""How long a GPU works between a rank's waits for the others, measured with CUDA events.
 
-The host only launches kernels, so its clock does not show a throttled GPU. Nothing here waits for the device: the seconds of
-a step are known a few steps later.
+The host only launches kernels, so the host's clock does not show a throttled GPU. Nothing here waits for the device:
+the seconds of a step become known a few steps later.
 """
 
 import statistics
@@ -27,12 +27,12 @@ class DeviceMeter:
     def __init__(self, record: Callable[[], Any] = record_event) -> None:
         self.record = record
         self.started: Any = None  # the event at which the current stretch of own work began
-        self.stretches: list[tuple[Any, Any]] = []  # (begin, end) of the current step
-        self.steps: deque[list[tuple[Any, Any]]] = deque()  # steps whose events may still be ahead of the device
+        self.stretches: list[tuple[Any, Any]] = []  # (start, end) of the current step
+        self.steps: deque[list[tuple[Any, Any]]] = deque()  # earlier steps, which the device may not have finished
         self.latest = 0.0
 
     def begin(self) -> None:
-        """Mark the begin of own work in the current stream."""
+        """Mark the start of own work in the current stream."""
         self.started = self.record()
 
     def end(self) -> None:
@@ -43,20 +43,20 @@ class DeviceMeter:
         self.started = None
 
     def forget(self) -> None:
-        """Forget all work so far, such as that of a warm-up."""
+        """Drop all work so far, such as that of a warm-up."""
         self.stretches, self.latest = [], 0.0
         self.steps.clear()
 
-    def lap(self) -> float:
-        """End a step; return the mean seconds of the steps that have become known since the last call.
+    def take_lap(self) -> float:
+        """End a step; return the mean seconds of the steps that the device has finished since the last call.
 
-        If there are none, return the previous mean again: 0 until the first step is known.
+        If it has finished none, return the previous mean, which is 0 at first.
         """
         self.steps.append(self.stretches)
         self.stretches = []
         seconds = []
         while self.steps and all(event.query() for stretch in self.steps[0] for event in stretch):
-            seconds.append(sum(begin.elapsed_time(end) for begin, end in self.steps.popleft()) / 1000)
+            seconds.append(sum(start.elapsed_time(end) for start, end in self.steps.popleft()) / 1000)
         if seconds:
             self.latest = statistics.fmean(seconds)
         return self.latest

@@ -1,6 +1,6 @@
-"""Signal -> flag. The handler only sets it; all ranks agree on it in the step's reduction, save and leave (exit code 75).
+"""Signals that ask for a stop: a handler sets a flag, which the ranks share in the step's reduction. All stop together.
 
-Deliberately not here: saving. A handler that saves would deadlock in a collective that it interrupted.
+Deliberately not here: saving. A handler that saves could interrupt a collective and then deadlock in another one.
 """
 
 import signal
@@ -16,9 +16,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Listen to SIGTERM, SIGINT and SIGUSR2 from now on. Repeated signals and calls change nothing.
+    """Handle SIGTERM, SIGINT and SIGUSR2 from now on. Repeated signals and calls change nothing.
 
-    A launcher starts its ranks with these signals blocked, so that none is lost before; here they arrive.
+    A launcher starts its ranks with these signals blocked, so that none is lost before. They arrive here.
     """
     for number in SIGNALS:
         signal.signal(number, _handle)
@@ -26,11 +26,11 @@ def install() -> None:
 
 
 def leave_after(minutes: float) -> None:
-    """Let an alarm ask this process to leave once the time is up; 0: never."""
+    """Let an alarm ask this process to stop after some minutes; 0: never."""
     signal.signal(signal.SIGALRM, _handle)
     signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
 
 
 def requested() -> str | None:
-    """The name of the first signal that this rank received (SIGALRM: its time is up), or None."""
+    """Return the name of the first signal that this rank received, or None. SIGALRM means that its time is up."""
     return signal.Signals(_received[0]).name if _received else None

@@ -1,9 +1,10 @@
-"""Ends a rank that makes no progress, with one line that says which rank is to blame and what it was doing.
+"""Ends a rank that makes no progress, with one line that names the rank to blame and what it was doing.
 
-Each rank maps its Clock's record to RUN/.ranks/rank-R. A thread looks whether its own rank has entered a phase lately; if
-not for longer than the clock's limit, it reads all records, prints the verdict and the Python stacks, and ends the process,
-hard: a thread that is blocked in a collective cannot be interrupted. A stopped process cannot speak or end by itself: the
-others on its host do both. Where the ranks share no directory a verdict knows this rank's record alone, and says so.
+Each rank maps its Clock's record to RUN/.ranks/rank-R. A thread checks that its own rank still changes phases. If the
+rank stays in one phase for longer than the clock's limit, the thread reads all records, prints the verdict and the
+Python stacks, and ends the process at once, because a main thread that is blocked in a collective cannot be
+interrupted. A process that is stopped or frozen can neither print nor end by itself. The other ranks on its host do
+both for it. If the ranks share no directory, a verdict rests on this rank's record alone, and its line says so.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -23,68 +25,91 @@ from train.errors import RunError, UserError
 from train.world.clock import SIZE, Clock, Record
 
 TICK_SECONDS = 0.25
-SILENT_SECONDS = 5.0  # a watchdog that has not run for so long belongs to a process that cannot run
-CORPSE_SECONDS = 2.0  # for a dying process to leave the process table, once its connections are closed
-STATES = {
+FROZEN_SECONDS = 5.0  # no heartbeat for this long means that the process is frozen
+DYING_SECONDS = 2.0  # a dying process closes its connections first and leaves the process table later
+PROCESS_STATES = {
     "T": "stopped",
     "t": "stopped",
-    "R": "running",
     "S": "asleep",
     "D": "waiting for a device",
     "Z": "ended",
     "X": "ended",
 }
+# How to end a process that cannot end itself. SIGABRT prints the stacks; a stopped process would not handle it.
+ENDED_BY = {"stopped": signal.SIGKILL, "frozen": signal.SIGABRT}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which ranks are to blame for a hang, and why."""
+
+    culprits: list[Record]  # none if all ranks wait
+    line: str
+    is_certain: bool = False  # whether a culprit has ended or failed, so that waiting for it is pointless
 
 
 def process_state(pid: int) -> str:
-    """What a process on this host does now, in a word; `ended` if there is none."""
+    """Return the state of a process on this host, in a word; `ended` if there is none."""
     try:
-        return STATES.get(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0], "running")
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return PROCESS_STATES.get(letter, "running")
     except (OSError, IndexError):
         return "ended" if Path("/proc/self/stat").exists() else "running"
 
 
 def state_of(record: Record, now: float) -> str:
-    """What a rank's process does; on another host all that shows is whether its watchdog still runs."""
+    """Return the state of a rank's process. On another host only its heartbeat shows: it is `running` or `frozen`."""
     state = process_state(record.pid) if record.host == socket.gethostname() else "running"
-    return "silent" if state not in ("stopped", "ended") and now - record.beat > SILENT_SECONDS else state
+    is_frozen = now - record.heartbeat > FROZEN_SECONDS and state not in ("stopped", "ended")
+    return "frozen" if is_frozen else state
 
 
-def verdict(records: list[Record], states: dict[int, str], world_size: int, now: float) -> tuple[list[Record], str]:
-    """Return (who is to blame, one line that says what for). `states` holds a word per rank."""
-    furthest = max(records, key=lambda record: record.sequence)
-    goal = f"{furthest.operation} {furthest.sequence} of step {furthest.step}"
-    missing = sorted(set(range(world_size)) - {record.rank for record in records})
-    unknown = f"; nothing is known of rank {', '.join(map(str, missing))}" if missing else ""
+def find_culprits(records: list[Record], states: dict[int, str]) -> list[Record]:
+    """Return the records of the ranks to blame, by the first rule that finds any.
+
+    1. The process ended. An error of its own excuses it: often it failed because another rank was gone.
+    2. The rank has begun the fewest collectives.
+    3. It does not wait for other ranks.
+    """
+    lowest, highest = min(record.sequence for record in records), max(record.sequence for record in records)
     ended = [record for record in records if states[record.rank] == "ended" and record.phase != "failed"]
-    behind = [record for record in records if record.sequence < furthest.sequence]
-    stuck = [
-        record
-        for record in records
-        if states[record.rank] in ("stopped", "silent") or record.phase not in ("reduce", "failed")
-    ]
-    guilty = ended or [record for record in behind if record.sequence == min(r.sequence for r in behind)] or stuck
-    if not guilty:
-        waiting = f"all ranks wait in {goal} for {now - furthest.since:.0f} s"
-        return [], (
-            waiting if not missing else f"rank {furthest.rank} waits in {goal} for {now - furthest.since:.0f} s"
-        ) + unknown
-    first = guilty[0]
-    state = states[first.rank]
-    since = first.beat if state in ("stopped", "silent") else first.since
-    doing = f"it is in {first.phase}, {state} for {now - since:.0f} s"
-    if first.phase == "failed":
-        doing = "it failed by an error of its own"
-    elif state == "ended":
-        doing = f"its process {first.pid} ended in {first.phase}"
-    others = f" (nor did rank {', '.join(str(record.rank) for record in guilty[1:])})" if guilty[1:] else ""
+    behind = [record for record in records if record.sequence == lowest] if lowest < highest else []
+    waiting = [r for r in records if r.phase in ("reduce", "failed") and states[r.rank] not in ("stopped", "frozen")]
+    return ended or behind or [record for record in records if record not in waiting]
+
+
+def describe(culprit: Record, state: str, now: float) -> str:
+    """Return why a rank is to blame."""
+    if culprit.phase == "failed":
+        return "it failed with an error of its own"
+    if state == "ended":
+        return f"its process {culprit.pid} ended in {culprit.phase}"
+    since = culprit.heartbeat if state in ("stopped", "frozen") else culprit.since
+    return f"it is in {culprit.phase}, {state} for {now - since:.0f} s"
+
+
+def judge(records: list[Record], states: dict[int, str], world_size: int, now: float) -> Verdict:
+    """Return who is to blame, from the records that could be read and the states of their ranks' processes."""
+    furthest = max(records, key=lambda record: record.sequence)
+    missing = sorted(set(range(world_size)) - {record.rank for record in records})
+    unknown = f"; no record of rank {', '.join(map(str, missing))}" if missing else ""
+    where = f"{furthest.operation} {furthest.sequence} of step {furthest.step}"
+    culprits = find_culprits(records, states)
+    if not culprits:
+        who = f"rank {furthest.rank} waits" if missing else "all ranks wait"
+        return Verdict([], f"{who} in {where} for {now - furthest.since:.0f} s{unknown}")
+    first, *others = culprits
+    if world_size == 1:
+        where = f"step {first.step}"
     verb = "did not reach" if first.sequence < furthest.sequence else "did not finish"
-    goal = f"step {first.step}" if world_size == 1 else goal
-    return guilty, f"rank {first.rank} on {first.host} {verb} {goal}: {doing}{others}{unknown}"
+    also = f" (nor did rank {', '.join(str(record.rank) for record in others)})" if others else ""
+    reason = describe(first, states[first.rank], now)
+    is_certain = any(states[record.rank] == "ended" or record.phase == "failed" for record in culprits)
+    return Verdict(culprits, f"rank {first.rank} on {first.host} {verb} {where}: {reason}{also}{unknown}", is_certain)
 
 
 class Watchdog:
-    """The thread of one rank; a context manager around its training."""
+    """The watchdog of one rank: a context manager around its training."""
 
     def __init__(self, clock: Clock, directory: Path, rank: int, world_size: int) -> None:
         self.clock, self.directory, self.rank, self.world_size = clock, directory, rank, world_size
@@ -92,24 +117,15 @@ class Watchdog:
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        with contextlib.suppress(
-            OSError
-        ):  # without a record the others know nothing of this rank, and training goes on
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if self.rank == 0:
-                (self.directory / "verdict").unlink(missing_ok=True)
-            path = self.directory / f"rank-{self.rank}"
-            with open(path.with_suffix(".new"), "w+b") as file:
-                file.truncate(SIZE)
-                self.clock.attach(memoryview(mmap.mmap(file.fileno(), SIZE)))
-            os.replace(path.with_suffix(".new"), path)
+        with contextlib.suppress(OSError):  # without a record training continues; the other ranks then have none
+            self._map_record()
         self.thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop watching. If this rank fails because another one has gone, say which."""
+        """Stop watching. If this rank fails because another one is gone, print which."""
         self.done.set()
         self.thread.join()
         if error is None or isinstance(error, (UserError, RunError)):  # all ranks leave together
@@ -117,60 +133,75 @@ class Watchdog:
                 shutil.rmtree(self.directory, ignore_errors=True)
         elif self.world_size > 1:
             if self.clock.phase == "reduce":
-                print(f"error: {self.verdict(CORPSE_SECONDS)[1]}", file=sys.stderr, flush=True)
+                print(f"error: {self.reach_verdict(DYING_SECONDS).line}", file=sys.stderr, flush=True)
             self.clock.enter("failed")
 
+    def _map_record(self) -> None:
+        """Map the clock's record to a new file. An earlier attempt may still write to the old one."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            (self.directory / "verdict").unlink(missing_ok=True)
+        path = self.directory / f"rank-{self.rank}"
+        with open(path.with_suffix(".new"), "w+b") as file:
+            file.truncate(SIZE)
+            self.clock.attach(memoryview(mmap.mmap(file.fileno(), SIZE)))
+        os.replace(path.with_suffix(".new"), path)
+
     def records(self) -> list[Record]:
-        """The records of all ranks that can be read."""
+        """Return the records of all ranks that can be read, in the order of the ranks."""
         found = []
         for rank in range(self.world_size):
+            if rank == self.rank:
+                found.append(Record.unpack(rank, bytes(self.clock.record)))
+                continue
             with contextlib.suppress(OSError, ValueError, LookupError, ArithmeticError):
                 found.append(Record.unpack(rank, (self.directory / f"rank-{rank}").read_bytes()))
-        own = Record.unpack(self.rank, bytes(self.clock.record))
-        return [record for record in found if record.rank != self.rank] + [own]
+        return found
 
-    def verdict(self, patience: float = 0.0) -> tuple[list[Record], str]:
-        """Judge; all ranks of a host or a shared directory print the line that the first of them found."""
-        deadline = time.monotonic() + patience
+    def reach_verdict(self, patience_seconds: float = 0.0) -> Verdict:
+        """Return the verdict; wait for one that is certain while patience lasts."""
+        deadline = time.monotonic() + patience_seconds
         while True:
-            now, records = time.time(), sorted(self.records(), key=lambda record: record.rank)
+            now, records = time.time(), self.records()
             states = {record.rank: state_of(record, now) for record in records}
-            guilty, line = verdict(records, states, self.world_size, now)
-            if time.monotonic() >= deadline or any(states[r.rank] == "ended" or r.phase == "failed" for r in guilty):
-                break
+            verdict = judge(records, states, self.world_size, now)
+            if verdict.is_certain or time.monotonic() >= deadline:
+                return replace(verdict, line=self._first_line(verdict.line))
             time.sleep(TICK_SECONDS / 5)
+
+    def _first_line(self, line: str) -> str:
+        """Return the line of the first rank with a verdict: all ranks that share the directory print the same one."""
         path = self.directory / "verdict"
         try:
             with open(path, "x") as file:
                 file.write(line)
         except OSError:
             with contextlib.suppress(OSError):
-                line = path.read_text() or line
-        return guilty, line
+                return path.read_text() or line
+        return line
 
     def _watch(self) -> None:
-        """Count the ticks without a new mark: the time in which the whole group was stopped does not count."""
-        still, since = 0.0, self.clock.since
+        """End this process if it stays in one phase for too long.
+
+        This counts ticks instead of reading a clock, so that time in which all ranks were stopped does not count.
+        """
+        seconds, since = 0.0, self.clock.since
         while not self.done.wait(TICK_SECONDS):
-            self.clock.beat()
-            still = still + TICK_SECONDS if self.clock.since == since else 0.0
+            self.clock.heartbeat()
+            seconds = seconds + TICK_SECONDS if self.clock.since == since else 0.0
             since = self.clock.since
-            if still >= self.clock.limit:
+            if seconds >= self.clock.limit:
                 self._end()
 
     def _end(self) -> None:
-        """Print the verdict and the stacks, end what cannot end itself, and leave."""
-        guilty, line = self.verdict()
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        """Print the verdict and the stacks. End stopped and frozen processes on this host, and then this one."""
+        verdict = self.reach_verdict()
+        print(f"error: {verdict.line}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        for record in guilty:
-            if record.host == socket.gethostname() and record.rank != self.rank:
-                state = state_of(record, time.time())
-                if state in (
-                    "stopped",
-                    "silent",
-                ):  # silent: something holds the interpreter, and SIGABRT prints its stacks
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.kill(record.pid, signal.SIGKILL if state == "stopped" else signal.SIGABRT)
+        for record in verdict.culprits:
+            state = state_of(record, time.time())
+            if record.rank != self.rank and record.host == socket.gethostname() and state in ENDED_BY:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(record.pid, ENDED_BY[state])
         self.clock.enter("failed")
         os._exit(1)
