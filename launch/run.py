@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from train.cli import Parser, did_you_mean, parse, run_name, split_arguments
 from train.config import Config
@@ -47,8 +48,10 @@ def count_gpus() -> int:
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, nproc: int, arguments: list[str], restart: int, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(
+        self, nproc: int, arguments: list[str], restart: int, *, quiet: bool = False, output: IO[str] | None = None
+    ) -> None:
+        self.quiet, self.output = quiet, output
         self.processes: list[subprocess.Popen] = []
         # Ranks inherit the mask and lift it once their handlers stand, seconds later: no signal is lost in between.
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
@@ -58,7 +61,7 @@ class Ranks:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
     def _start(self, nproc: int, arguments: list[str], restart: int) -> None:
-        output = subprocess.DEVNULL if self.quiet else None
+        output = subprocess.DEVNULL if self.quiet else self.output
         command = (sys.executable, "-m", "train", *arguments)
         tie = functools.partial(die_with_parent, os.getpid())
         # Rank 0 serves the rendezvous on this socket: nobody can take its port, and only this machine can reach it.
@@ -116,7 +119,7 @@ class Ranks:
         rank, code = first if first in crashes else crashes[0]
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not self.quiet:
-            print(f"launch: rank {rank} ended by {how}", file=sys.stderr, flush=True)
+            print(f"launch: rank {rank} ended by {how}", file=self.output or sys.stderr, flush=True)
         return 1
 
 

@@ -21,7 +21,7 @@ import train.loop
 import train.run
 import train.step
 import train.tracking.metrics
-from launch.check.laws import BATCH
+from launch.check.selftest import BATCH
 from train.functional import optim, rng
 from train.functional.models import Dropout
 from train.functional.sampler import Sampler, share
