@@ -27,6 +27,7 @@ SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved check
 POLL_SECONDS = 0.05
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 DEV = Path("/dev")
+TRAIN = (sys.executable, "-m", "train")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 # both would listen on the first interface that reaches other machines
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
@@ -49,9 +50,16 @@ class Ranks:
     """The processes of one attempt."""
 
     def __init__(
-        self, nproc: int, arguments: list[str], restart: int, *, quiet: bool = False, output: IO[str] | None = None
+        self,
+        nproc: int,
+        arguments: list[str],
+        restart: int,
+        *,
+        quiet: bool = False,
+        output: IO[str] | None = None,
+        program: tuple[str, ...] = TRAIN,
     ) -> None:
-        self.quiet, self.output = quiet, output
+        self.quiet, self.output, self.program = quiet, output, program
         self.processes: list[subprocess.Popen] = []
         # Ranks inherit the mask and lift it once their handlers stand, seconds later: no signal is lost in between.
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
@@ -62,7 +70,7 @@ class Ranks:
 
     def _start(self, nproc: int, arguments: list[str], restart: int) -> None:
         output = subprocess.DEVNULL if self.quiet else self.output
-        command = (sys.executable, "-m", "train", *arguments)
+        command = (*self.program, *arguments)
         tie = functools.partial(die_with_parent, os.getpid())
         # Rank 0 serves the rendezvous on this socket: nobody can take its port, and only this machine can reach it.
         with socket.create_server(("127.0.0.1", 0)) as store:

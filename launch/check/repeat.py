@@ -1,48 +1,53 @@
-"""Does a training repeat? A few exact steps of a config on noise, trained again and again in this process (`launch doctor`).
+"""Train a few exact steps of a config on noise twice in this process, to see whether the bits repeat (`launch doctor`).
 
 Invariant: torch's settings and the environment are afterwards what they were before.
 """
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
+from unittest import mock
 
-from launch.dryrun import environment
 from train.config import Config, DataConfig
 
 STEPS, MOST_EXAMPLES = 3, 512  # of a step
 
 
-def weights(config: Config, times: int) -> tuple[list[str], str]:
-    """Train a fresh run `times` times; return the SHA-256 of the weights after each, and the device: cpu or cuda."""
-    import torch
-
+def train_twice(config: Config) -> tuple[str, str, str]:
+    """Return the SHA-256 of the weights after each of two trainings, and the device: cpu or cuda."""
     from train.world.device import choose_device
 
     device = choose_device(config.train, 0, 1).type
+    with untouched_process():
+        return train(short(config, device)), train(short(config, device)), device
+
+
+@contextlib.contextmanager
+def untouched_process() -> Iterator[None]:
+    """Hide the caller's launcher from the environment; put the environment and torch's settings back at the end."""
+    import torch
+
     num_threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        with environment():
-            return [train(short(config, device)) for _ in range(times)], device
-    finally:
-        torch.set_num_threads(num_threads)
-        torch.backends.cudnn.benchmark = benchmark
-        torch.use_deterministic_algorithms(was_deterministic)
+    with mock.patch.dict(os.environ):
+        for name in list(os.environ):
+            if name.startswith(("ACCELERATE_", "SLURM_", "LOCKSTEP_", "RANK", "WORLD_SIZE", "LOCAL_")):
+                del os.environ[name]
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
+            torch.backends.cudnn.benchmark = benchmark
+            torch.use_deterministic_algorithms(was_deterministic)
 
 
 def short(config: Config, device: str) -> Config:
-    """Return the config of a few exact steps on noise with the same model, optimizer and arithmetic."""
+    """Return the config of a few exact steps on noise with the same model, optimizer and precision."""
     parts = config.train.micro_batches or 1
     size = parts * max(1, min(config.train.global_batch_size, MOST_EXAMPLES) // parts)
-    changes = {
-        "device": device,
-        "exact": True,
-        "max_steps": STEPS,
-        "global_batch_size": size,
-        "micro_batches": parts,
-        "micro_batch_limit": 0,
-        "compile": False,
-        "cuda_graphs": "off",
-    }
+    changes = {"device": device, "exact": True, "max_steps": STEPS, "global_batch_size": size, "micro_batches": parts}
+    changes |= {"micro_batch_limit": 0, "compile": False, "cuda_graphs": "off"}
     data = DataConfig(name="random", random_examples=6 + STEPS * size)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes), data=data)  # type: ignore[arg-type]
 
