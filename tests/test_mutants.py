@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks.crashpoints import REPORT
+from ranks.crashpoints import REPORT, is_whole
 from ranks.processes import Ranks, arguments, rows, train
 
 from launch.check.selftest import BATCH, NUM_TRAIN, STEPS_PER_EPOCH
@@ -84,3 +84,11 @@ def test_crash_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path, m
     report = json.loads((run / REPORT).read_text())
     assert report["points"] > 0
     assert (report["violations"] == []) == holds, report
+
+
+@holds_or_is_broken_by("temporary_left")
+def test_run_leaves_whole_checkpoints_and_nothing_temporary(tmp_path: Path, mutant: str, holds: bool) -> None:
+    train(1, tmp_path / "run", "--train.epochs 2 --checkpoint.every_steps 7", MUTANT=mutant)
+    paths = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert paths
+    assert all(path.name.startswith("step-") and is_whole(path) for path in paths) == holds, paths

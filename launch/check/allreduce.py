@@ -1,7 +1,7 @@
-"""`python -m launch.check.allreduce`: one of several processes that add tensors up; prints its results as one line of JSON.
+"""`python -m launch.check.allreduce`: one of several processes that add tensors up; prints JSON.
 
-`launch doctor` starts some on its machine, and under `srun` one on each node of a cluster. The numbers are integers whose
-sums float32 holds exactly: a right all-reduce gives the expected bits in any order of addition.
+`launch doctor` starts some on its machine, and under `srun` one on each node of a cluster. The numbers are integers
+whose sums float32 holds exactly: a right all-reduce gives the expected bits in any order of addition.
 """
 
 import json
@@ -33,7 +33,7 @@ ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> dict[str, Any]:
-    """Join the group, all-reduce tensors of each of `sizes` bytes, check and time them. Collective: every rank must call it."""
+    """All-reduce tensors of each of `sizes` bytes; check and time them. Collective: every rank must call it."""
     import torch
     import torch.distributed as dist
 
@@ -83,6 +83,7 @@ def run_local(program: tuple[str, ...], nproc: int, arguments: list[str], timeou
     with tempfile.TemporaryFile("w+") as output:  # a pipe would fill up
         ranks = Ranks(nproc, arguments, 0, output=output, program=program)
         end = threading.Timer(timeout, ranks.send, [signal.SIGKILL])
+        end.daemon = True
         end.start()
         code, is_late = ranks.wait(), not end.is_alive()
         end.cancel()
@@ -116,9 +117,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
-    except (
-        Exception
-    ) as error:  # the other ranks may never join: no process group is destroyed, which would wait for them
+    except Exception as error:  # the process group stays: destroying it would wait for ranks that may never join
         print(f"error: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
         return CRASHED
     print(json.dumps(found), flush=True)

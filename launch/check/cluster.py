@@ -1,8 +1,8 @@
 """What `launch doctor --slurm` checks: sbatch, the partitions, and an all-reduce on real nodes for some seconds.
 
-The probe is `srun python -m launch.check.allreduce`, one task per node. Each task prints its host and versions, leaves a
-file in the run directory and adds numbers up with the others. Invariant: the check waits a bounded time, and leaves no
-job and no file behind.
+The probe is `srun python -m launch.check.allreduce`, one task per node. Each task prints its host and versions, leaves
+a file in the run directory and adds numbers up with the others. Invariant: the check waits a bounded time, and leaves
+no job and no file behind.
 """
 
 import json
@@ -90,7 +90,7 @@ def probe(shared: Path, nodes: int, where: list[str]) -> Iterator[Finding]:
 
 
 def read_tasks(output: str) -> list[dict[str, Any]]:
-    """Return what each task printed, in their order: its JSON objects as one, and its error, or else last other line, as `said`."""
+    """Return what each task printed: its JSON objects as one, and its error, or else its last other line, as `said`."""
     tasks: dict[int, dict[str, Any]] = defaultdict(dict)
     for label, text in re.findall(r"^ *(\d+): (.*\S)", output, re.MULTILINE):
         task = tasks[int(label)]

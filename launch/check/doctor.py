@@ -1,7 +1,7 @@
-"""`python -m launch doctor`: check this machine, and with --slurm a cluster; each line is OK, warn or fail with its remedy.
+"""`python -m launch doctor`: check this machine, and with --slurm a cluster; each problem with its remedy.
 
-The arguments of the training that is meant to run follow `--`. Its data, precision, model and run directory are checked.
-Exit codes: 0 nothing fails, 1 something does, 2 bad usage.
+The arguments of the training that is meant to run follow `--`: its data, precision, model and run directory are
+checked. Exit codes: 0 nothing fails, 1 something does, 2 bad usage.
 """
 
 import dataclasses

@@ -49,7 +49,8 @@ def short(config: Config, device: str) -> Config:
     changes = {"device": device, "exact": True, "max_steps": STEPS, "global_batch_size": size, "micro_batches": parts}
     changes |= {"micro_batch_limit": 0, "compile": False, "cuda_graphs": "off"}
     data = DataConfig(name="random", random_examples=6 + STEPS * size)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes), data=data)  # type: ignore[arg-type]
+    train = dataclasses.replace(config.train, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(config, train=train, data=data)
 
 
 def train(config: Config) -> str:

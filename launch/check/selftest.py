@@ -6,8 +6,6 @@ and half a minute. Leaves nothing behind. Exit codes: 0 all laws hold, 1 a law i
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import tempfile
@@ -85,7 +83,7 @@ class Trace:
     def __init__(self, run: RunDir) -> None:
         summary = run.read_summary()
         assert summary
-        self.checkpoints, self.rows, self.summary = run.checkpoints, run.read_rows(), summary
+        self.rows, self.summary = run.read_rows(), summary
 
     def column(self, event: str, *fields: str) -> list[tuple[Any, ...]]:
         """Return these fields of all rows of an event."""
@@ -161,23 +159,6 @@ def _resume(found: Evidence) -> Verdict:
     return holds and found.killed_at - found.whole_at <= 2 * SAVE_STEPS, figures
 
 
-def _checkpoints_whole(found: Evidence) -> Verdict:
-    paths = [path for trace in (found.alone, found.moved) for path in sorted(trace.checkpoints.iterdir())]
-    paths = [path for path in paths if not path.name.startswith("damaged-")]  # by us
-    bad = [path.name for path in paths if not path.name.startswith("step-") or not is_whole(path)]
-    return len(paths) > 0 and not bad, f"{len(paths)} checkpoints, temporary or not whole: {', '.join(bad) or 'none'}"
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether each file of a checkpoint has the SHA-256 in its manifest; independent of train.storage.checkpoint."""
-    try:
-        sums: dict[str, str] = json.loads((checkpoint / "manifest.json").read_bytes())["sha256"]
-        found = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in sums}
-    except (OSError, ValueError, KeyError):
-        return False
-    return found == sums and {"model.safetensors", "optimizer.safetensors", "state.json"} <= set(found)
-
-
 LAWS: dict[str, Callable[[Evidence], Verdict]] = {
     "same weights": _same_weights,
     "same losses": _same_losses,
@@ -185,7 +166,6 @@ LAWS: dict[str, Callable[[Evidence], Verdict]] = {
     "each example once": _each_example_once,
     "evaluation": _evaluation,
     "resume": _resume,
-    "checkpoints whole": _checkpoints_whole,
 }
 
 

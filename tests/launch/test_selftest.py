@@ -35,8 +35,8 @@ CAUGHT_BY = {
     "momentum_not_restored": "same losses",
     "resume_repeats_a_step": "training",
     "oldest_checkpoint": "resume",
+    "damage_not_noticed": "resume",
     "rows_kept_on_resume": "each step once",
-    "temporary_left": "checkpoints whole",
 }
 
 

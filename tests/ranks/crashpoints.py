@@ -4,15 +4,24 @@ The first argument is the directory of the checkpoints. Before each operation th
 leave. There, each checkpoint that has its name must be whole, and once there was one there must always be one.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from launch.check.selftest import is_whole
-
 OPERATIONS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "open"}
 REPORT = "crash-points.json"  # next to the checkpoints
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether each file of a checkpoint has the SHA-256 in its manifest; independent of train.storage.checkpoint."""
+    try:
+        sums: dict[str, str] = json.loads((checkpoint / "manifest.json").read_bytes())["sha256"]
+        found = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in sums}
+    except (OSError, ValueError, KeyError):
+        return False
+    return found == sums and {"model.safetensors", "optimizer.safetensors", "state.json"} <= set(found)
 
 
 class Watch:
