@@ -121,7 +121,7 @@ class Ranks:
         rank, code = first if first in crashes else crashes[0]
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not self.quiet:
-            print(f"launch: rank {rank} ended by {how}", file=sys.stderr, flush=True)
+            print(f"launch: rank {rank} ended by {how}", file=self.output or sys.stderr, flush=True)
         return CRASHED
 
 

@@ -95,7 +95,8 @@ def train(machine: Machine, name: str, ranks: int, flags: str, limit: float = 15
 
 def accelerate(machine: Machine, name: str, ranks: int, **extra: Any) -> Job:
     """Train under `accelerate launch`."""
-    flags = f"--num_processes {ranks} --num_machines 1 --mixed_precision no --dynamo_backend no {'--multi_gpu' if ranks > 1 else ''}"
+    flags = f"--num_processes {ranks} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    flags += " --multi_gpu" if ranks > 1 else ""
     steps = "--train.max_steps 8 --train.num_threads 1" if machine.is_dry else ""
     training = f"--config configs/smoke.yaml --run.name {name} --log.progress false --log.report false {steps}"
     command = [*module("accelerate.commands.launch"), *flags.split(), "-m", "train", *training.split()]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import launch.run
 from launch.check import allreduce, checks, doctor
 from launch.check.checks import Finding
 from train.cli import parse
@@ -27,8 +28,8 @@ SABOTAGED = """
 import os, sys, time
 rank = int(os.environ["RANK"])
 {sabotage}
-from launch.allreduce import main
-sys.exit(main(sys.argv[1:]))
+from launch.check.allreduce import leave, main
+leave(main(sys.argv[1:]))
 """
 
 
@@ -43,10 +44,10 @@ def look(check: Callable[..., Iterator[Finding]], *flags: str, **named: Any) -> 
 
 
 def test_python_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert look(checks.python).status == "OK"
+    assert next(checks.packages(parse([]))).status == "OK"
     monkeypatch.setattr(checks.platform, "python_version", lambda: "3.9.1")
-    finding = look(checks.python)
-    assert (finding.status, finding.text) == ("fail", "3.9.1, needs >=3.10")
+    finding = next(checks.packages(parse([])))
+    assert (finding.name, finding.status, finding.text) == ("python", "fail", "3.9.1, needs >=3.10")
 
 
 def test_a_checkout_that_is_not_installed_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,10 +56,10 @@ def test_a_checkout_that_is_not_installed_is_a_warning(monkeypatch: pytest.Monke
 
     for name in ("metadata", "requires"):
         monkeypatch.setattr(checks, name, missing)
-    for check in (checks.python, checks.packages):
-        finding = look(check)
+        finding = look(checks.packages)
         assert (finding.status, finding.remedy) == ("warn", "pip install -e .")
         assert "lockstep is not installed" in finding.text
+        monkeypatch.undo()
 
 
 def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return installed.get(name) or version(name)
 
     monkeypatch.setattr(checks, "version", pretended)
-    wrong, other = checks.packages(parse([]))
+    _, wrong, other = checks.packages(parse([]))
     assert (wrong.status, wrong.text) == ("fail", "numpy 1.2.3, needs >=1.26; safetensors is missing")
     assert other.status == "warn"
     pin = next(
@@ -80,9 +81,9 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "constraints.txt" in wrong.remedy
     monkeypatch.setattr(checks, "ROOT", tmp_path)  # installed without a checkout: no pins
     monkeypatch.setattr(checks, "version", lambda name: "2.99.0" if name == "torch" else version(name))
-    finding = look(checks.packages)
+    _, finding = checks.packages(parse([]))
     assert finding.status == "OK"
-    assert "ranges of the installed metadata" in finding.text
+    assert "in the required ranges" in finding.text
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,18 +132,19 @@ def test_driver(found: int, built: str, status: str) -> None:
             120,
             "2 wrong sums",  # on one rank, the last number of either size
         ),
-        ("if rank: sys.exit('the cable is out')", 120, "process 1 of 2 ended with exit code 1: the cable is out"),
+        ("if rank: sys.exit('the cable is out')", 120, "2 processes: rank 1 ended by exit code 1: the cable is out"),
         ("if rank: time.sleep(1000)", 8, "did not end within 8 s"),
         (  # NCCL leaves no group while a collective waits for a rank that has failed
             "import torch.distributed as d; d.destroy_process_group = lambda: time.sleep(1000); d.all_reduce = None",
             120,
-            "ended with exit code 1: TypeError",
+            "ended by exit code 1: error: TypeError",
         ),
     ],
     ids=["wrong", "crash", "hang", "failure"],
 )
 def test_all_reduce_that_fails(sabotage: str, seconds: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "ALLREDUCE_BYTES", 4096)
+    monkeypatch.setattr(launch.run, "LEAVE_SECONDS", 2)
     program = (sys.executable, "-c", SABOTAGED.format(sabotage=sabotage))
     finding = look(checks.all_reduce, "--train.device cpu", program=program, timeout=seconds)
     assert finding.status == "fail"
@@ -151,7 +153,7 @@ def test_all_reduce_that_fails(sabotage: str, seconds: float, expected: str, mon
 
 def test_all_reduce_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     found = allreduce.run_local(checks.PROBE, 3, ["--cpu", "--bytes", "4", "400004", "--repeats", "2"], 120)
-    assert [(item["rank"], item["world_size"], item["wrong"]) for item in found] == [(rank, 3, 0) for rank in range(3)]
+    assert sorted((item["rank"], item["world_size"], item["wrong"]) for item in found) == [(r, 3, 0) for r in range(3)]
     assert all(seconds > 0 for item in found for seconds in item["seconds"].values())
     sizes = {"4": 1e-4, str(checks.ALLREDUCE_BYTES): 100.0}
     answer = {"backend": "gloo", "wrong": 0, "seconds": sizes}
@@ -218,9 +220,11 @@ def server(answer: bytes) -> Iterator[str]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 @pytest.fixture
@@ -240,7 +244,7 @@ def test_wandb_server_that_answers_or_not(no_key: Path, monkeypatch: pytest.Monk
             assert (finding.status, "no key" in finding.text) == ("warn", True)
             no_key.write_text(f"machine 127.0.0.1 login user password {KEY}\n")
             finding = look(checks.wandb)
-            assert (finding.status, finding.text) == ("OK", "127.0.0.1 answers, and a key is set")
+            assert (finding.status, finding.text) == ("OK", "127.0.0.1 answers; a key is set")
             no_key.unlink()
     assert look(checks.wandb).status == "warn"  # the server is gone
     assert "does not answer" in look(checks.wandb, "--wandb.mode online").text
@@ -271,21 +275,21 @@ def test_report_has_one_line_each_and_no_key(
         yield Finding("half", "OK", "two\nlines")
         raise OSError("the disk\nis on fire")
 
-    quick = (broken, checks.python, checks.packages, checks.gpus, checks.data, checks.disk, checks.wandb, checks.slurm)
+    quick = (broken, checks.packages, checks.gpus, checks.data, checks.disk, checks.wandb, checks.slurm)
     monkeypatch.setattr(checks, "CHECKS", quick)
     arguments = ["--", "--data.name", "digits", "--run.dir", str(tmp_path)]
     assert doctor.main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(quick) + 1
+    assert len(lines) == 1 + (1 + len(quick)) + 1
     assert lines[1].startswith("fail broken        the check broke: OSError: the disk is on fire -> ")
-    assert lines[-1] == f"{len(quick) + 1} checks: 1 fail, 1 warn"
+    assert lines[-1] == f"{len(quick) + 2} checks: 1 fail, 1 warn"
     assert doctor.main(["--json", *arguments]) == 1
     printed = capsys.readouterr().out
     report = json.loads(printed)
     assert report["status"] == "fail"
     assert [finding["status"] for finding in report["findings"]].count("fail") == 1
     assert KEY not in printed + "".join(lines)
-    monkeypatch.setattr(checks, "CHECKS", quick[1:4])
+    monkeypatch.setattr(checks, "CHECKS", quick[1:3])
     assert doctor.main(["--json"]) == 0
 
 

@@ -21,7 +21,7 @@ import train.loop
 import train.rundir
 import train.state
 import train.step
-from launch.check.laws import BATCH
+from launch.check.selftest import BATCH
 from train.functional import optim, rng
 from train.functional.models import Dropout
 from train.functional.sampler import Sampler, share
@@ -37,7 +37,7 @@ _examples = Sampler.examples
 
 
 def doubled_example() -> None:
-    """Step 5 uses its first example twice and its last one never: a sampler padded by repetition (DistributedSampler)."""
+    """Step 5 uses its first example twice and its last one never: a sampler that pads (DistributedSampler)."""
 
     def examples(self: Sampler, step: int, start: int, stop: int) -> np.ndarray:
         found = _examples(self, step, start, stop)
@@ -49,7 +49,7 @@ def doubled_example() -> None:
 
 
 def dropped_example() -> None:
-    """The first rank's first example of step 7 is another epoch's: a resume that skips to the wrong batch (accelerate)."""
+    """The first example of step 7 is another epoch's: a resume that skips to the wrong batch (accelerate)."""
 
     def examples(self: Sampler, step: int, start: int, stop: int) -> np.ndarray:
         found = _examples(self, step, start, stop)
@@ -90,13 +90,21 @@ def not_reshuffled() -> None:
 def constant_dropout() -> None:
     """Dropout's mask is the same in every step: a generator seeded anew in each forward."""
     uniform = rng.uniform
-    train.functional.models.uniform = lambda keys, num, salt=0: uniform(torch.arange(len(keys)), num, salt)  # type: ignore
+
+    def constant(keys: Tensor, num: int, salt: int = 0) -> Tensor:
+        return uniform(torch.arange(len(keys)), num, salt)
+
+    train.functional.models.uniform = constant
 
 
 def constant_augmentation() -> None:
     """Every epoch changes an image in the same way: workers that inherit one NumPy seed (pytorch 5059)."""
     uniform = rng.uniform
-    train.functional.augment.uniform = lambda keys, num, salt=0: uniform(torch.arange(len(keys)), num, salt)  # type: ignore
+
+    def constant(keys: Tensor, num: int, salt: int = 0) -> Tensor:
+        return uniform(torch.arange(len(keys)), num, salt)
+
+    train.functional.augment.uniform = constant
 
 
 def global_stream_dropout() -> None:
@@ -183,7 +191,7 @@ def _change_evaluation(change: Any) -> None:
 
 
 def padded_evaluation() -> None:
-    """The test split is padded to a multiple of the world size by its first examples (pytorch 25162, Lightning 7929)."""
+    """The test split is padded to a multiple of the world size (pytorch 25162, Lightning 7929)."""
 
     def change(result: Any) -> Any:
         padded = math.ceil(result.num_examples / WORLD_SIZE) * WORLD_SIZE
@@ -214,7 +222,7 @@ def _after_restore(change: Any) -> None:
 
 
 def ema_not_restored() -> None:
-    """The average of the weights starts anew from the resumed weights: it was not in the checkpoint (timm's early EMA)."""
+    """The average starts again from the resumed weights: it was not in the checkpoint (timm's early EMA)."""
     _after_restore(lambda state: state.ema.model.load_state_dict(state.module.state_dict(), strict=False))
 
 
@@ -244,6 +252,11 @@ def oldest_checkpoint() -> None:
             checkpoint.directories = directories
 
     checkpoint.latest = oldest
+
+
+def damage_not_noticed() -> None:
+    """A checkpoint is loaded as it lies on the disk: there are no checksums (torch.save)."""
+    checkpoint.read = lambda path: {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def rows_kept_on_resume() -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from ranks.processes import Ranks
 import launch.run
 from launch.bench import measures, peers
 from launch.check import allreduce, checks, demo, selftest
-from launch.check.laws import SAVE_STEPS, STEPS_PER_EPOCH
+from launch.check.selftest import SAVE_STEPS, STEPS_PER_EPOCH
 from train.cli import parse
+from train.rundir import Evaluation, RunDir
 
 BOXES = [0, 1, 2, 8]
 
@@ -123,21 +125,15 @@ def test_demo_trains_on_gpus_only_where_all_its_processes_have_one(
     monkeypatch.setattr(demo, "count_gpus", lambda: gpus)
     asked: list[tuple[int, str]] = []
 
-    class Trained:
-        def __init__(self, world_size: int, arguments: list[str], restart: int, *, quiet: bool) -> None:
-            config = parse(arguments)
-            asked.append((world_size, config.train.device))
-            run = Path(config.run.dir, str(config.run.name))
-            run.mkdir(exist_ok=True)
-            summary = {"weights_sha256": "0" * 64, "data": {"name": "digits"}, "test_accuracy": 0.9}
-            (run / "summary.json").write_text(json.dumps(summary))
-            self.code = int((world_size, config.run.name) == (2, "two"))
-            self.processes = [Started([], {})] * world_size
+    def train(run: RunDir, world_size: int, flags: str, kill_after: int) -> None:
+        config = parse(flags.split())
+        asked.append((world_size, config.train.device))
+        assert (kill_after > 0) == (world_size == 2)
 
-        def wait(self) -> int:
-            return self.code
-
-    monkeypatch.setattr(demo, "Ranks", Trained)
+    monkeypatch.setattr(demo.selftest, "train", train)
+    result = Evaluation(0.9, 0.1, 324, "", [])
+    summary = SimpleNamespace(weights_sha256="0" * 64, data={"name": "digits"}, final=result)
+    monkeypatch.setattr(RunDir, "read_summary", lambda self: summary)
     assert demo.main([]) == 0
     device = "cuda" if gpus == 8 else "cpu"
     assert asked == [(world_size, device) for world_size in (1, 2, 3, 4)]
@@ -182,50 +178,48 @@ def test_selftest_finds_a_moment_to_kill_a_fast_training(monkeypatch: pytest.Mon
     class Fast:
         def __init__(self) -> None:
             self.step, self.last, self.is_killed = 0, selftest.EPOCHS[device] * STEPS_PER_EPOCH, False
+            self.processes = [self]
 
-        def is_running(self) -> bool:
-            return self.step < self.last
+        def poll(self) -> int | None:
+            return 0 if self.step == self.last else None
 
-        def kill(self, rank: int) -> None:
+        def kill(self) -> None:
             self.is_killed = True
-
-        def wait(self) -> int:
-            return 1
 
         def advance(self, seconds: float) -> None:
             self.step = min(self.last, self.step + (generator.randint(5, 15) if device == "cuda" else 1))
 
     for _ in range(200):
-        training = Fast()
+        training: Any = Fast()
         monkeypatch.setattr(selftest.time, "sleep", training.advance)
-        monkeypatch.setattr(selftest, "_last_step", lambda run, training=training: training.step)
-        step = selftest._kill_between_saves(training, Path("run"), Path("/dev/null"), training.last // 2)
+        rows = lambda self, training=training: [{"event": "train", "step": training.step}]  # noqa: E731
+        monkeypatch.setattr(selftest.Tail, "rows", rows)
+        assert selftest.kill_between_saves(training, RunDir(Path("run")), training.last // 2)
         assert training.is_killed
-        assert step >= training.last // 2
-        assert 1 <= step % SAVE_STEPS <= 3
+        assert training.step >= training.last // 2
+        assert 1 <= training.step % SAVE_STEPS <= 3
 
 
 @pytest.mark.parametrize(("visible", "cpu", "expected"), [(2, False, "nccl"), (2, True, "gloo"), (1, False, None)])
 def test_all_reduce_chooses_its_device_as_the_training_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], visible: int, cpu: bool, expected: str | None
 ) -> None:
-    class Joined(Exception):
-        pass
-
     def join(backend: str, **options: Any) -> None:
-        raise Joined(backend)
+        raise ConnectionError(backend)
 
     set_to: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
     monkeypatch.setattr(dist, "init_process_group", join)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
     arguments = ["--cpu"] if cpu else []
     if expected is None:
         assert allreduce.main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: 2 processes on this machine, but 1 GPU(s).")
     else:
-        with pytest.raises(Joined, match=expected):
-            allreduce.main(arguments)
+        assert allreduce.main(arguments) == 1
+        assert capsys.readouterr().err == f"error: ConnectionError: {expected}\n"
         assert set_to == ([torch.device("cuda", 1)] if expected == "nccl" else [])
