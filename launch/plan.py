@@ -47,7 +47,7 @@ def count_micro_batches(config: Config, nodes: int, per_node: int, has_norm: boo
     try:
         return resolve_num_micro_batches(config, nodes * per_node, has_batch_norm=has_norm)
     except UserError as error:
-        largest = config.train.micro_batches or (0 if has_norm else config.train.global_batch_size)
+        largest = config.train.num_micro_batches or (0 if has_norm else config.train.global_batch_size)
         if not largest:
             raise
         fits = f"--gpus-per-node {min(largest, per_node)}"
@@ -123,8 +123,8 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[st
     world_size = nodes * per_node
     model = models.build(config.model, 0)
     norms, num = models.batch_norms(model), num_examples(config)
-    micro_batches = count_micro_batches(config, nodes, per_node, bool(norms))
-    sampler = Sampler(num[0], config.train.global_batch_size, micro_batches, config.seed)
+    num_micro_batches = count_micro_batches(config, nodes, per_node, bool(norms))
+    sampler = Sampler(num[0], config.train.global_batch_size, num_micro_batches, config.seed)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch
     ranks, last_step = shares(sampler, 0, world_size), sampler.steps_per_epoch - 1
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -136,7 +136,7 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[st
     return {
         "world_size": world_size,
         "global_batch_size": sampler.global_batch_size,
-        "micro_batches": micro_batches,
+        "num_micro_batches": num_micro_batches,
         "exact": config.train.exact,
         "ranks": [{"micro_batches": [own.start, own.stop], "rows": [rows.start, rows.stop]} for own, rows in ranks],
         "last_batch": {
@@ -163,7 +163,7 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[st
 
 def describe_shares(plan: dict[str, Any]) -> list[str]:
     """Return the lines about who computes what."""
-    size, world_size, parts = plan["global_batch_size"], plan["world_size"], plan["micro_batches"]
+    size, world_size, parts = plan["global_batch_size"], plan["world_size"], plan["num_micro_batches"]
     smallest, largest = size // parts, -(-size // parts)
     each = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
     lines = [f"each step     {size:,} examples = {parts:,} micro-batch(es) of {each}"]

@@ -32,7 +32,7 @@ from train.world.clock import Record  # noqa: E402
 
 EVERY_STEPS = 5  # checkpoint.every_steps
 FLAGS = (
-    "--model.name tiny_bn --train.micro_batches 2 --model.dropout 0.2 --augment.shift 2 --optim.ema 0.9 --log.every_steps 1 "
+    "--model.name tiny_bn --train.num_micro_batches 2 --model.dropout 0.2 --augment.shift 2 --optim.ema 0.9 --log.every_steps 1 "
     f"--checkpoint.every_steps {EVERY_STEPS} --eval.every_steps 10 --optim.lr 0.05"
 )
 STEPS = {"one process": 150, "two ranks": 150, "torchrun": 600, "launch run": 600}

@@ -107,7 +107,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "epochs too many": (["--train.epochs", "10000000000"], "to 10,000,000."),
     "threads too many": (["--train.num_threads", "100000"], "Use 0 (automatic) to 4,096"),
     "batch and portions too large": (
-        ["--train.micro_batches", "999999999", "--train.global_batch_size", "1000000007"], "to 10,000,000.",
+        ["--train.num_micro_batches", "999999999", "--train.global_batch_size", "1000000007"], "to 10,000,000.",
     ),
     "lr overflows": (["--optim.lr", "1e400"], "optim.lr is inf"),
     "clip_norm overflows": (["--optim.clip_norm", "1e999"], "optim.clip_norm is inf"),
@@ -123,9 +123,9 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "long name": (["--run.name", "a" * 300], "Use 1 to 200 letters"),
     "name of dots": (["--run.name", ".."], "run.name is '..'"),
     "name with a NUL": (["--run.name", "a\0b"], "run.name is"),
-    "contradiction": (["--train.exact", "true"], "train.exact needs train.micro_batches"),
+    "contradiction": (["--train.exact", "true"], "train.exact needs train.num_micro_batches"),
     "more micro-batches than examples": (
-        ["--train.micro_batches", "8", "--train.global_batch_size", "4"], "more than train.global_batch_size, 4 examples",
+        ["--train.num_micro_batches", "8", "--train.global_batch_size", "4"], "more than train.global_batch_size, 4 examples",
     ),
 }  # fmt: skip
 

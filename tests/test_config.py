@@ -56,8 +56,8 @@ RULES: dict[str, tuple[list[Any], list[Any]]] = {
     "train.epochs": ([0, -1, 10**7 + 1], [1, 10**7]),
     "train.max_steps": ([-1, 10**7 + 1], [0, 1, 10**7]),
     "train.global_batch_size": ([0, -8], [1]),
-    "train.micro_batches": ([-1, 513, 3], [0, 1, 512]),
-    "train.micro_batch_limit": ([-1], [0, 1]),
+    "train.num_micro_batches": ([-1, 513, 3], [0, 1, 512]),
+    "train.max_micro_batch_size": ([-1], [0, 1]),
     "train.num_threads": ([-1, 4097], [0, 1, 4096]),
     "train.profile_steps": (["3", "5:3", "3:3", "a:b", "-1:3", "1:2:3", ""], [None, "0:1", "20:30"]),
     "train.timeout": ([0, 10**7 + 1], [1]),
@@ -73,12 +73,15 @@ RULES: dict[str, tuple[list[Any], list[Any]]] = {
 }
 # rules about several fields: (fields, what the message must advise)
 PAIRS = [
-    ({"exact": True}, ["train.exact", "train.micro_batches", "8"]),
-    ({"global_batch_size": 500, "micro_batches": 8}, ["500", "8 micro-batches", "496 or 504", "train.micro_batches 5"]),
-    ({"global_batch_size": 4, "micro_batches": 8}, ["train.micro_batches is 8", "4 examples"]),
+    ({"exact": True}, ["train.exact", "train.num_micro_batches", "8"]),
     (
-        {"global_batch_size": 64, "micro_batches": 2, "micro_batch_limit": 10},
-        ["32 examples", "train.micro_batches 7 or more"],
+        {"global_batch_size": 500, "num_micro_batches": 8},
+        ["500", "8 micro-batches", "496 or 504", "train.num_micro_batches 5"],
+    ),
+    ({"global_batch_size": 4, "num_micro_batches": 8}, ["train.num_micro_batches is 8", "4 examples"]),
+    (
+        {"global_batch_size": 64, "num_micro_batches": 2, "max_micro_batch_size": 10},
+        ["32 examples", "train.num_micro_batches 7 or more"],
     ),
 ]
 
@@ -117,7 +120,7 @@ def test_config_refuses_fields_that_do_not_fit_and_says_what_does(values: dict[s
 @given(size=st.integers(1, 5000), parts=st.integers(1, 5000))
 def test_config_advises_only_batch_sizes_that_it_accepts(size: int, parts: int) -> None:
     try:
-        train.config.TrainConfig(global_batch_size=size, micro_batches=parts)
+        train.config.TrainConfig(global_batch_size=size, num_micro_batches=parts)
     except UserError as error:
         if parts <= size:
             advice = str(error).split("Use ")[1]
@@ -125,7 +128,7 @@ def test_config_advises_only_batch_sizes_that_it_accepts(size: int, parts: int) 
             down = int(advice.rstrip(".").split()[-1])
             assert low < size < high
             for better in ((low, parts), (high, parts), (size, down)):
-                train.config.TrainConfig(global_batch_size=better[0], micro_batches=better[1])
+                train.config.TrainConfig(global_batch_size=better[0], num_micro_batches=better[1])
         return
     assert size % parts == 0
 
@@ -162,9 +165,9 @@ FLAGS = ["--seed", "7", "--optim.lr", "1e-3", "--data.name", "digits", "--wandb.
 
 
 def test_parse_reads_flags_of_every_kind() -> None:
-    config = parse([*FLAGS, "--train.exact", "true", "--train.micro_batches=8", "--data.root=/x"])
+    config = parse([*FLAGS, "--train.exact", "true", "--train.num_micro_batches=8", "--data.root=/x"])
     assert (config.seed, config.optim.lr, config.data.name, config.wandb.tags) == (7, 0.001, "digits", ["a", "b"])
-    assert (config.train.exact, config.train.micro_batches, config.data.root) == (True, 8, "/x")
+    assert (config.train.exact, config.train.num_micro_batches, config.data.root) == (True, 8, "/x")
     assert parse([]) == Config()
 
 
@@ -230,7 +233,7 @@ FLAG_MISTAKES = [
     (["--model.name", "cnm"], ["model.name", "Did you mean cnn?"]),
     (["--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
     (["--optim.lr", "-1"], ["optim.lr is -1.0"]),
-    (["--train.micro_batches", "3"], ["Use 510 or 513, or train.micro_batches 2."]),
+    (["--train.num_micro_batches", "3"], ["Use 510 or 513, or train.num_micro_batches 2."]),
     (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
     (["--config", "."], ["not a file"]),
 ]
@@ -244,7 +247,7 @@ FILE_MISTAKES = [
     ("\x00", ["recipe.yaml"]),
     ("train: {epochs: null}\n", ["train.epochs", "int"]),
     ("train: {epochs: many}\n", ["train.epochs", "int", "many"]),
-    ("train: {global_batch_size: 500, micro_batches: 8}\n", ["496 or 504"]),
+    ("train: {global_batch_size: 500, num_micro_batches: 8}\n", ["496 or 504"]),
 ]
 
 
@@ -294,7 +297,7 @@ def test_recipe_name_is_the_last_files_stem(argv: list[str], name: str | None) -
 
 def test_trajectory_holds_what_decides_the_weights_and_nothing_else() -> None:
     flat = trajectory(Config())
-    assert {"seed", "optim.lr", "train.micro_batches", "train.precision", "data.name", "augment.shift"} <= set(flat)
+    assert {"seed", "optim.lr", "train.num_micro_batches", "train.precision", "data.name", "augment.shift"} <= set(flat)
     assert not {path for path in flat if path.split(".")[0] in ("run", "eval", "checkpoint", "log", "wandb")}
     assert not {"data.root", "data.fallback", "train.device", "train.num_threads", "train.timeout"} & set(flat)
     assert flat != trajectory(with_value("optim.lr", 0.2))

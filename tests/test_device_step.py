@@ -32,9 +32,9 @@ VIEWS = """view expand select slice detach alias transpose permute t unsqueeze s
 empty empty_like empty_strided lift_fresh unbind squeeze is_same_size _has_compatible_shallow_copy_type""".split()  # noqa: SIM905
 EVERYTHING = (
     "--model.dropout 0.3 --augment.shift 2 --augment.rotate 10 --augment.erase 0.5 --optim.ema 0.9 --optim.clip_norm 1 "
-    "--optim.label_smoothing 0.1 --train.micro_batches 4"
+    "--optim.label_smoothing 0.1 --train.num_micro_batches 4"
 )
-EXACT = "--train.exact true --train.micro_batches 4"
+EXACT = "--train.exact true --train.num_micro_batches 4"
 
 
 class Seen(TorchDispatchMode):
@@ -106,7 +106,7 @@ def seen_step(run: Run) -> Seen:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("mode", ["", EXACT])
 @pytest.mark.parametrize(
-    "model", ["cnn", "vgg --train.micro_batches 2", "vgg_wide --train.micro_batches 2", "tiny", "tiny_bn"]
+    "model", ["cnn", "vgg --train.num_micro_batches 2", "vgg_wide --train.num_micro_batches 2", "tiny", "tiny_bn"]
 )
 def test_a_step_reads_no_number_and_stays_on_its_device(model: str, mode: str, optimizer: str) -> None:
     with opened(f"{EVERYTHING} --model.name {model} {mode} --optim.name {optimizer} --train.epochs 2") as run:

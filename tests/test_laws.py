@@ -38,12 +38,14 @@ def trajectory_of(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("model", "micro_batches", "global_batch_size"),
+    ("model", "num_micro_batches", "global_batch_size"),
     [("tiny", 0, 64), ("tiny", 0, 62), ("tiny_bn", 8, 64)],
     ids=["dropout", "uneven shares", "batch norm"],
 )
-def test_world_sizes_agree_to_round_off(tmp_path: Path, model: str, micro_batches: int, global_batch_size: int) -> None:
-    flags = (EVERYTHING, f"--model.name {model} --train.micro_batches {micro_batches} --train.max_steps 15 --optim.lr 0.01",
+def test_world_sizes_agree_to_round_off(
+    tmp_path: Path, model: str, num_micro_batches: int, global_batch_size: int
+) -> None:
+    flags = (EVERYTHING, f"--model.name {model} --train.num_micro_batches {num_micro_batches} --train.max_steps 15 --optim.lr 0.01",
              f"--train.global_batch_size {global_batch_size} --augment.erase 0")  # fmt: skip
     for world_size in (1, 2, 3, 4):
         summary = train(world_size, tmp_path / f"world-{world_size}", *flags)
@@ -59,7 +61,10 @@ def test_world_sizes_agree_to_round_off(tmp_path: Path, model: str, micro_batche
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU, two of them")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2), ("fp16", 2e-2)])
 def test_two_gpus_agree_with_one(tmp_path: Path, precision: str, tolerance: float) -> None:
-    flags = (EVERYTHING, f"--train.device cuda --train.precision {precision} --train.micro_batches 2 --optim.lr 0.01")
+    flags = (
+        EVERYTHING,
+        f"--train.device cuda --train.precision {precision} --train.num_micro_batches 2 --optim.lr 0.01",
+    )
     losses = []
     for world_size in (1, 2):
         train(world_size, tmp_path / f"{world_size}", *flags, "--train.max_steps 15")
@@ -72,7 +77,7 @@ def test_two_gpus_agree_with_one(tmp_path: Path, precision: str, tolerance: floa
 def test_killed_run_resumes_to_the_same_bits(
     tmp_path: Path, world_size: int, step: int, model: str, precision: str
 ) -> None:
-    flags = (EVERYTHING, f"--model.name {model} --train.precision {precision} --train.micro_batches 4")
+    flags = (EVERYTHING, f"--model.name {model} --train.precision {precision} --train.num_micro_batches 4")
     undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
     killed = Ranks(world_size, arguments(tmp_path / "killed", *flags), tmp_path / "killed-logs")
     wait_for_step(tmp_path / "killed", step)
@@ -91,7 +96,7 @@ def test_killed_run_resumes_to_the_same_bits(
 def test_signal_saves_at_an_agreed_step_and_exits_75(tmp_path: Path, world_size: int, number: signal.Signals) -> None:
     flags = (
         EVERYTHING,
-        "--model.name tiny_bn --train.micro_batches 2 --checkpoint.every_steps 1000 --eval.every_steps 1000",
+        "--model.name tiny_bn --train.num_micro_batches 2 --checkpoint.every_steps 1000 --eval.every_steps 1000",
     )
     undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
     ranks = Ranks(world_size, arguments(tmp_path / "told", *flags), tmp_path / "told-logs")
@@ -124,7 +129,9 @@ def test_resume_on_another_world_size_agrees_to_round_off(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("world_size", "examples"), [(1, 359), (2, 359), (4, 3), (3, 1)])
 def test_evaluation_counts_each_example_once(tmp_path: Path, world_size: int, examples: int) -> None:
-    flags = ["--train.max_steps 3 --eval.batch_size 50 --model.name tiny_bn --train.micro_batches 4 --train.exact true"]
+    flags = [
+        "--train.max_steps 3 --eval.batch_size 50 --model.name tiny_bn --train.num_micro_batches 4 --train.exact true"
+    ]
     split = "test" if examples == 359 else "validation"
     flags += [f"--data.validation {examples}"] if split == "validation" else []
     summary = train(world_size, tmp_path / "run", *flags)
@@ -198,7 +205,7 @@ def test_bad_input_is_one_line_and_exit_2_on_every_rank(tmp_path: Path, world_si
     assert says in lines[0]
 
 
-@pytest.mark.parametrize("mode", ["", "--train.exact true --train.micro_batches 4"])
+@pytest.mark.parametrize("mode", ["", "--train.exact true --train.num_micro_batches 4"])
 def test_ranks_without_any_example_take_part(tmp_path: Path, mode: str) -> None:
     flags = ("--data.validation 1437 --train.max_steps 3", mode)
     alone, together = train(1, tmp_path / "alone", *flags), train(2, tmp_path / "together", *flags)
@@ -209,9 +216,9 @@ def test_ranks_without_any_example_take_part(tmp_path: Path, mode: str) -> None:
 
 
 def test_more_ranks_than_micro_batches_is_refused(tmp_path: Path) -> None:
-    ranks = Ranks(3, arguments(tmp_path / "run", "--model.name tiny_bn --train.micro_batches 2"), tmp_path / "logs")
+    ranks = Ranks(3, arguments(tmp_path / "run", "--model.name tiny_bn --train.num_micro_batches 2"), tmp_path / "logs")
     assert set(ranks.wait()) == {2}
-    assert "3 processes cannot share train.micro_batches 2" in ranks.output()
+    assert "3 processes cannot share train.num_micro_batches 2" in ranks.output()
 
 
 def test_missing_mnist_falls_back_loudly_only_when_asked(tmp_path: Path) -> None:
@@ -225,7 +232,7 @@ def test_missing_mnist_falls_back_loudly_only_when_asked(tmp_path: Path) -> None
 
 def test_accumulation_follows_the_memory_limit(tmp_path: Path) -> None:
     whole = train(1, tmp_path / "whole", "--train.max_steps 10 --optim.lr 0.01")
-    cut = train(2, tmp_path / "cut", "--train.max_steps 10 --optim.lr 0.01 --train.micro_batch_limit 10")
+    cut = train(2, tmp_path / "cut", "--train.max_steps 10 --optim.lr 0.01 --train.max_micro_batch_size 10")
     assert (whole["num_micro_batches"], cut["num_micro_batches"]) == (1, 8)
     assert (
         "64 examples per step = 2 rank(s) x 4 micro-batch(es) x 8 examples"

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # The rooms from the ground up: a module imports from its own room and from those before it. These modules of train/ lie below
 # the rest of it.
-BELOW = {f"train.{stem}": "ground" for stem in ("errors", "config", "cli", "rundir", "labels")}
+BELOW = {f"train.{stem}": "ground" for stem in ("errors", "config", "cli", "rundir")}
 BELOW |= {"train.state": "state", "train.evaluate": "state"}
 ROOMS = [
     "ground",
@@ -134,7 +134,7 @@ def test_functional_knows_nothing_of_ranks_and_files() -> None:
 
 
 LIGHT_STEMS = (
-    "errors config labels trajectory device cli world signals process rundir records "
+    "errors config trajectory device cli world signals process rundir records "
     "charts page fingerprint clock watchdog wandb lease launcher environment __main__"
 )
 LIGHT = [path for path in TRAIN if path.stem in LIGHT_STEMS.split()]

@@ -111,6 +111,17 @@ class DataConfig:
         _check_ranges("data", self)
 
 
+CLASS_NAMES = {
+    "fashion_mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"],
+    "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
+}
+
+
+def class_names(data_name: str) -> list[str]:
+    """Return one name per label of a data set: the digits 0..9 where the labels are digits."""
+    return CLASS_NAMES.get(data_name, [str(digit) for digit in range(10)])
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network."""
@@ -195,11 +206,11 @@ class TrainConfig:
     """Train this many steps instead of train.epochs; 0: off. The schedule ends there too."""
     global_batch_size: int = number(512, 1, unit=EXAMPLES)
     """Examples per step over all ranks: the same set, in the same order, on any world size."""
-    micro_batches: int = number(0, 0, zero="automatic")
+    num_micro_batches: int = number(0, 0, zero="automatic")
     """Micro-batches per step, each one forward and backward pass; 0: as few as the ranks and the limit allow. Exact mode and
     BatchNorm need a fixed number: it decides the result there, and it is the largest possible world size."""
-    micro_batch_limit: int = number(0, 0, unit=EXAMPLES, zero="no limit")
-    """Examples whose activations fit in memory in one pass; 0: no limit. Used where micro_batches is 0."""
+    max_micro_batch_size: int = number(0, 0, unit=EXAMPLES, zero="no limit")
+    """Examples whose activations fit in memory in one pass; 0: no limit. Used where num_micro_batches is 0."""
     exact: bool = False
     """Sum gradients in one fixed order, so that every world size gives the same bits."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
@@ -228,22 +239,22 @@ class TrainConfig:
         self._check_micro_batches()
 
     def _check_micro_batches(self) -> None:
-        size, count, limit = self.global_batch_size, self.micro_batches, self.micro_batch_limit
+        size, count, limit = self.global_batch_size, self.num_micro_batches, self.max_micro_batch_size
         wanted = "the largest world size, such as 8"
-        _check(count > 0 or not self.exact, f"train.exact needs train.micro_batches: {wanted}.")
+        _check(count > 0 or not self.exact, f"train.exact needs train.num_micro_batches: {wanted}.")
         if count > size:
-            raise UserError(f"train.micro_batches is {count}, more than train.global_batch_size, {size} examples.")
+            raise UserError(f"train.num_micro_batches is {count}, more than train.global_batch_size, {size} examples.")
         if count and size % count:
             near = f"{size // count * count} or {(size // count + 1) * count}"
             divisor = next(d for d in range(count, 0, -1) if size % d == 0)
             raise UserError(
                 f"train.global_batch_size is {size}, which {count} micro-batches do not divide. "
-                f"Use {near}, or train.micro_batches {divisor}."
+                f"Use {near}, or train.num_micro_batches {divisor}."
             )
         if count and limit and size // count > limit:
             raise UserError(
-                f"train.micro_batches {count} makes micro-batches of {size // count} examples, more than "
-                f"train.micro_batch_limit {limit}. Use train.micro_batches {-(-size // limit)} or more."
+                f"train.num_micro_batches {count} makes micro-batches of {size // count} examples, more than "
+                f"train.max_micro_batch_size {limit}. Use train.num_micro_batches {-(-size // limit)} or more."
             )
 
 

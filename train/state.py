@@ -143,12 +143,16 @@ class State:
 
 def resolve_num_micro_batches(config: Config, world_size: int, *, has_batch_norm: bool) -> int:
     """Return the number of micro-batches of a step. Raises UserError if the config does not fit the world size."""
-    asked, size, limit = config.train.micro_batches, config.train.global_batch_size, config.train.micro_batch_limit
+    asked, size, limit = (
+        config.train.num_micro_batches,
+        config.train.global_batch_size,
+        config.train.max_micro_batch_size,
+    )
     if not asked:
         if has_batch_norm:
             raise UserError(
-                f"Model {config.model.name} has BatchNorm, so train.micro_batches decides what it learns. "
-                "Set it to the largest world size that you want to use, such as --train.micro_batches 8."
+                f"Model {config.model.name} has BatchNorm, so train.num_micro_batches decides what it learns. "
+                "Set it to the largest world size that you want to use, such as --train.num_micro_batches 8."
             )
         if size < world_size:
             raise UserError(
@@ -157,8 +161,8 @@ def resolve_num_micro_batches(config: Config, world_size: int, *, has_batch_norm
         return world_size * (-(-size // (world_size * limit)) if limit else 1)
     if asked < world_size:
         raise UserError(
-            f"{world_size} processes cannot share train.micro_batches {asked}. Use at most {asked} processes, "
-            f"or --train.micro_batches {2 ** math.ceil(math.log2(world_size))} (another run: it changes the result)."
+            f"{world_size} processes cannot share train.num_micro_batches {asked}. Use at most {asked} processes, "
+            f"or --train.num_micro_batches {2 ** math.ceil(math.log2(world_size))} (another run: it changes the result)."
         )
     return asked
 
@@ -215,7 +219,7 @@ def snapshot(plan: Plan, state: State) -> checkpoint.Snapshot:
         "schema": checkpoint.SCHEMA,
         "step": state.step,
         "trajectory": trajectory(plan.config),
-        "micro_batches": plan.sampler.num_micro_batches if plan.config.train.micro_batches else 0,
+        "num_micro_batches": plan.sampler.num_micro_batches if plan.config.train.num_micro_batches else 0,
         "data_sha256": plan.data.sha256,
         "normalization": {"mean": plan.data.mean, "std": plan.data.std},
         "ledger": dict(zip(("sum", "count"), state.ledger.reduced(plan.world), strict=True)),

@@ -283,7 +283,7 @@ def exact(repeats: int) -> list[Row]:
         for parts in (1, 2, 4, 8):
             if parts >= world_size:
                 name = f"{processes}, exact, {parts} x {GLOBAL_BATCH_SIZE // parts}"
-                cells[name] = (world_size, GLOBAL_BATCH_SIZE, f"--train.exact true --train.micro_batches {parts}")
+                cells[name] = (world_size, GLOBAL_BATCH_SIZE, f"--train.exact true --train.num_micro_batches {parts}")
                 bases[name] = f"{processes}, fast"
     return speeds(cells, bases, repeats)
 

@@ -17,7 +17,7 @@ from train.rundir import RunDir
 LARGEST_WORLD = 4
 STEPS = {"cpu": 40, "cuda": 1000}  # a GPU must not be done before the kill
 RECIPE = (
-    f"--config configs/quickstart.yaml {selftest.QUIET} --train.exact true --train.micro_batches 8 "
+    f"--config configs/quickstart.yaml {selftest.QUIET} --train.exact true --train.num_micro_batches 8 "
     f"--train.global_batch_size 512 --model.dropout 0.2 --augment.shift 2 "
     f"--checkpoint.every_steps {selftest.SAVE_STEPS}"
 )

@@ -44,10 +44,16 @@ def untouched_process() -> Iterator[None]:
 
 def short(config: Config, device: str) -> Config:
     """Return the config of a few exact steps on noise with the same model, optimizer and precision."""
-    parts = config.train.micro_batches or 1
+    parts = config.train.num_micro_batches or 1
     size = parts * max(1, min(config.train.global_batch_size, MOST_EXAMPLES) // parts)
-    changes = {"device": device, "exact": True, "max_steps": STEPS, "global_batch_size": size, "micro_batches": parts}
-    changes |= {"micro_batch_limit": 0, "compile": False, "cuda_graphs": "off"}
+    changes = {
+        "device": device,
+        "exact": True,
+        "max_steps": STEPS,
+        "global_batch_size": size,
+        "num_micro_batches": parts,
+    }
+    changes |= {"max_micro_batch_size": 0, "compile": False, "cuda_graphs": "off"}
     data = DataConfig(name="random", random_examples=6 + STEPS * size)
     train = dataclasses.replace(config.train, **changes)  # type: ignore[arg-type]
     return dataclasses.replace(config, train=train, data=data)

@@ -26,7 +26,7 @@ BATCH, SAVE_STEPS = 95, 7  # the last batch of an epoch has 13 examples
 STEPS_PER_EPOCH = math.ceil(NUM_TRAIN / BATCH)
 QUIET = "--log.every_steps 1 --log.progress false --log.report false --wandb.mode disabled"
 EVERYTHING = (
-    f"{QUIET} --data.name digits --train.num_threads 1 --train.global_batch_size {BATCH} --train.micro_batches 5 "
+    f"{QUIET} --data.name digits --train.num_threads 1 --train.global_batch_size {BATCH} --train.num_micro_batches 5 "
     "--train.exact true --model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 "
     "--augment.erase 0.3 --optim.lr 0.05 --optim.ema 0.9 --optim.clip_norm 1 --eval.batch_size 100 "
     f"--checkpoint.every_steps {SAVE_STEPS} --checkpoint.keep 3"

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from train.config import ModelConfig
+from train.config import ModelConfig, class_names
 from train.errors import UserError, one_line
-from train.labels import class_names
 from train.report import records
 from train.rundir import EXAMPLE, RunDir
 

@@ -187,14 +187,14 @@ def test_cnn_is_the_composition_in_its_docstring() -> None:
     assert torch.equal(model(batch), model.fc2(F.relu(model.fc1(features.flatten(1)))))
 
 
-@pytest.mark.parametrize(("num_examples", "micro_batches"), [(100, 8), (37, 5), (3, 8), (64, 1), (60_000, 7)])
-def test_shares_of_statistics_follow_the_samplers_bounds(num_examples: int, micro_batches: int) -> None:
+@pytest.mark.parametrize(("num_examples", "num_micro_batches"), [(100, 8), (37, 5), (3, 8), (64, 1), (60_000, 7)])
+def test_shares_of_statistics_follow_the_samplers_bounds(num_examples: int, num_micro_batches: int) -> None:
     """A step computes its micro-batches' shares on the device; the sampler computes their bounds on the host."""
-    sampler = Sampler(num_examples, 64, micro_batches, 0)
+    sampler = Sampler(num_examples, 64, num_micro_batches, 0)
     for step in (0, sampler.steps_per_epoch - 1):
-        bounds = [sampler.micro_batch(step, index) for index in range(micro_batches)]
+        bounds = [sampler.micro_batch(step, index) for index in range(num_micro_batches)]
         counts = torch.tensor([float(stop - start) for start, stop in bounds])
-        found = shares(sampler.batch_rows(step), micro_batches, torch.device("cpu"))
+        found = shares(sampler.batch_rows(step), num_micro_batches, torch.device("cpu"))
         assert torch.equal(found, counts / sampler.batch_rows(step))
 
 

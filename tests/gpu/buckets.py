@@ -120,7 +120,7 @@ def hook(lab: Lab) -> dict[str, Any]:
     dist.init_process_group("nccl" if lab.on_gpu else "gloo", store=store, rank=0, world_size=1)
     try:
         with lab.open(
-            f"--model.name cnn --train.exact true --train.micro_batches {LEAVES} --train.cuda_graphs off"
+            f"--model.name cnn --train.exact true --train.num_micro_batches {LEAVES} --train.cuda_graphs off"
         ) as (plan, state, _):
             alone = all_leaves(plan, state, state.module, plan.reducer)
             warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name since torch 2.13

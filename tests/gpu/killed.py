@@ -8,7 +8,7 @@ from pathlib import Path
 from launch.run import Ranks
 
 FLAGS = (
-    "--data.name digits --model.name tiny --train.global_batch_size 64 --train.micro_batches 2 --train.max_steps 1000000 "
+    "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_micro_batches 2 --train.max_steps 1000000 "
     "--train.timeout 15 --log.every_steps 20 --log.progress false --wandb.mode disabled --run.name killed"
 )
 START_SECONDS = 45

@@ -19,7 +19,9 @@ SHARING_NCCL = (2, 30)  # the first version that lets several ranks share a GPU
 BITS = ("weights_sha256", "ema_weights_sha256", "fingerprints_sha256")
 NO_MNIST = "needs MNIST: set MNIST_ROOT, or copy .gpu/ made by tests/gpu/pack.sh"
 
-SMALL = "--data.name digits --train.global_batch_size 64 --train.micro_batches 8 --log.every_steps 1 --train.exact true"
+SMALL = (
+    "--data.name digits --train.global_batch_size 64 --train.num_micro_batches 8 --log.every_steps 1 --train.exact true"
+)
 PLAIN = f"{SMALL} --model.name cnn --train.precision bf16 --train.max_steps"
 EVERY = (
     f"{SMALL} --model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.3 --optim.ema 0.9 "

@@ -75,7 +75,7 @@ def cases(lab: Lab) -> list[Check]:
         flags = f"{CNN} {on} --train.global_batch_size {batch}"
         found += [(f"bare graph {batch}", partial(speed, lab, flags, is_bare=True))]
         found += [(f"cnn graph {batch}", partial(speed, lab, flags))]
-    exact = f"{FAST} {on} --train.exact true --train.micro_batches"
+    exact = f"{FAST} {on} --train.exact true --train.num_micro_batches"
     named = {
         "fast ordinary": f"{FAST} {off}",
         "fast graph": f"{FAST} {on}",

@@ -58,7 +58,7 @@ def sharing_nccl() -> dict[str, Any]:
 def mode(lab: Lab, flags: str, *, exact: bool) -> dict[str, Any]:
     """It runs and the numbers are finite; in exact mode a second run has the same bits."""
     steps = 6 if lab.on_gpu else 2
-    flags = f"{flags} --train.micro_batches {4 if exact else 2} --train.exact {str(exact).lower()}"
+    flags = f"{flags} --train.num_micro_batches {4 if exact else 2} --train.exact {str(exact).lower()}"
     first = lab.train(flags, steps)
     is_finite = all(map(math.isfinite, first[0] + first[1]))
     if not exact:
@@ -96,7 +96,7 @@ def parity(lab: Lab, flags: str) -> dict[str, Any]:
 
 def graphs(lab: Lab, flags: str) -> dict[str, Any]:
     """Graphs have the bits of ordinary steps, across an epoch's short batch and into the next epoch."""
-    flags += " --train.exact true --train.micro_batches 2 --train.cuda_graphs"
+    flags += " --train.exact true --train.num_micro_batches 2 --train.cuda_graphs"
     config = parse(f"{lab.flags} {flags} on".split())
     world = World.open(config.train)
     try:

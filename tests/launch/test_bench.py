@@ -86,7 +86,7 @@ def test_trainings_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_real_training_is_measured() -> None:
-    assert 50 < measures.images_per_second(2, 64, "--train.exact true --train.micro_batches 2") < 1e6
+    assert 50 < measures.images_per_second(2, 64, "--train.exact true --train.num_micro_batches 2") < 1e6
 
 
 @pytest.mark.parametrize("measure", [measures.throughput, measures.data, measures.sampler, measures.checkpoint])

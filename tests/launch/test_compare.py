@@ -18,7 +18,7 @@ from launch.report import main as report
 from train.errors import UserError
 from train.tracking import fingerprint
 
-EXACT = "--model.name tiny_bn --train.exact true --train.micro_batches 4 --optim.ema 0.9 --model.dropout 0.2"
+EXACT = "--model.name tiny_bn --train.exact true --train.num_micro_batches 4 --optim.ema 0.9 --model.dropout 0.2"
 SHORT = "--train.max_steps 30 --log.every_steps 7 --checkpoint.every_steps 5 --eval.every_steps 12 --optim.lr 0.02"
 
 

@@ -87,7 +87,7 @@ def test_kernels_that_are_not_deterministic(model: Any, expected: str, monkeypat
     monkeypatch.setitem(models.MODELS, "cnn", lambda dropout: model())
     finding = look(checks.deterministic, cpu)
     assert finding.status == "warn"  # fast mode promises nothing
-    finding = look(checks.deterministic, cpu, "--train.exact true --train.micro_batches 2")
+    finding = look(checks.deterministic, cpu, "--train.exact true --train.num_micro_batches 2")
     assert finding.status == "fail"
     assert expected in finding.text
 
@@ -106,6 +106,7 @@ def test_repeating_a_training_leaves_nothing_behind(monkeypatch: pytest.MonkeyPa
         torch.use_deterministic_algorithms(setting)
         before = state()
         assert (
-            look(checks.deterministic, "--train.device cpu --model.name tiny_bn --train.micro_batches 2").status == "OK"
+            look(checks.deterministic, "--train.device cpu --model.name tiny_bn --train.num_micro_batches 2").status
+            == "OK"
         )
         assert state() == before

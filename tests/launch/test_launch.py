@@ -248,7 +248,7 @@ def agent(port: int, run: Path) -> subprocess.Popen:
         f"{BIN / 'torchrun'} --nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-id elastic --rdzv-backend c10d"
     )
     command += f" --rdzv-endpoint 127.0.0.1:{port} --rdzv-conf last_call_timeout=1 --local-addr 127.0.0.1 -m train"
-    flags = "--train.exact true --train.micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
+    flags = "--train.exact true --train.num_micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
     return start(run, *command.split(), flags=flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", GLOO_SOCKET_IFNAME="lo")
 
 
@@ -270,14 +270,14 @@ def test_torchrun_goes_on_with_the_nodes_that_are_left(tmp_path: Path) -> None:
     starts = rows(run, "start")
     assert [row["world_size"] for row in starts][-2:] == [2, 1]
     assert starts[-1]["step"] > 0
-    flags = "--train.exact true --train.micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
+    flags = "--train.exact true --train.num_micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
     assert finish(start(tmp_path / "alone", sys.executable, "-m", "train", flags=flags))[0] == 0
     hit, alone = (json.loads((path / "summary.json").read_text()) for path in (run, tmp_path / "alone"))
     assert hit["weights_sha256"] == alone["weights_sha256"]
 
 
 def test_torchrun_with_one_process_gives_the_bits_of_none(tmp_path: Path) -> None:
-    flags = "--train.exact true --train.micro_batches 4 --train.max_steps 20"
+    flags = "--train.exact true --train.num_micro_batches 4 --train.max_steps 20"
     command = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "1", "-m", "train")
     assert finish(start(tmp_path / "torchrun", *command, flags=flags))[0] == 0
     assert finish(start(tmp_path / "python", sys.executable, "-m", "train", flags=flags))[0] == 0
@@ -286,7 +286,7 @@ def test_torchrun_with_one_process_gives_the_bits_of_none(tmp_path: Path) -> Non
 
 
 def test_launch_run_goes_on_with_fewer_processes_and_the_same_bits(tmp_path: Path) -> None:
-    flags = "--train.exact true --train.micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
+    flags = "--train.exact true --train.num_micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
     process = start(tmp_path / "hit", *launch_run(3, "--max-restarts", "2", "--min-nproc", "1"), flags=flags)
     for world_size in (3, 2):
         deadline = time.monotonic() + 200

@@ -31,32 +31,32 @@ def make(nodes: int, per_node: int, *flags: str) -> dict[str, Any]:
         (1, 1, ""),
         (1, 8, ""),
         (1, 7, "--train.global_batch_size 100"),
-        (2, 4, "--train.exact true --train.micro_batches 8"),
-        (3, 2, "--train.exact true --train.micro_batches 10 --train.global_batch_size 500 --model.name vgg"),
+        (2, 4, "--train.exact true --train.num_micro_batches 8"),
+        (3, 2, "--train.exact true --train.num_micro_batches 10 --train.global_batch_size 500 --model.name vgg"),
         (512, 8, "--train.global_batch_size 6000"),
-        (512, 8, "--train.exact true --train.micro_batches 4096 --train.global_batch_size 8192"),
-        (512, 8, "--train.micro_batches 4096 --train.global_batch_size 4096 --model.name tiny_bn"),
+        (512, 8, "--train.exact true --train.num_micro_batches 4096 --train.global_batch_size 8192"),
+        (512, 8, "--train.num_micro_batches 4096 --train.global_batch_size 4096 --model.name tiny_bn"),
     ],
 )
 def test_ranks_share_each_step_and_bytes_follow_from_the_parameters(nodes: int, per_node: int, flags: str) -> None:
     made = make(nodes, per_node, flags)
     world_size, size = nodes * per_node, made["global_batch_size"]
     assert made["world_size"] == world_size == len(made["ranks"])
-    for what, total in (("rows", size), ("micro_batches", made["micro_batches"])):
+    for what, total in (("rows", size), ("micro_batches", made["num_micro_batches"])):
         bounds = [rank[what] for rank in made["ranks"]]
         assert bounds[0][0] == 0
         assert bounds[-1][1] == total
         assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
         sizes = [stop - start for start, stop in bounds]
         # contiguous shares of micro-batches that differ by a row differ by a micro-batch and its row at most
-        assert max(sizes) - min(sizes) <= (1 if what == "micro_batches" else -(-size // made["micro_batches"]))
+        assert max(sizes) - min(sizes) <= (1 if what == "micro_batches" else -(-size // made["num_micro_batches"]))
     gradient_bytes = 4 * made["num_parameters"]
     sent = made["sent_bytes"]
     if world_size == 1:
         assert sent == {}
     elif not made["exact"]:
         assert sent["gradients"] == gradient_bytes
-    elif made["micro_batches"] & (made["micro_batches"] - 1) == 0:
+    elif made["num_micro_batches"] & (made["num_micro_batches"] - 1) == 0:
         assert sent["exchange"] == gradient_bytes * (world_size.bit_length() - 1)
     else:
         assert sent["gather"] == gradient_bytes * 2  # 10 leaves on 6 ranks: a rank owns two subtrees at most
@@ -64,7 +64,7 @@ def test_ranks_share_each_step_and_bytes_follow_from_the_parameters(nodes: int, 
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--optim.name adamw --optim.ema 0.9 --model.name tiny_bn --train.micro_batches 4"]
+    "flags", ["", "--optim.name adamw --optim.ema 0.9 --model.name tiny_bn --train.num_micro_batches 4"]
 )
 def test_checkpoint_steps_and_lr_are_those_of_a_real_run(tmp_path: Path, flags: str) -> None:
     limits = "--train.max_steps 7 --log.every_steps 1"
@@ -84,9 +84,9 @@ def test_checkpoint_steps_and_lr_are_those_of_a_real_run(tmp_path: Path, flags: 
     "flags",
     [
         "--model.name tiny --train.global_batch_size 11",
-        "--model.name vgg_wide --train.micro_batches 2 --train.global_batch_size 10 --optim.momentum 0",
-        "--train.exact true --model.name tiny_bn --train.micro_batches 4 --train.global_batch_size 8 --optim.name adamw",
-        "--train.exact true --model.name tiny --train.micro_batches 5 --train.global_batch_size 10",
+        "--model.name vgg_wide --train.num_micro_batches 2 --train.global_batch_size 10 --optim.momentum 0",
+        "--train.exact true --model.name tiny_bn --train.num_micro_batches 4 --train.global_batch_size 8 --optim.name adamw",
+        "--train.exact true --model.name tiny --train.num_micro_batches 5 --train.global_batch_size 10",
     ],
 )
 def test_shares_steps_and_bytes_are_those_of_two_real_ranks(tmp_path: Path, flags: str) -> None:
@@ -108,7 +108,7 @@ def test_shares_steps_and_bytes_are_those_of_two_real_ranks(tmp_path: Path, flag
 
 def test_memory_counts_the_sums_that_exact_mode_keeps() -> None:
     one, perfect, uneven = (
-        make(1, ranks, "--train.exact true --train.global_batch_size 24", f"--train.micro_batches {parts}", *SMALL)
+        make(1, ranks, "--train.exact true --train.global_batch_size 24", f"--train.num_micro_batches {parts}", *SMALL)
         for ranks, parts in ((1, 8), (2, 8), (3, 8))
     )
     gradients = 4 * one["num_parameters"]
@@ -139,11 +139,14 @@ def test_a_sampler_that_repeats_an_example_is_caught(monkeypatch: pytest.MonkeyP
         ),
         ("--gpus-per-node 8 -- --train.global_batch_size 6", "The largest that fits here: --gpus-per-node 6."),
         (
-            "--nodes 3 --gpus-per-node 8 -- --model.name vgg --train.micro_batches 8",
+            "--nodes 3 --gpus-per-node 8 -- --model.name vgg --train.num_micro_batches 8",
             "fits here: --nodes 1 --gpus-per-node 8.",
         ),
         ("--nodes 3 -- --model.name vgg", "Set it to the largest world size"),
-        ("--nodes 2 -- --train.exact true --train.micro_batches 7", "Use 511 or 518, or train.micro_batches 4."),
+        (
+            "--nodes 2 -- --train.exact true --train.num_micro_batches 7",
+            "Use 511 or 518, or train.num_micro_batches 4.",
+        ),
         ("--nodes 2 -- --optim.lrr 1", "Did you mean optim.lr?"),
         ("--nodes 2 -- --data.validation 60000", "60000 training examples"),
         ("--nodes 0", "--nodes is 0"),
@@ -160,7 +163,7 @@ def test_refusals_are_one_line(argv: str, expected: str, capsys: pytest.CaptureF
 
 
 def test_command_line(python: Callable[..., Any]) -> None:
-    flags = [*SMALL, "--train.micro_batches", "8", "--wandb.notes", "a b"]
+    flags = [*SMALL, "--train.num_micro_batches", "8", "--wandb.notes", "a b"]
     done = python("-m", "launch", "plan", "--nodes", "2", "--gpus-per-node", "3", "--", *flags)
     assert done.returncode == 0, done.stderr
     for line in (

@@ -14,7 +14,7 @@ from launch.check.replay import parse_steps
 from train.errors import UserError
 
 FLAGS = (
-    "--model.name tiny_bn --train.exact true --train.micro_batches 4 --optim.ema 0.9 --model.dropout 0.2 --optim.lr 0.02 "
+    "--model.name tiny_bn --train.exact true --train.num_micro_batches 4 --optim.ema 0.9 --model.dropout 0.2 --optim.lr 0.02 "
     "--optim.clip_norm 2 --augment.shift 2 --train.max_steps 30 --checkpoint.every_steps 5 --checkpoint.keep 2"
 )
 

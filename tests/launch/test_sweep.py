@@ -14,7 +14,7 @@ from launch import slurm
 from launch.sweep import table
 from train.errors import UserError
 
-SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.exact", "true", "--train.micro_batches", "8"]
+SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.exact", "true", "--train.num_micro_batches", "8"]
 
 
 def finished(run: Path, accuracies: dict[str, float], outcome: str = "finished") -> None:
@@ -74,7 +74,7 @@ def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "words"),
     [
         (["--", *SMALL, "--seeed", "1"], "There is no config field seeed"),
-        (["--nodes", "2", "--gpus-per-node", "8", "--", *SMALL], "16 processes cannot share train.micro_batches 8"),
+        (["--nodes", "2", "--gpus-per-node", "8", "--", *SMALL], "16 processes cannot share train.num_micro_batches 8"),
         (["--time", "5", "--", *SMALL], "unexpected argument: '5'"),
         (["--gpus-per-node", "-1", "--", *SMALL], "--gpus-per-node is -1"),
         (["--signal-seconds", "-1", "--", *SMALL], "--signal-seconds is -1"),

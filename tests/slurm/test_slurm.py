@@ -22,7 +22,7 @@ from slurm.lab import Lab, lab, why_not
 
 STEPS = 60
 TRAIN = f"""
---data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.micro_batches 8
+--data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.num_micro_batches 8
 --train.num_threads 1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1 --eval.every_steps 1000
 --log.progress false --train.device cpu
 """.split()
@@ -275,7 +275,10 @@ def test_poison_is_tried_so_often_and_then_held(cluster: Cluster) -> None:
 def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
     for arguments, word in (
         (["--", *TRAIN, "--optim.lrr", "1"], "optim.lr"),
-        (["--nodes", "3", "--ntasks-per-node", "3", "--", *TRAIN], "9 processes cannot share train.micro_batches 8"),
+        (
+            ["--nodes", "3", "--ntasks-per-node", "3", "--", *TRAIN],
+            "9 processes cannot share train.num_micro_batches 8",
+        ),
         (["--nodes", "4", "--", *TRAIN], "sbatch says"),
         (["--partition=none", "--", *TRAIN], "invalid partition"),
         (["--nodes", "0", "--", *TRAIN], "--nodes is 0"),

@@ -192,7 +192,7 @@ def test_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 def test_two_trainings_in_one_directory(tmp_path: Path) -> None:
     """The second is refused with exit code 2 on all its ranks. The first one is not disturbed."""
     run = tmp_path / "run"
-    flags = "--train.exact true --train.micro_batches 4 --train.epochs 40 --optim.lr 0.01 --log.every_steps 1"
+    flags = "--train.exact true --train.num_micro_batches 4 --train.epochs 40 --optim.lr 0.01 --log.every_steps 1"
     first = Ranks(1, arguments(run, flags), tmp_path / "first")
     wait_for_step(run, 3)
     second = Ranks(2, arguments(run, flags), tmp_path / "second")

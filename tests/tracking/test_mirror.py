@@ -160,7 +160,7 @@ def test_a_sweep_trains_what_its_agent_says(tmp_path: Path, server: Server, env:
     assert "sweep-id" in wandb("sweep", "configs/sweep.yaml")
     values = {"optim.lr": 0.0123, "optim.schedule": "one_cycle", "optim.label_smoothing": 0, "train.exact": True}
     values |= {
-        "train.micro_batches": 2,
+        "train.num_micro_batches": 2,
         "train.max_steps": 10,
         "wandb.tags": ["a", "b"],
         "wandb.notes": "two words",

@@ -20,7 +20,7 @@ SMALL = "--train.max_steps 12 --eval.every_steps 6 --checkpoint.every_steps 6"
 def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World) -> None:
     """Computed again from the checkpoint's averaged weights; two ranks, whose portions differ in size."""
     run = tmp_path / "run"
-    summary = train(2, run, f"{SMALL} --optim.ema 0.5 --eval.batch_size 70 --train.micro_batches 2")
+    summary = train(2, run, f"{SMALL} --optim.ema 0.5 --eval.batch_size 70 --train.num_micro_batches 2")
     shown = safetensors.torch.load_file(run / "samples.safetensors")
     module = models.build(ModelConfig(name="tiny"), 0)
     state = checkpoint.decode(checkpoint.read(run / "checkpoints" / "step-00000012"))
@@ -51,7 +51,7 @@ def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World)
 
 
 def test_world_size_does_not_change_exact_samples(tmp_path: Path) -> None:
-    exact = f"{SMALL} --train.exact true --train.micro_batches 4"
+    exact = f"{SMALL} --train.exact true --train.num_micro_batches 4"
     summaries = [train(size, tmp_path / str(size), exact) for size in (1, 2)]
     assert len({json.dumps(summary["results"]["raw"]["confusion"]) for summary in summaries}) == 1
     assert len({(tmp_path / str(size) / "samples.safetensors").read_bytes() for size in (1, 2)}) == 1

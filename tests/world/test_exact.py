@@ -12,7 +12,9 @@ from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 
 from train.world.reduce import Node, Tree
 
-EXACT = "--train.exact true --train.micro_batches 8 --log.every_steps 1 --checkpoint.every_steps 7 --checkpoint.keep 99"
+EXACT = (
+    "--train.exact true --train.num_micro_batches 8 --log.every_steps 1 --checkpoint.every_steps 7 --checkpoint.keep 99"
+)
 PLAIN = "--model.name tiny"
 EVERYTHING = (
     "--model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.3 "
@@ -57,8 +59,8 @@ def test_every_world_size_gives_the_same_bits(tmp_path: Path, precision: str, fe
         "--optim.clip_norm 0.1",
         "--optim.ema 0.99",
         "--optim.name adamw --optim.lr 0.003",
-        "--train.micro_batches 6 --train.global_batch_size 66",
-        "--train.global_batch_size 1024 --train.micro_batches 16",
+        "--train.num_micro_batches 6 --train.global_batch_size 66",
+        "--train.global_batch_size 1024 --train.num_micro_batches 16",
         "--train.channels_last false",
     ],
 )
@@ -70,7 +72,7 @@ def test_each_feature_alone_gives_the_same_bits(tmp_path: Path, feature: str) ->
 
 def test_fast_mode_does_not_give_the_same_bits(tmp_path: Path) -> None:
     """This shows that the comparison above can fail: it does without the tree."""
-    flags = ("--train.max_steps 24 --train.micro_batches 8",)
+    flags = ("--train.max_steps 24 --train.num_micro_batches 8",)
     assert len({train(n, tmp_path / f"{n}", *flags)["weights_sha256"] for n in (1, 2, 4)}) > 1
 
 

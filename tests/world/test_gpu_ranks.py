@@ -248,7 +248,7 @@ def test_several_gpus_have_a_meter(opened_on: Any) -> None:
 
 def test_exact_mode_switches_on_and_off_what_it_needs(opened_on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     deterministic: Any = torch.utils.deterministic
-    exact = opened_on(1, torch.device("cpu"), TrainConfig(exact=True, micro_batches=2, compile=True))
+    exact = opened_on(1, torch.device("cpu"), TrainConfig(exact=True, num_micro_batches=2, compile=True))
     assert torch.are_deterministic_algorithms_enabled()
     assert torch._inductor.config.deterministic  # else Inductor chooses kernels by how long they take
     assert not deterministic.fill_uninitialized_memory

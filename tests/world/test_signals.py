@@ -14,7 +14,7 @@ import pytest
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 
 FLAGS = (
-    "--model.name tiny_bn --train.micro_batches 2 --model.dropout 0.2 --optim.ema 0.9 --train.max_steps 60 "
+    "--model.name tiny_bn --train.num_micro_batches 2 --model.dropout 0.2 --optim.ema 0.9 --train.max_steps 60 "
     "--log.every_steps 1 --eval.every_steps 20 --checkpoint.every_steps 20 --checkpoint.keep 9"
 )
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]

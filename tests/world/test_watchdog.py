@@ -37,7 +37,7 @@ def missed(tmp_path: Path) -> str:
     return f"all_reduce {left.sequence + 1} of step 13"
 
 
-@pytest.mark.parametrize("mode", ["", "--train.exact true --train.micro_batches 4"])
+@pytest.mark.parametrize("mode", ["", "--train.exact true --train.num_micro_batches 4"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_stopped_rank_is_named_by_the_others_and_ended(tmp_path: Path, mode: str, world_size: int) -> None:
     ranks, codes = hang(tmp_path, "stopped", world_size, mode)

@@ -10,7 +10,7 @@ from train.config import Config
 NOT_TRAJECTORY = {
     *("run", "eval", "checkpoint", "log", "wandb", "optim.nonfinite", "optim.max_skips"),
     *("data.root", "data.download", "data.fallback"),
-    *("train.micro_batch_limit", "train.cuda_graphs", "train.device", "train.num_threads", "train.timeout"),
+    *("train.max_micro_batch_size", "train.cuda_graphs", "train.device", "train.num_threads", "train.timeout"),
     "train.profile_steps",
 }
 

@@ -12,9 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from train.config import Config
+from train.config import Config, class_names
 from train.errors import UserError
-from train.labels import class_names
 from train.report import records as recorded
 from train.report.charts import PANELS, VARIABLES, colour_of, legend, svg
 from train.report.records import Record, duration, facts

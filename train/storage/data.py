@@ -27,10 +27,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.config import DataConfig
+from train.config import DataConfig, class_names
 from train.errors import UserError
 from train.functional.hashing import GOLDEN, mix64
-from train.labels import class_names
 from train.rundir import write_atomically
 from train.world.world import World
 

@@ -19,9 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from train.config import Config, WandbConfig
+from train.config import Config, WandbConfig, class_names
 from train.errors import CRASHED, FINISHED, PREEMPTED, UserError, one_line
-from train.labels import class_names
 from train.rundir import Row, RunDir, Summary, Tail
 from train.world import signals
 from train.world.process import die_with_parent

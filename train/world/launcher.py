@@ -128,4 +128,4 @@ def check_launcher(config: TrainConfig) -> None:
             f"Use --train.precision {asked}, or leave mixed precision out of accelerate's config."
         )
     if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-        raise UserError("Set train.micro_batch_limit instead of accelerate's gradient_accumulation_steps.")
+        raise UserError("Set train.max_micro_batch_size instead of accelerate's gradient_accumulation_steps.")
