@@ -224,7 +224,9 @@ def test_backend_of_ranks_that_share_a_gpu_is_the_one_asked_for(
     started: list[str] = []
     monkeypatch.setattr(dist, "TCPStore", lambda *arguments, **options: None)
     monkeypatch.setattr(dist, "init_process_group", lambda name, **options: started.append(name))
-    join_on_loopback(GPU, Placement(1, 4, 1, 4, "127.0.0.1", "1"), None)  # type: ignore[arg-type]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    join_on_loopback(GPU, Placement(1, 4, 1, 4), None)  # type: ignore[arg-type]
     assert started == [backend]
 
 

@@ -24,21 +24,17 @@ class Placement:
     world_size: int
     local_rank: int
     local_world_size: int
-    master_addr: str  # where rank 0 listens
-    master_port: str
 
 
 def read_placement() -> Placement:
     """Return the placement that the launcher's environment variables describe, or that of a single process."""
     env = SINGLE | os.environ | slurm_variables(os.environ)
-    return Placement(
-        rank=int(env["RANK"]),
-        world_size=int(env["WORLD_SIZE"]),
-        local_rank=int(env["LOCAL_RANK"]),
-        local_world_size=int(env["LOCAL_WORLD_SIZE"]),
-        master_addr=env.get("MASTER_ADDR", ""),
-        master_port=env.get("MASTER_PORT", ""),
-    )
+    return Placement(*(int(env[name]) for name in SINGLE))
+
+
+def store_address() -> tuple[str, int]:
+    """Return the host and port on which rank 0 serves the store of the process group."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def accept_placement(config: TrainConfig) -> Placement:

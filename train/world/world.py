@@ -18,7 +18,7 @@ from train.config import TrainConfig
 from train.errors import RunError, UserError
 from train.world.clock import START_TIMEOUT_SECONDS, Clock
 from train.world.device import choose_backend, choose_device, set_arithmetic
-from train.world.launcher import Placement, accept_placement
+from train.world.launcher import Placement, accept_placement, store_address
 from train.world.process import tune_malloc
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def join_on_loopback(device: torch.device, place: Placement, timeout: timedelta)
 
     is_server = place.rank == 0
     listener = int(os.environ[STORE_FD]) if is_server else None
-    address = (place.master_addr, int(place.master_port))
-    store = dist.TCPStore(*address, place.world_size, is_server, timeout, master_listen_fd=listener)
+    store = dist.TCPStore(*store_address(), place.world_size, is_server, timeout, master_listen_fd=listener)
     dist.init_process_group(
         choose_backend(device), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
     )
