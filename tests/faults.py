@@ -73,9 +73,8 @@ class Training:
         environment |= {"WANDB_MODE": "disabled"}
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(self.logs / "launcher.log", "ab") as log:
-            self.launcher = subprocess.Popen(
-                [sys.executable, *command, *self.arguments], env=environment, stdout=log, stderr=log, cwd=ROOT
-            )
+            line = [sys.executable, *command, *self.arguments]
+            self.launcher = subprocess.Popen(line, env=environment, stdout=log, stderr=log, cwd=ROOT)
 
     def records(self) -> list[Record]:
         """Where the living ranks are, as they say themselves."""
@@ -117,11 +116,8 @@ class Training:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
                 words = path.read_bytes().split(b"\0")
-                if (
-                    name in words
-                    and b"train" in words
-                    and int(path.parent.name) != (self.launcher and self.launcher.pid)
-                ):
+                is_launcher = int(path.parent.name) == (self.launcher and self.launcher.pid)
+                if name in words and b"train" in words and not is_launcher:
                     found.add(int(path.parent.name))
         return found
 
@@ -224,9 +220,8 @@ def kills(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         steps = STEPS[way]
         key = f"{world_size(way)}-{steps}"
         if key not in expected:
-            whole = Training(
-                "two ranks" if world_size(way) == 2 else "one process", place / f"undisturbed-{key}", steps
-            )
+            alone = "two ranks" if world_size(way) == 2 else "one process"
+            whole = Training(alone, place / f"undisturbed-{key}", steps)
             whole.wait()
             expected[key] = json.loads((whole.run / "summary.json").read_text())
         number = 0

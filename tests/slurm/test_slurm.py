@@ -59,15 +59,13 @@ class Cluster:
         self.lab, self.project = running, project
 
     def run(self, *command: str, check: bool = True, **env: str) -> str:
-        return self.lab.sh(
-            "env", *(f"{name}={value}" for name, value in env.items()), *command, check=check, cwd=self.project
-        )
+        variables = [f"{name}={value}" for name, value in env.items()]
+        return self.lab.sh("env", *variables, *command, check=check, cwd=self.project)
 
     def launch(self, *argv: str, **env: str) -> tuple[int, str]:
         """`python -m launch slurm` on the head -> (exit code, output)."""
-        text = self.run(
-            "bash", "-c", '"$@"; echo "code $?"', "bash", sys.executable, "-m", "launch", "slurm", *argv, **env
-        )
+        command = (sys.executable, "-m", "launch", "slurm", *argv)
+        text = self.run("bash", "-c", '"$@"; echo "code $?"', "bash", *command, **env)
         output, code = text.rstrip().rsplit("code ", 1)
         return int(code), output
 
@@ -138,10 +136,8 @@ def quiet_cluster(cluster: Cluster) -> Iterator[None]:
             cluster.lab.start(node)
         cluster.lab.netup(node)
     deadline = time.monotonic() + 60
-    while (
-        cluster.run("squeue", "--noheader").strip()
-        or cluster.run("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D").strip() != "3"
-    ):
+    idle = ("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D")
+    while cluster.run("squeue", "--noheader").strip() or cluster.run(*idle).strip() != "3":
         assert time.monotonic() < deadline, cluster.run("squeue") + cluster.run("sinfo")
         time.sleep(0.3)
 
@@ -212,9 +208,8 @@ def test_scontrol_requeue(cluster: Cluster, undisturbed: str) -> None:
 def test_preemption(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("preempted", "--nodes", "2", "--ntasks-per-node", "2", SECONDS_PER_STEP="0.1")
     wait_for_step(cluster.path("preempted"), 12)
-    cluster.run(
-        "sbatch", "-p", "urgent", "--nodes", "3", "--ntasks-per-node", "8", "--output", "/dev/null", "--wrap", "sleep 2"
-    )
+    urgent = "-p urgent --nodes 3 --ntasks-per-node 8 --output /dev/null --wrap".split()
+    cluster.run("sbatch", *urgent, "sleep 2")
     assert cluster.finish(job, "preempted")["weights_sha256"] == undisturbed
     (told,) = rows(cluster.path("preempted"), "preempted")
     assert [row["step"] for row in rows(cluster.path("preempted"), "start")] == [0, told["step"]]
@@ -275,10 +270,7 @@ def test_poison_is_tried_so_often_and_then_held(cluster: Cluster) -> None:
 def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
     for arguments, word in (
         (["--", *TRAIN, "--optim.lrr", "1"], "optim.lr"),
-        (
-            ["--nodes", "3", "--ntasks-per-node", "3", "--", *TRAIN],
-            "9 processes cannot share train.num_micro_batches 8",
-        ),
+        (["--nodes", "3", "--ntasks-per-node", "3", "--", *TRAIN], "9 processes cannot share"),
         (["--nodes", "4", "--", *TRAIN], "sbatch says"),
         (["--partition=none", "--", *TRAIN], "invalid partition"),
         (["--nodes", "0", "--", *TRAIN], "--nodes is 0"),
