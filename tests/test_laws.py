@@ -45,7 +45,8 @@ def trajectory_of(run: Path) -> list[dict]:
 def test_world_sizes_agree_to_round_off(
     tmp_path: Path, model: str, num_micro_batches: int, global_batch_size: int
 ) -> None:
-    flags = (EVERYTHING, f"--model.name {model} --train.num_micro_batches {num_micro_batches} --train.max_steps 15 --optim.lr 0.01",
+    flags = (EVERYTHING, f"--model.name {model} --train.num_micro_batches {num_micro_batches} --train.max_steps 15",
+             "--optim.lr 0.01",
              f"--train.global_batch_size {global_batch_size} --augment.erase 0")  # fmt: skip
     for world_size in (1, 2, 3, 4):
         summary = train(world_size, tmp_path / f"world-{world_size}", *flags)

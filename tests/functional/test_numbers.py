@@ -22,7 +22,8 @@ from train.tracking.journal import is_skipped
 from train.world.world import World
 
 EXACT = (
-    "--model.name tiny_bn --model.dropout 0.2 --optim.ema 0.9 --train.exact true --train.num_micro_batches 4 --train.max_steps 24 "
+    "--model.name tiny_bn --model.dropout 0.2 --optim.ema 0.9 --train.exact true --train.num_micro_batches 4 "
+    "--train.max_steps 24 "
     "--log.every_steps 1 --checkpoint.every_steps 5 --checkpoint.keep 9"
 )
 

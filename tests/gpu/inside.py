@@ -16,8 +16,8 @@ from train.storage import checkpoint
 
 BASE = "--data.name random --wandb.mode disabled --train.max_steps 1000000 --train.global_batch_size"
 EVERYTHING = (
-    "--model.name tiny_bn --model.dropout 0.3 --train.num_micro_batches 2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.5 "
-    "--optim.ema 0.9 --optim.clip_norm 1 --optim.label_smoothing 0.1"
+    "--model.name tiny_bn --model.dropout 0.3 --train.num_micro_batches 2 --augment.shift 2 --augment.rotate 10 "
+    "--augment.erase 0.5 --optim.ema 0.9 --optim.clip_norm 1 --optim.label_smoothing 0.1"
 )
 FAST = "--model.name cnn --optim.name adamw --optim.label_smoothing 0.05 --train.precision bf16"  # a step of configs/fast.yaml
 FAST_995 = (

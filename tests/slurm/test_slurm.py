@@ -208,8 +208,8 @@ def test_scontrol_requeue(cluster: Cluster, undisturbed: str) -> None:
 def test_preemption(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("preempted", "--nodes", "2", "--ntasks-per-node", "2", SECONDS_PER_STEP="0.1")
     wait_for_step(cluster.path("preempted"), 12)
-    urgent = "-p urgent --nodes 3 --ntasks-per-node 8 --output /dev/null --wrap".split()
-    cluster.run("sbatch", *urgent, "sleep 2")
+    urgent = ["-p", "urgent", "--nodes", "3", "--ntasks-per-node", "8", "--output", "/dev/null"]
+    cluster.run("sbatch", *urgent, "--wrap", "sleep 2")
     assert cluster.finish(job, "preempted")["weights_sha256"] == undisturbed
     (told,) = rows(cluster.path("preempted"), "preempted")
     assert [row["step"] for row in rows(cluster.path("preempted"), "start")] == [0, told["step"]]

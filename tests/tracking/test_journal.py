@@ -8,7 +8,8 @@ import pytest
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
 
 FLAGS = (
-    "--model.name tiny_bn --train.num_micro_batches 4 --optim.ema 0.9 --train.exact true --train.max_steps 60 --log.every_steps 3 "
+    "--model.name tiny_bn --train.num_micro_batches 4 --optim.ema 0.9 --train.exact true --train.max_steps 60 "
+    "--log.every_steps 3 "
     "--log.slow_rank 0"
 )
 CLOCKS = {"time", "images_per_second", "train_seconds", "seconds_left", "rank_seconds"}

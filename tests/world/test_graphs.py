@@ -23,8 +23,8 @@ FLAGS = (
     "--data.name digits --train.device cpu --train.num_threads 1 --train.global_batch_size 128 --wandb.mode disabled"
 )
 ALL = (
-    "--model.name tiny_bn --model.dropout 0.3 --train.num_micro_batches 2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.5 "
-    "--optim.ema 0.9 --optim.clip_norm 1 --optim.label_smoothing 0.1"
+    "--model.name tiny_bn --model.dropout 0.3 --train.num_micro_batches 2 --augment.shift 2 --augment.rotate 10 "
+    "--augment.erase 0.5 --optim.ema 0.9 --optim.clip_norm 1 --optim.label_smoothing 0.1"
 )
 MODES = ["--train.precision bf16", "--train.exact true"]
 
