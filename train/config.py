@@ -167,7 +167,7 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw"] = "sgd"
     """sgd: Nesterov momentum; adamw: decoupled weight decay."""
-    lr: float = number(0.1, 1e-12, 1000, is_open=True)
+    lr: float = number(0.1, 1e-100, 1000, is_open=True)
     """Highest learning rate of the schedule."""
     momentum: float = number(0.9, 0, 1, is_open=True)
     """Momentum of sgd; first beta of adamw."""
