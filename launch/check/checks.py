@@ -109,7 +109,8 @@ def gpus(config: Config) -> Iterator[Finding]:
         yield nccl(".".join(map(str, loaded_nccl())))
     elif num_nodes and visible != "":
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
-        text = f"{num_nodes} on this machine, but torch sees none: built for {built}, CUDA_VISIBLE_DEVICES={visible}"
+        text = f"{num_nodes} on this machine, but torch (built for {built}) sees none"
+        text += f" (CUDA_VISIBLE_DEVICES={visible or 'unset'})"
         yield Finding("gpus", "fail", text, "install the driver that nvidia-smi needs, and torch for its CUDA version")
     else:
         status: Status = "fail" if config.train.device == "cuda" else "OK"
@@ -307,10 +308,10 @@ def wandb(config: Config) -> Iterator[Finding]:
         return
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = urlsplit(url).hostname or url
-    key = "a key is set" if has_wandb_key(host) else "no key is set"
-    reason = reach(url, WANDB_SECONDS)
-    text = f"{host} does not answer ({reason[:100]}); {key}" if reason else f"{host} answers; {key}"
-    is_good = not reason and key == "a key is set"
+    has_key, reason = has_wandb_key(host), reach(url, WANDB_SECONDS)
+    text = f"{host} does not answer ({reason[:100]})" if reason else f"{host} answers"
+    text += "; a key is set" if has_key else "; no key is set"
+    is_good = has_key and not reason
     status: Status = "OK" if is_good else "fail" if mode == "online" else "warn"
     remedy = "WANDB_MODE=offline; runs go offline by themselves" if reason else "wandb login, or WANDB_MODE=offline"
     yield Finding("wandb", status, text, remedy)
