@@ -1,1 +1,1 @@
-"""The program that a person runs: it starts, describes and compares trainings, and imports torch only inside functions."""
+"""The program that a person runs: it starts, describes and compares trainings. torch is imported in functions."""

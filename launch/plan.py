@@ -1,8 +1,8 @@
 """`python -m launch plan`: what a run would do on N nodes of G GPUs, worked out without any of them.
 
-The sampler gives every rank's share, and the checksum of an epoch proves that each example is used once. Bytes follow from
-the config and the number of parameters. Not here: how long it takes, which depends on the machine (docs/scaling.md), and the
-memory of activations, which only a real step shows.
+The sampler gives every rank's share, and the checksum of an epoch proves that each example is used once. Bytes follow
+from the config and the number of parameters. Not here: how long it takes, which depends on the machine
+(docs/scaling.md), and the memory of activations, which only a real step shows.
 """
 
 import json

@@ -1,8 +1,8 @@
 """`python -m launch run`: train on this machine, one process per GPU.
 
-Unlike torchrun it passes exit codes on (75 stays 75), forwards SIGTERM, SIGINT and SIGUSR2 without killing a rank, leaves no
-orphan when it is killed itself, and restarts a run whose rank died. Not here: several machines (torchrun, Slurm). torch is not
-imported, so the launcher starts at once and stays small.
+Unlike torchrun it passes exit codes on (75 stays 75), forwards SIGTERM, SIGINT and SIGUSR2 without killing a rank,
+leaves no orphan when it is killed itself, and restarts a run whose rank died. Not here: several machines (torchrun,
+Slurm). torch is not imported, so the launcher starts at once and stays small.
 """
 
 import functools
@@ -72,7 +72,8 @@ class Ranks:
         command = (*self.program, *arguments)
         tie = functools.partial(die_with_parent, os.getpid())
         env = {**ON_LOOPBACK, **os.environ, "LOCKSTEP_RESTART": str(restart)}
-        # Rank 0 serves the rendezvous on this socket: no other process can take its port, or reach it from another machine.
+        # Rank 0 serves the rendezvous on this socket: no other process can take its port, or reach it from another
+        # machine.
         with socket.create_server(("127.0.0.1", 0)) as store:
             if nproc > 1:
                 env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}

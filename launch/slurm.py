@@ -1,8 +1,8 @@
 """`python -m launch slurm`: check a training, submit it to Slurm, follow it.
 
-No job is queued that would fail on a typo: the config is parsed, the ranks must be able to share the batch, the scripts pass
-`bash -n` and the request passes `sbatch --test-only`. Arguments are passed as a list, never through a shell's parser. The job
-itself is slurm/train.sbatch.
+No job is queued that would fail on a typo: the config is parsed, the ranks must be able to share the batch, the scripts
+pass `bash -n` and the request passes `sbatch --test-only`. Arguments are passed as a list, never through a shell's
+parser. The job itself is slurm/train.sbatch.
 """
 
 import os
@@ -31,8 +31,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="python -m launch slurm",
         usage="%(prog)s [OPTIONS] [SBATCH OPTIONS] -- TRAIN ARGUMENTS",
-        description="Check a training and submit it. Options that are not listed go to sbatch: --time, --partition, --account, "
-        "--qos, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
+        description="Check a training and submit it. Options that are not listed go to sbatch: --time, --partition, "
+        "--account, --qos, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
     )
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
     gpus = "GPUs and ranks per node; 0: CPU ranks (default 0)"
@@ -96,7 +96,10 @@ def command(options: Namespace, extra: list[str], arguments: list[str]) -> list[
 
 
 def run(*argv: str) -> str:
-    """Run a command in the project's directory with the site's settings. Raises UserError with its message if it fails."""
+    """Run a command in the project's directory with the site's settings.
+
+    Raises UserError with its message if it fails.
+    """
     done = subprocess.run(("bash", "-c", SITE, "bash", *argv), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
@@ -115,7 +118,10 @@ def print_new(log: Path, position: int) -> int:
 
 
 def follow(job: str, log: Path) -> int:
-    """Print the log and each new state until the job ends or is held; return its exit code. Ctrl-C leaves the job alone."""
+    """Print the log and each new state until the job ends or is held; return its exit code.
+
+    Ctrl-C leaves the job alone.
+    """
     shown, position, failures = "", 0, 0
     while True:
         try:
@@ -142,7 +148,10 @@ def follow(job: str, log: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Submit, or print what would be submitted. Return 0, LOST, INTERRUPTED, or the exit code of a job that was followed."""
+    """Submit, or print what would be submitted.
+
+    Return 0, LOST, INTERRUPTED, or the exit code of a job that was followed.
+    """
     own, arguments = split_arguments(argv)
     options, extra = make_parser().parse_known_args(own)
     if stray := [word for word in extra if not word.startswith("-")]:

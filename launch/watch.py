@@ -21,7 +21,10 @@ from train.rundir import EXAMPLE, RunDir
 
 
 def read(run_dir: Path) -> Record | None:
-    """Read the rows of a run that may not have begun; None if there is none. Raises UserError if they cannot be read."""
+    """Read the rows of a run that may not have begun; None if there is none.
+
+    Raises UserError if they cannot be read.
+    """
     rows = RunDir(run_dir).read_rows()
     return Record(run_dir, RunDir(run_dir).name, rows, None, {}) if rows else None
 

@@ -1,3 +1,6 @@
-"""Lockstep: the program that every rank runs. `(config, step)` determines everything; ranks only decide who computes it."""
+"""Lockstep: the program that every rank runs.
+
+`(config, step)` determines everything; ranks only decide who computes it.
+"""
 
 __version__ = "0.1.0"

@@ -32,8 +32,8 @@ OTHER_RANKS_WAIT_SECONDS = 2.0
 def complain(error: UserError | RunError, world: World | None) -> int:
     """Print one line; return the exit code.
 
-    Rank 0 prints it. Before there is a world, in which all ranks raise the same error, one rank of each other machine prints
-    it too. Ranks that print nothing wait briefly, because launchers kill all ranks as soon as one exits.
+    Rank 0 prints it. Before there is a world, in which all ranks raise the same error, one rank of each other machine
+    prints it too. Ranks that print nothing wait briefly, because launchers kill all ranks as soon as one exits.
     """
     place = read_placement()
     rank, local_rank = place.rank, place.local_rank

@@ -1,7 +1,7 @@
 """Command lines and YAML files -> Config. Every refusal is one line, and nothing heavy is imported before it.
 
-YAML is read as less than YAML: no aliases (nine lines of them expand to gigabytes), no deep nesting, no repeated key, no
-tags. jsonargparse does the rest; `_one_line` puts its messages into our words.
+YAML is read as less than YAML: no aliases (nine lines of them expand to gigabytes), no deep nesting, no repeated key,
+no tags. jsonargparse does the rest; `_one_line` puts its messages into our words.
 """
 
 import argparse

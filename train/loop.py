@@ -181,8 +181,8 @@ def close_epoch(plan: Plan, state: State) -> None:
 def save(plan: Plan, state: State, lease: Lease, metrics: Metrics, journal: Journal, *, is_required: bool) -> None:
     """Write a checkpoint of the current step and prune old ones. Collective: every rank must call it.
 
-    A failed write skips this checkpoint. With `is_required` (the last step, or a stop) it raises RunError instead. The rows
-    come first: a resume keeps the rows up to its checkpoint's step.
+    A failed write skips this checkpoint. With `is_required` (the last step, or a stop) it raises RunError instead. The
+    rows come first: a resume keeps the rows up to its checkpoint's step.
     """
     plan.world.clock.enter("save")
     journal.record_fingerprints()
@@ -213,7 +213,10 @@ def save(plan: Plan, state: State, lease: Lease, metrics: Metrics, journal: Jour
 def find_checkpoint(
     config: Config, checkpoints: Path, metrics: Metrics, world: World
 ) -> tuple[str, checkpoint.Snapshot] | None:
-    """Return the path and the content of the checkpoint to continue from, or None. Collective: every rank must call it."""
+    """Return the path and the content of the checkpoint to continue from, or None.
+
+    Collective: every rank must call it.
+    """
     found: tuple[Path, checkpoint.Files] | None = None
     error = None
     # A restart has its launcher's arguments, but continues from what its earlier attempts have saved.

@@ -1,7 +1,7 @@
 """What a run directory holds: the names of its files, its rows and its summary. No other module spells them.
 
-metrics.jsonl has one JSON object per line, a row. Each row has an `event`, the `step` after which it was written and the
-`time` in seconds since 1970. A kill can leave a torn last line, which is not a row. summary.json is a Summary.
+metrics.jsonl has one JSON object per line, a row. Each row has an `event`, the `step` after which it was written and
+the `time` in seconds since 1970. A kill can leave a torn last line, which is not a row. summary.json is a Summary.
 """
 
 import contextlib
@@ -101,7 +101,10 @@ class Summary:
 
 
 class RunDir:
-    """The files of one run. Only a process that holds the lease may write any of them, except `report` and `exports`."""
+    """The files of one run.
+
+    Only a process that holds the lease may write any of them, except `report` and `exports`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -124,7 +127,7 @@ class RunDir:
         return _read(self.metrics, parse_rows) or []
 
     def remove_rows_after(self, step: int, staging: Path | None = None) -> list[Row]:
-        """Remove the rows of later steps, which a resume computes again, and a torn last line; return the other rows."""
+        """Remove the rows of later steps, which a resume computes again, and a torn last line; return the rest."""
         rows = [row for row in self.read_rows() if row["step"] <= step or row["event"] in ATTEMPT_EVENTS]
         content = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.metrics, content.encode(), staging, should_sync=True)

@@ -29,7 +29,7 @@ MAX_PENDING = 64  # steps whose examples wait to be entered in the ledger's sum
 
 @dataclass
 class Ledger:
-    """The coverage checksum of an epoch: an order-free sum and a count over the examples that this rank has used so far."""
+    """The coverage checksum of an epoch: an order-free sum and a count over the examples used by this rank."""
 
     total: int = 0
     count: int = 0
@@ -88,7 +88,7 @@ class Plan:
         return self._is_due(self.config.checkpoint.every_steps, step)
 
     def should_sync(self, step: int) -> bool:
-        """Whether the results of all steps so far must be read: for an evaluation, a save, or before they are overwritten."""
+        """Whether the results so far must be read: for an evaluation, a save, or before they are overwritten."""
         return self.should_evaluate(step) or self.should_save(step) or step == self.tables.stop
 
     def is_epoch_end(self, step: int) -> bool:
@@ -102,7 +102,7 @@ class Plan:
 
 @dataclass
 class Timing:
-    """Seconds and examples of this attempt, except `train_seconds`: in steps, over all attempts up to their checkpoints."""
+    """Seconds and examples of this attempt. `train_seconds` covers all attempts, up to their checkpoints."""
 
     train_seconds: float = 0.0
     step_seconds: float = 0.0
@@ -161,8 +161,8 @@ def resolve_num_micro_batches(config: Config, world_size: int, *, has_batch_norm
         return world_size * (-(-size // (world_size * limit)) if limit else 1)
     if asked < world_size:
         raise UserError(
-            f"{world_size} processes cannot share train.num_micro_batches {asked}. Use at most {asked} processes, "
-            f"or --train.num_micro_batches {2 ** math.ceil(math.log2(world_size))} (another run: it changes the result)."
+            f"{world_size} processes cannot share train.num_micro_batches {asked}. Use at most {asked} processes, or "
+            f"--train.num_micro_batches {2 ** math.ceil(math.log2(world_size))} (another run: it changes the result)."
         )
     return asked
 

@@ -1,8 +1,9 @@
-"""One update: global batch -> micro-batches -> gradients, summed over the ranks -> optimizer, unless a number is broken.
+"""One update: global batch -> micro-batches -> gradients, summed over the ranks -> optimizer.
 
-Invariant: what a step computes is a function of (config, step) and the state after the step before. The clock, the log and
-the world size never enter it. A loss or gradient norm that is not finite reaches neither the weights nor the running
-statistics: every rank sees the same reduced numbers, and the decision is made on the device, without waiting for it.
+Invariant: what a step computes is a function of (config, step) and the state after the step before. The clock, the log
+and the world size never enter it. A loss or gradient norm that is not finite reaches neither the weights nor the
+running statistics: every rank sees the same reduced numbers, and the decision is made on the device, without waiting
+for it.
 """
 
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ def prepare_step(plan: Plan, state: State) -> None:
 def train_step(plan: Plan, state: State) -> None:
     """Make the update of `state.step`, which `prepare_step` has prepared. Collective: every rank must call it.
 
-    This is the device's work: no number is read, and nothing but the size of the batch depends on the step, so that a CUDA
-    graph can repeat it. The results are in `plan.tables`. The journal finds an update that was left out.
+    This is the device's work: no number is read, and nothing but the size of the batch depends on the step, so that a
+    CUDA graph can repeat it. The results are in `plan.tables`. The journal finds an update that was left out.
     """
     world, clock, tables = plan.world, plan.world.clock, plan.tables
     statistics, is_alone = tables.statistics, world.world_size == 1

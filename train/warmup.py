@@ -1,7 +1,7 @@
-"""Do everything that happens once before the stopwatch starts: load libraries, plan, allocate, compile, record the step.
+"""Do what happens once, before the stopwatch starts: load libraries, plan, allocate, compile, record the step.
 
-Invariant: the warm-up leaves no trace in the run. It makes steps on the real state and then puts that state back bit for
-bit. No step is counted, and no example is entered in the ledger.
+Invariant: the warm-up leaves no trace in the run. It makes steps on the real state and then puts that state back bit
+for bit. No step is counted, and no example is entered in the ledger.
 """
 
 import time
@@ -83,7 +83,10 @@ def _tensors(state: State) -> list[Tensor]:
 
 @torch.no_grad()
 def put_back(state: State, before: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Restore the state: `before` maps the id of each tensor to it and its copy. Zero what the optimizer has made since."""
+    """Restore the state: `before` maps the id of each tensor to it and its copy.
+
+    Zero what the optimizer has made since.
+    """
     state.optimizer.optimizer.zero_grad(set_to_none=True)
     for tensor in _tensors(state):
         if id(tensor) in before:

@@ -1,7 +1,7 @@
 """`python -m launch bench WHAT`: measure, and print a table with the command, the hardware and the versions.
 
-Every figure is a list of repeats. What is compared is measured in turns, so that a noisy machine disturbs all alike, and a
-ratio is taken within a turn before its median.
+Every figure is a list of repeats. What is compared is measured in turns, so that a noisy machine disturbs all alike,
+and a ratio is taken within a turn before its median.
 """
 
 import argparse
@@ -47,7 +47,10 @@ class Row:
 
 
 def in_turns(works: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Measure each work once per turn and return its figures. Each figure is printed to stderr as soon as it is there."""
+    """Measure each work once per turn and return its figures.
+
+    Each figure is printed to stderr as soon as it is there.
+    """
     found: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(1, repeats + 1):
         for name, work in works.items():

@@ -102,7 +102,7 @@ def milliseconds(work: Callable[[], object], times: int) -> Callable[[], float]:
 
 
 def bare_compute(config: "Config", source: "Data") -> Callable[["Tensor"], None]:
-    """Return a plain PyTorch step on the examples that it is given: same model, optimizer, precision and data in memory."""
+    """Return a plain PyTorch step on given examples: same model, optimizer, precision and data in memory."""
     import torch
     import torch.nn.functional as F
 
@@ -128,7 +128,10 @@ def bare_compute(config: "Config", source: "Data") -> Callable[["Tensor"], None]
 
 
 def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
-    """Return the limit: a step of PyTorch alone, with the same batch as ours. On a GPU a CUDA graph where ours is one."""
+    """Return the limit: a step of PyTorch alone, with the same batch as ours.
+
+    On a GPU a CUDA graph where ours is one.
+    """
     import torch
 
     from train.world import graphs
@@ -289,7 +292,7 @@ def exact(repeats: int) -> list[Row]:
 
 
 def scaling(repeats: int) -> list[Row]:
-    """Measure 1 to N processes, one per GPU or core: the same global batch (strong), the same share of it each (weak)."""
+    """Measure 1 to N processes, one per GPU or core: one global batch (strong), or one share each (weak)."""
     largest = count_gpus() or os.cpu_count() or 1
     sizes = [2**power for power in range(largest.bit_length())]
     strong = {f"strong, {size} x {GLOBAL_BATCH_SIZE // size}": (size, GLOBAL_BATCH_SIZE, "") for size in sizes}
@@ -313,7 +316,7 @@ def command_seconds(*arguments: str) -> float:
 
 
 def startup(repeats: int) -> list[Row]:
-    """Measure the seconds from the command on: Python with torch, the help, an error, and a whole training of one step."""
+    """Measure the seconds of whole commands: Python with torch, the help, an error, and a training of one step."""
     one_step = f"{RECIPE} --data.name digits --model.name tiny --train.max_steps 1"
     works: dict[str, Callable[[], float]] = {
         IMPORT_TORCH: partial(command_seconds, "-c", "import torch"),

@@ -1,8 +1,9 @@
 """`launch bench peers`: the same CNN, optimizer, batch and precision on MNIST-like images, in each peer's own idiom.
 
-Every peer gets what its documentation recommends for speed: worker processes that stay, pinned memory, channels_last, bf16, no
-logging and no checkpoints. Images are decoded and normalized as torchvision's MNIST class does it. Each measurement has a
-process of its own, so that one peer's settings, such as our allocator's options, do not reach the next.
+Every peer gets what its documentation recommends for speed: worker processes that stay, pinned memory, channels_last,
+bf16, no logging and no checkpoints. Images are decoded and normalized as torchvision's MNIST class does it. Each
+measurement has a process of its own, so that one peer's settings, such as our allocator's options, do not reach the
+next.
 """
 
 import itertools

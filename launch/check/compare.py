@@ -38,7 +38,7 @@ def collect(record: Record) -> dict[str, Series]:
 
 
 def compare_series(name: str, mine: Series, theirs: Series) -> tuple[str, bool | None]:
-    """Compare a quantity at the steps that both runs recorded -> (line, whether all agree; None without such a step)."""
+    """Compare a quantity at the steps of both runs -> (line, whether all agree; None without such a step)."""
     common = sorted(mine.keys() & theirs.keys())
     if not common:
         return "no step recorded by both", None

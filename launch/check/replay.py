@@ -1,7 +1,8 @@
-"""`python -m launch replay RUN --steps A:B`: compute the steps A+1 to B of an exact run again, in one process, and compare.
+"""`python -m launch replay RUN --steps A:B`: compute the steps A+1 to B of an exact run again and compare.
 
-Invariant: the run's directory is only read. Compared are the bits of each step's loss and gradient norm, and the weights
-where the run saved. Before that the config, the data and every checkpoint are compared with what the run recorded of them.
+Invariant: the run's directory is only read. Compared are the bits of each step's loss and gradient norm, and the
+weights where the run saved. Before that the config, the data and every checkpoint are compared with what the run
+recorded of them.
 """
 
 from dataclasses import dataclass

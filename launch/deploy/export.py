@@ -1,7 +1,7 @@
 """`python -m launch export RUN`: turn a run's best checkpoint into one deployable file with a model card next to it.
 
-Invariant: an export is written only if it reproduces the checkpoint's predictions on the run's test split. Before that the
-checkpoint itself must give, in the run's own arithmetic, what the run recorded. torch is imported in functions.
+Invariant: an export is written only if it reproduces the checkpoint's predictions on the run's test split. Before that,
+the checkpoint itself must give, in the run's own arithmetic, what the run recorded. torch is imported in functions.
 """
 
 import argparse
@@ -40,7 +40,8 @@ logits = session.run(None, {{"inputs": inputs.numpy()}})[0]""",
 }
 CARD = """# {name}
 
-{model}, {parameters:,} parameters, trained on {data}: {accuracy:.2%} of the {split} split ({correct} of {num_examples}).
+{model}, {parameters:,} parameters, trained on {data}.
+Accuracy on the {split} split: {accuracy:.2%} ({correct} of {num_examples}).
 
 | | |
 |---|---|
@@ -59,14 +60,14 @@ The run computed in {precision}, this file computes in fp32: {changed} predictio
 
     python -m launch predict {name} digit.png
 
-Inputs are float32 [N,1,28,28], light ink on black, 0 to 255 before `inputs = (images - {mean!r}) / {std!r}`. Logits are float32
-[N,10], for the classes {classes}. The numbers and names are in the file's metadata too.
+Inputs are float32 [N,1,28,28], light ink on black, 0 to 255 before `inputs = (images - {mean!r}) / {std!r}`.
+Logits are float32 [N,10], for the classes {classes}. The numbers and names are in the file's metadata too.
 
 ```python
 {use}
 ```
 
-Train and test images come from one source, so a photograph or another pen gives fewer right answers than the share above.
+Train and test images come from one source, so a photograph or another pen gives fewer right answers than that share.
 
 ## Config
 
@@ -113,7 +114,10 @@ def check_checkpoint(found: "Result", deployed: Deployed, run: RunDir, split: st
 
 
 def check_file(written: Deployed, original: Deployed, found: "Result", test: "Split") -> Evidence:
-    """Compare a file's predictions with those of the checkpoint that it was made from. Raises Mismatch if they differ."""
+    """Compare a file's predictions with those of the checkpoint that it was made from.
+
+    Raises Mismatch if they differ.
+    """
     images, labels = test.images.cpu(), test.labels.cpu()
     here, expected = written.scores(images), original.scores(images)
     predictions, wanted = here.argmax(1), expected.argmax(1)
@@ -210,7 +214,8 @@ def export(run: RunDir, config: Config, options: argparse.Namespace, kind: str, 
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}. Choose another --output.") from None
     accuracy = f"{evidence.correct / len(source.test):.2%} of {len(source.test)} {source.eval_split} images"
-    return f"{path}: step {original.facts.step}, {original.facts.weights} weights, {accuracy}, as the checkpoint\n{path}.md"
+    weights = f"step {original.facts.step}, {original.facts.weights} weights"
+    return f"{path}: {weights}, {accuracy}, as the checkpoint\n{path}.md"
 
 
 def resolve_output(output: Path | None, kind: str | None, run: RunDir) -> tuple[str, Path]:
@@ -228,7 +233,10 @@ def resolve_output(output: Path | None, kind: str | None, run: RunDir) -> tuple[
 
 
 def main(argv: list[str]) -> int:
-    """Export as the command line says; return the exit code. Raises UserError, and Mismatch if a file does not verify."""
+    """Export as the command line says; return the exit code.
+
+    Raises UserError, and Mismatch if a file does not verify.
+    """
     parser = Parser(
         prog="python -m launch export",
         usage="%(prog)s RUN [OPTIONS] [-- TRAIN ARGUMENTS]",

@@ -1,7 +1,7 @@
 """Trained models ready to use: taken from a run directory, written to and read from one file, safetensors or ONNX.
 
-Invariant: a file holds, with the weights, what its inputs need (mean, std) and what its outputs mean (class names). It is
-verified against its SHA-256 before use, and nothing is unpickled. torch is imported in functions.
+Invariant: a file holds, with the weights, what its inputs need (mean, std) and what its outputs mean (class names). It
+is verified against its SHA-256 before use, and nothing is unpickled. torch is imported in functions.
 """
 
 import dataclasses
@@ -94,7 +94,10 @@ class Deployed:
 
 
 def choose_checkpoint(run: RunDir, notify: Callable[[str], None]) -> "tuple[Path, Snapshot]":
-    """Return a run's best checkpoint, or its newest whole one if the best is gone. Raises UserError if there is none."""
+    """Return a run's best checkpoint, or its newest whole one if the best is gone.
+
+    Raises UserError if there is none.
+    """
     from train.storage import checkpoint
 
     found = checkpoint.latest(run.checkpoints, notify)
@@ -114,7 +117,7 @@ def choose_checkpoint(run: RunDir, notify: Callable[[str], None]) -> "tuple[Path
 def from_run(
     run_dir: Path, notify: Callable[[str], None], weights: str | None = None, path: Path | None = None
 ) -> Deployed:
-    """Take a model from a run directory: its best checkpoint or `path`, averaged weights if there are any or `weights`."""
+    """Take a model from a run: its best checkpoint or `path`, its averaged weights if there are any or `weights`."""
     from train.storage import checkpoint
 
     run = RunDir(run_dir)

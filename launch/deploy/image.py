@@ -1,7 +1,7 @@
 """Image files -> images uint8 [28,28], light ink on black, cropped, scaled and centred as the training images were.
 
-Only PNG and JPEG are decoded, within a limit of pixels that is checked before any is. The border's median colour is the paper,
-and ink is what differs from it, whichever of the two is darker. numpy and Pillow are imported in functions.
+Only PNG and JPEG are decoded, within a limit of pixels that is checked before any is. The border's median colour is the
+paper, and ink is what differs from it, whichever of the two is darker. numpy and Pillow are imported in functions.
 """
 
 import io
@@ -20,10 +20,11 @@ MAX_BYTES, MAX_PIXELS = 100_000_000, 50_000_000
 WORK_SIDE = 1024  # pixels; larger images are averaged down to it first
 MIN_CONTRAST = 16.0  # of 255, between ink and paper
 IN_BOX = 0.2  # share of the strongest ink from which a pixel is in the digit's box; the paper's texture is below it
-# Longer side of the digit's box in pixels, and what is put into the middle. MNIST: "size normalized to fit in a 20x20 pixel
-# box while preserving their aspect ratio ... centered in a 28x28 image by computing the center of mass" (LeCun, Cortes and
-# Burges, The MNIST database of handwritten digits). The digits of scikit-learn fill their 8 rows: measured, all 1,797 of them.
-# Fashion-MNIST: "resizing the longest edge of the image to 28" (Xiao, Rasul and Vollgraf, 2017), and kmnist fills its frame.
+# Longer side of the digit's box in pixels, and what is put into the middle. MNIST: "size normalized to fit in a 20x20
+# pixel box while preserving their aspect ratio ... centered in a 28x28 image by computing the center of mass" (LeCun,
+# Cortes and Burges, The MNIST database of handwritten digits). The digits of scikit-learn fill their 8 rows: measured,
+# all 1,797 of them. Fashion-MNIST: "resizing the longest edge of the image to 28" (Xiao, Rasul and Vollgraf, 2017), and
+# kmnist fills its frame.
 FRAMES = {"mnist": (20, "mass")}
 FULL_FRAME = (28, "box")
 

@@ -1,7 +1,8 @@
 """`python -m launch predict MODEL IMAGES...`: classify PNG or JPEG images.
 
-MODEL is a file of `launch export` or the directory of a run. An image of `-` is read from standard input. Invariant: all images
-are read and checked before anything is printed, so the output is complete or empty. torch is imported in functions.
+MODEL is a file of `launch export` or the directory of a run. An image of `-` is read from standard input. Invariant:
+all images are read and checked before anything is printed, so the output is complete or empty. torch is imported in
+functions.
 """
 
 import json

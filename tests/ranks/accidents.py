@@ -1,4 +1,7 @@
-"""What happens to ranks: put into one before it trains, by MUTANT=accidents.NAME. STEP is the update in which it happens."""
+"""What happens to ranks: put into one before it trains, by MUTANT=accidents.NAME.
+
+STEP is the update in which it happens.
+"""
 
 import ctypes
 import importlib

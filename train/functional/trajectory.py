@@ -1,4 +1,7 @@
-"""The trajectory config: the fields that decide the weights. A resume must find them unchanged; two runs are compared by them."""
+"""The trajectory config: the fields that decide the weights.
+
+A resume must find them unchanged; two runs are compared by them.
+"""
 
 import dataclasses
 from typing import Any

@@ -68,7 +68,7 @@ def sparkline(values: list[float]) -> str:
 
 
 def svg(groups: list[Group], name: str) -> str:
-    """Draw the panel `name` for a page: an `svg` element without size and fonts, and with ids that no other panel has."""
+    """Draw the panel `name` for a page: an `svg` element without size and fonts, with ids of its own."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -158,7 +158,7 @@ def draw_series(
 
 
 def log_axis(panel: "Axes", values: list[float], form: Callable[[float], str], labels: tuple[int, ...]) -> None:
-    """Make the values' axis logarithmic, with a little room at both ends and `labels` times powers of ten written out."""
+    """Make the values' axis logarithmic, with room at both ends and `labels` times powers of ten written out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panel.set_yscale("log")

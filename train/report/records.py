@@ -76,7 +76,10 @@ class Record:
 
     @property
     def saved_step(self) -> int:
-        """The step of the newest checkpoint; -1 if there is none. A save writes its row first, and another if it fails."""
+        """The step of the newest checkpoint; -1 if there is none.
+
+        A save writes its row first, and another if it fails.
+        """
         events = {row["step"]: row["event"] for row in self.rows if row["event"] in ("saved", "save_failed")}
         return max((step for step, event in events.items() if event == "saved"), default=-1)
 

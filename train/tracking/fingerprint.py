@@ -1,8 +1,8 @@
 """Fingerprints: each step's loss and gradient norm as JSON numbers in metrics.jsonl, in exact mode.
 
 Invariant: nothing is rounded. A loss is a float64, a gradient norm a float32, and Python writes either as the shortest
-text that reads back as the same float. NaN and infinity are null. A row holds the steps `first` to `step`, and each step
-of a run is in exactly one row. No torch: what was written can be read anywhere.
+text that reads back as the same float. NaN and infinity are null. A row holds the steps `first` to `step`, and each
+step of a run is in exactly one row. No torch: what was written can be read anywhere.
 """
 
 import hashlib
@@ -30,7 +30,10 @@ def encode(results: "Iterable[StepResult]") -> dict[str, list[float | None]]:
 
 
 def of_rows(rows: Iterable[Row]) -> dict[str, Series]:
-    """Return `{"loss": {step: value}, "grad_norm": ...}` of a run's rows. Raises UserError if a step is missing or double."""
+    """Return `{"loss": {step: value}, "grad_norm": ...}` of a run's rows.
+
+    Raises UserError if a step is missing or double.
+    """
     found: dict[str, Series] = {name: {} for name in FORMATS}
     for row in rows:
         if row["event"] == "fingerprint":
@@ -39,7 +42,7 @@ def of_rows(rows: Iterable[Row]) -> dict[str, Series]:
                 values = [value for value in row[name] if value is None or isinstance(value, float)]
                 if len(values) != len(steps) or not series.keys().isdisjoint(steps):
                     raise UserError(
-                        f"The fingerprints of steps {steps.start} to {row['step']} are damaged. Expected a number per step."
+                        f"The fingerprints of steps {steps.start} to {row['step']} are damaged. Expected one per step."
                     )
                 series.update(zip(steps, values, strict=True))
     return found

@@ -1,7 +1,7 @@
 """Collect the results of steps from the device, check them and log them; on a GPU later, without waiting.
 
-Invariant: all ranks collect the same results at the same step. They find the same broken numbers and the same request to
-stop, and act on it together. A GPU never idles because a row of the log is written.
+Invariant: all ranks collect the same results at the same step. They find the same broken numbers and the same request
+to stop, and act on it together. A GPU never idles because a row of the log is written.
 """
 
 import math
@@ -60,8 +60,8 @@ class Journal:
     def collect(self, *, should_log: bool, should_sync: bool) -> bool:
         """Collect the results of the steps since the last call, if either is due.
 
-        On a GPU, unless `should_sync`, they are processed in the next call, when they have arrived. Returns whether any rank
-        was asked to stop; all results are processed then. Raises RunError for broken numbers.
+        On a GPU, unless `should_sync`, they are processed in the next call, when they have arrived. Returns whether any
+        rank was asked to stop; all results are processed then. Raises RunError for broken numbers.
         """
         should_wait = should_sync or not self.world.runs_ahead
         if not (should_log or should_wait):
@@ -120,7 +120,8 @@ class Journal:
             raise
         num_skipped = self.state.skipped_steps
         self.metrics.say(
-            f"warning: step {result.step} is skipped: its loss or gradient is not finite ({num_skipped} skipped so far)."
+            f"warning: step {result.step} is skipped: its loss or gradient is not finite "
+            f"({num_skipped} skipped so far)."
         )
         self.metrics.record("skipped", result.step, skipped_steps=num_skipped)
 
@@ -132,7 +133,10 @@ class Journal:
             self.fingerprints.clear()
 
     def _log(self) -> None:
-        """Write the row of the last of some steps. Its seconds of each rank are means over the steps since the last row."""
+        """Write the row of the last of some steps.
+
+        Its seconds of each rank are means over the steps since the last row.
+        """
         plan, timing, result = self.plan, self.state.timing, self.unlogged[-1]
         per_second = timing.num_examples / max(timing.step_seconds, 1e-9)
         self.record_fingerprints()

@@ -32,8 +32,8 @@ def describe_batch(plan: Plan) -> str:
     else:
         cut = f"{num_parts} micro-batches of about {size / num_parts:.0f} examples, shared by {world_size} ranks"
     return (
-        f"{size} examples per step = {cut}; {sampler.num_examples:,} examples = {sampler.steps_per_epoch} steps per epoch; "
-        f"{plan.total_steps} steps"
+        f"{size} examples per step = {cut}; {sampler.num_examples:,} examples = {sampler.steps_per_epoch} steps "
+        f"per epoch; {plan.total_steps} steps"
     )
 
 
@@ -85,9 +85,12 @@ def summarize(plan: Plan, state: State, results: dict[str, Result], rows: list[R
 
 
 def phases(world: World) -> dict[str, list[float]]:
-    """Where the time of this life went: seconds, and each phase's share of them, by rank. Collective: every rank must call it.
+    """Where the time of this life went: seconds, and each phase's share of them, by rank.
 
-    On the host's clock: what a GPU does counts in the phase in which the host waits for it, `log` on one and `reduce` on several.
+    Collective: every rank must call it.
+
+    On the host's clock: what a GPU does counts in the phase in which the host waits for it, `log` on one and `reduce`
+    on several.
     """
     table = torch.zeros(world.world_size, len(PHASES), dtype=torch.float64)
     world.clock.enter(world.clock.phase)

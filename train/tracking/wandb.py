@@ -3,8 +3,8 @@
 Training starts that process and tells it when the run is over. Everything else comes from the run directory, so that
 `launch sync` can send at any later time what is missing.
 
-Invariant: row i in W&B (its own `_step`) is row i of the SHOWN rows of metrics.jsonl, and the summary of a finished run is
-one more row. So the number of rows in W&B tells which ones are missing, and no row is sent twice.
+Invariant: row i in W&B (its own `_step`) is row i of the SHOWN rows of metrics.jsonl, and the summary of a finished run
+is one more row. So the number of rows in W&B tells which ones are missing, and no row is sent twice.
 """
 
 import contextlib
