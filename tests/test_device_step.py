@@ -195,7 +195,7 @@ FACTORIES = {
 READS = {"item", "tolist", "numpy", "cpu", "nonzero"}
 DEVICE_CODE = {  # functions of each module that work on the host
     "step": {"prepare_step"}, "augment": set(), "rng": set(), "models": set(), "graphs": set(),
-    "optim": {"lr"},    "tables": {"fill", "_send", "fetch", "decode", "read"}, "warmup": set(), "reduce": set(),
+    "optim": {"lr"},    "tables": {"fill", "_send", "fetch_results", "decode_results", "read_results"}, "warmup": set(), "reduce": set(),
 }  # fmt: skip
 
 

@@ -228,7 +228,8 @@ def test_missing_mnist_falls_back_loudly_only_when_asked(tmp_path: Path) -> None
     assert summary["data"]["is_fallback"]
     assert summary["data"]["name"] == "digits"
     log = (tmp_path / "run-logs" / "rank-0.log").read_text()
-    assert log.count("!!!") == 4  # at the start and at the end
+    assert log.count("warning: training on digits") == 1  # at the start
+    assert log.count("!!! THIS IS NOT MNIST") == 1  # at the end
 
 
 def test_accumulation_follows_the_memory_limit(tmp_path: Path) -> None:

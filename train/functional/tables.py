@@ -87,9 +87,7 @@ class StepTables:
         start, stop = sampler.rank_rows(0, rank, world_size)
 
         self.row_index = torch.zeros(1, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(
-            size, max(stop - start, 1), dtype=torch.int64, device=device
-        )  # examples of full batches
+        self.rows = torch.zeros(size, max(stop - start, 1), dtype=torch.int64, device=device)  # examples of full steps
         self.short_rows = torch.zeros(1, dtype=torch.int64, device=device)  # examples of an epoch's shorter last batch
         self.keys = torch.zeros(size, 2, dtype=torch.int64, device=device)  # of augmentation and dropout
         self.lrs = torch.zeros(size, device=device)
