@@ -136,10 +136,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Start a training that must be refused -> the one line on stderr.
-
-    Under 5 s of CPU, so that load decides nothing.
-    """
+    """Start a training that must be refused -> the one line on stderr. Under 5 s of CPU, so that load decides nothing."""
     from train.__main__ import main
 
     began = time.process_time()

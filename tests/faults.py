@@ -1,13 +1,10 @@
-"""`python tests/faults.py WHAT`: the long fault campaigns, from a seed; a table and --json.
+"""`python tests/faults.py WHAT`: the long fault campaigns, from a seed; a table and --json. A sample runs in test_faults.py.
 
-A sample runs in test_faults.py.
-
-kills         kill -9 a random rank at a random moment, in the save, in the evaluation, at the start; single processes,
-two
+kills         kill -9 a random rank at a random moment, in the save, in the evaluation, at the start; single processes, two
               ranks, torchrun, launch run; each resumed to its end and compared with the undisturbed run
-elastic       workers under torchrun --max-restarts: how long until they train again; agents: how long until no orphan
-is left crash-points  the process killed at every system call of a checkpoint's writing long          many steps on two
-ranks: slopes of memory, descriptors, threads, step time and disk
+elastic       workers under torchrun --max-restarts: how long until they train again; agents: how long until no orphan is left
+crash-points  the process killed at every system call of a checkpoint's writing
+long          many steps on two ranks: slopes of memory, descriptors, threads, step time and disk
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The whole step on the meta device, which has shapes and no numbers: what a GPU would be asked to do, without a GPU.
 
-A read of a number raises there, and so does a tensor of another device. What is left is counted: each operation is at
-least one kernel, which a GPU starts in several microseconds, whatever its size.
+A read of a number raises there, and so does a tensor of another device. What is left is counted: each operation is at least
+one kernel, which a GPU starts in several microseconds, whatever its size.
 """
 
 import ast
@@ -143,8 +143,7 @@ def test_this_test_sees_a_read_and_a_stray_tensor(monkeypatch: pytest.MonkeyPatc
             seen_step(run)
 
 
-# What a step of each recipe asks of a GPU, in fp32: 0.3 to 5 us each, or about 5 us of the host where no graph is
-# replayed.
+# What a step of each recipe asks of a GPU, in fp32: 0.3 to 5 us each, or about 5 us of the host where no graph is replayed.
 KERNELS = {"fast": 63, "quickstart": 63, "fast-99.5": 256, "mnist": 257, "best": 317}
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# The rooms from the ground up: a module imports from its own room and from those before it. These modules of train/ lie
-# below the rest of it.
+# The rooms from the ground up: a module imports from its own room and from those before it. These modules of train/ lie below
+# the rest of it.
 BELOW = {f"train.{stem}": "ground" for stem in ("errors", "config", "cli", "rundir")}
 BELOW |= {"train.state": "state", "train.evaluate": "state"}
 ROOMS = [

@@ -1,6 +1,4 @@
-"""Frozen dataclasses: the only home of defaults, units, ranges and rules.
-
-Imports nothing heavy, so `--help` is instant.
+"""Frozen dataclasses: the only home of defaults, units, ranges and rules. Nothing heavy is imported.
 
 A field's docstring is its help text. Its range is declared with its default and checked by `_check_ranges`. Rules about
 ranks and devices are in `state.py` and `world/`. A wrong value is a UserError.
@@ -139,10 +137,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of the training images.
-
-    Each is off at 0 and a function of (seed, step, row of the global batch).
-    """
+    """Random changes of training images, each off at 0 and a function of (seed, step, row of the global batch)."""
 
     shift: int = number(0, 0, 14, PIXELS, zero="off")
     """Largest shift in x and in y, in pixels."""
@@ -212,11 +207,8 @@ class TrainConfig:
     global_batch_size: int = number(512, 1, unit=EXAMPLES)
     """Examples per step over all ranks: the same set, in the same order, on any world size."""
     num_micro_batches: int = number(0, 0, zero="automatic")
-    """Micro-batches per step, each one forward and backward pass; 0: as few as the ranks and the limit allow.
-
-    Exact mode and BatchNorm need a fixed number: it decides the result there, and it is the largest possible world
-    size.
-    """
+    """Micro-batches per step, one pass each; 0: as few as the ranks and the limit allow. Exact mode and BatchNorm
+    need a fixed number: it decides the result there, and it is the largest possible world size."""
     max_micro_batch_size: int = number(0, 0, unit=EXAMPLES, zero="no limit")
     """Examples whose activations fit in memory in one pass; 0: no limit. Used where num_micro_batches is 0."""
     exact: bool = False
@@ -226,10 +218,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     cuda_graphs: Literal["auto", "on", "off", True, False] = "auto"  # in YAML on and off are booleans
-    """Replay the step as one CUDA graph: faster, with the same bits.
-
-    On one GPU, not in fp16. auto: on where possible.
-    """
+    """Replay the step as one CUDA graph: faster, same bits. On one GPU, not in fp16. auto: on where possible."""
     channels_last: bool = True
     """Lay images out with the channel innermost, which convolutions prefer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -128,10 +128,7 @@ def bare_compute(config: "Config", source: "Data") -> Callable[["Tensor"], None]
 
 
 def bare_step(config: "Config", source: "Data") -> Callable[[], object]:
-    """Return the limit: a step of PyTorch alone, with the same batch as ours.
-
-    On a GPU a CUDA graph where ours is one.
-    """
+    """Return the limit: a step of PyTorch alone with our batch, on a GPU as a CUDA graph where ours is one."""
     import torch
 
     from train.world import graphs

@@ -113,8 +113,7 @@ def test_memory_counts_the_sums_that_exact_mode_keeps() -> None:
     )
     gradients = 4 * one["num_parameters"]
     kept = [made["memory_bytes"]["gradients of the exact tree"] / gradients for made in (one, perfect, uneven)]
-    # seven leaves: three subtrees. Three leaves and the partner's sum: two and one. Two, and 3 ranks' two subtrees
-    # each.
+    # seven leaves: three subtrees. Three leaves and the partner's sum: two and one. Two, and 3 ranks' two subtrees each.
     assert kept == [3, 2 + 1, 2 + 3 * 2]
 
 

@@ -1,7 +1,4 @@
-"""What happens to ranks: put into one before it trains, by MUTANT=accidents.NAME.
-
-STEP is the update in which it happens.
-"""
+"""What happens to ranks: put into one before it trains, by MUTANT=accidents.NAME. STEP is the update in which it happens."""
 
 import ctypes
 import importlib

@@ -1,7 +1,7 @@
 """A checkpoint's writing, killed at each of its system calls by strace's fault injection.
 
-A child of the fork server encodes a state, waits, is traced, and then writes and prunes; strace delivers SIGKILL at the
-n-th call of a name. Whatever the moment: the older checkpoint or the newer one is whole, and the next writing succeeds.
+A child of the fork server encodes a state, waits, is traced, and then writes and prunes; strace delivers SIGKILL at the n-th
+call of a name. Whatever the moment: the older checkpoint or the newer one is whole, and the next writing succeeds.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Real ranks for tests: processes with their own process group, from a fork server that has torch imported already.
 
-A start costs a fraction of a second instead of seconds; each rank runs `train.__main__.main` as `python -m train`
-would.
+A start costs a fraction of a second instead of seconds; each rank runs `train.__main__.main` as `python -m train` would.
 """
 
 import importlib

@@ -2,9 +2,8 @@
 
     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins iproute2
 
-Each node and the head has its own network, host name, mounts and processes (Linux namespaces); nothing of the machine
-itself is changed. `python tests/slurm/lab.py DIRECTORY` starts one and opens a shell on its head; the cluster ends with
-the shell.
+Each node and the head has its own network, host name, mounts and processes (Linux namespaces); nothing of the machine itself is
+changed. `python tests/slurm/lab.py DIRECTORY` starts one and opens a shell on its head; the cluster ends with the shell.
 """
 
 import os

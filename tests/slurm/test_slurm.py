@@ -1,6 +1,5 @@
 """slurm/*.sbatch and `launch slurm` on a real Slurm of several nodes: whatever happens to a job, its run ends with the bits of an
-undisturbed one. Exact mode gives all world sizes the same bits, so one undisturbed run is the reference for every
-test."""
+undisturbed one. Exact mode gives all world sizes the same bits, so one undisturbed run is the reference for every test."""
 
 import json
 import os
@@ -34,8 +33,7 @@ if [ "$2" = train ]; then exec {python} {root}/tests/slurm/rank.py "${{@:3}}"; f
 exec {python} "$@"
 """
 
-# What a task of a step would do with the GPUs that Slurm shows it; the lab's are fakes, so torch gets their number from
-# us.
+# What a task of a step would do with the GPUs that Slurm shows it; the lab's are fakes, so torch gets their number from us.
 CHOOSE = """
 import os, torch
 from train.config import TrainConfig

@@ -76,10 +76,7 @@ def test_device_work_is_the_same_in_every_step_and_waits_for_nothing(world: Worl
 def test_replayed_steps_are_the_ordinary_ones(
     world: World, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
 ) -> None:
-    """A replay gets nothing from the host.
-
-    Here it computes the recorded step; whatever differs must come from the tables.
-    """
+    """A replay gets nothing from the host. Here it computes the recorded step; whatever differs must come from the tables."""
     flags = f"{ALL} {mode} --optim.name {name} --train.epochs 2"
     ordinary, replayed = opened(world, flags), opened(world, flags)
     for run in (ordinary, replayed):
