@@ -89,14 +89,14 @@ def open_run(
     warnings = restore(plan, state, found[1], found[0]) if found else []
 
     def open_records() -> list[Row]:
-        lease.write(RunDir(lease.run_dir).config, to_yaml(config).encode())
+        lease.write(lease.run_dir.config, to_yaml(config).encode())
         with lease.writing() as staging:
             return metrics.open(state.step, staging)
 
-    rows = on_main_rank(world, lease.run_dir, UserError, open_records) or []
+    rows = on_main_rank(world, lease.run_dir.path, UserError, open_records) or []
     seconds = [row["train_seconds"] for row in rows if row["event"] == "train" and "train_seconds" in row]
     state.timing.train_seconds = seconds[-1] if seconds else 0.0
-    for line in (headline(plan, state, lease.run_dir, resumed_from), describe_batch(plan), *warnings):
+    for line in (headline(plan, state, lease.run_dir.path, resumed_from), describe_batch(plan), *warnings):
         metrics.say(line)
     metrics.record(
         "start",
@@ -138,7 +138,7 @@ def close_run(
     plan: Plan, state: State, lease: Lease, metrics: Metrics, results: dict[str, Result], began: float
 ) -> Summary:
     """Write the summary of a run that is finished or preempted, and return it. Collective: every rank must call it."""
-    world, run_dir = plan.world, RunDir(lease.run_dir)
+    world, run_dir = plan.world, lease.run_dir
     is_finished = state.step == plan.total_steps
     if not is_finished:
         metrics.record("preempted", state.step, signal=signals.requested() or "a signal to another rank")

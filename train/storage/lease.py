@@ -58,7 +58,8 @@ class Lease:
 
     def __init__(self, run_dir: Path, *, is_main: bool) -> None:
         """Acquire the lease. Raises UserError if a running process holds it or the directory cannot be written."""
-        self.run_dir, self.lock, self.checkpoints = run_dir, RunDir(run_dir).lock, RunDir(run_dir).checkpoints
+        self.run_dir = RunDir(run_dir)
+        self.lock, self.checkpoints = self.run_dir.lock, self.run_dir.checkpoints
         self.staging = self.checkpoints / f"{PREFIX}{secrets.token_hex(4)}"
         self.descriptor: int | None = None
         if not is_main:
@@ -88,7 +89,7 @@ class Lease:
         os.close(self.descriptor)
         with contextlib.suppress(OSError):  # they are empty if the run was refused before it wrote anything
             self.checkpoints.rmdir()
-            self.run_dir.rmdir()
+            self.run_dir.path.rmdir()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
@@ -99,7 +100,7 @@ class Lease:
             if self.staging.exists():
                 raise
             raise Fenced(
-                f"fenced: {self._owner()} has taken over {self.run_dir}. This process can no longer write to it."
+                f"fenced: {self._owner()} has taken over {self.run_dir.path}. This process can no longer write to it."
             ) from None
 
     def write(self, path: Path, content: bytes) -> None:
@@ -116,9 +117,11 @@ class Lease:
             except BlockingIOError:
                 os.close(descriptor)
                 if not is_later_attempt(own, self._read()):
-                    raise UserError(
-                        f"{self.run_dir} is being trained by {self._owner()}. Wait, stop it, or use another run.name."
-                    ) from None
+                    owner = self._owner()
+                    message = (
+                        f"{self.run_dir.path} is being trained by {owner}. Wait, stop it, or use another run.name."
+                    )
+                    raise UserError(message) from None
                 self.lock.unlink(missing_ok=True)  # the old attempt then holds the lock of a file without a name
                 continue
             except OSError as error:

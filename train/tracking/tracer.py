@@ -7,7 +7,7 @@ since they read their results together before and after them.
 import torch
 
 from train.config import TrainConfig, read_steps
-from train.rundir import RunDir, replacing
+from train.rundir import replacing
 from train.storage.lease import Lease
 
 
@@ -41,7 +41,7 @@ class Tracer:
         if self.profiler is None:
             return ""
         self.profiler.stop()
-        path = RunDir(self.lease.run_dir).trace
+        path = self.lease.run_dir.trace
         try:
             with self.lease.writing() as staging, replacing(path, staging) as temporary:
                 self.profiler.export_chrome_trace(str(temporary))
