@@ -235,3 +235,11 @@ def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:
     code, shown = launch(tmp_path / "log", f"sync {tmp_path}")
     assert (code, shown.count("\n")) == (2, 1)
     assert "has no rows" in shown
+
+
+def test_sync_refuses_a_run_of_another_version(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("wandb: {mode: auto, entity: me}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"event": "start", "step": 0}\n')
+    code, shown = launch(tmp_path / "log", f"sync {tmp_path}")
+    assert (code, shown.count("\n")) == (2, 1)
+    assert "is of another lockstep version" in shown

@@ -117,11 +117,8 @@ class Lease:
             except BlockingIOError:
                 os.close(descriptor)
                 if not is_later_attempt(own, self._read()):
-                    owner = self._owner()
-                    message = (
-                        f"{self.run_dir.path} is being trained by {owner}. Wait, stop it, or use another run.name."
-                    )
-                    raise UserError(message) from None
+                    refusal = f"{self.run_dir.path} is being trained by {self._owner()}."
+                    raise UserError(f"{refusal} Wait, stop it, or use another run.name.") from None
                 self.lock.unlink(missing_ok=True)  # the old attempt then holds the lock of a file without a name
                 continue
             except OSError as error:

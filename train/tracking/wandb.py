@@ -96,7 +96,10 @@ class Mirror:
         os.environ.setdefault("WANDB_DATA_DIR", str(path / "wandb"))  # artifacts wait there for their upload
         self.run_dir, self.is_live = RunDir(path), mode != "sync"
         self.config = self.run_dir.read_config() or {}
-        self.options = WandbConfig(**self.config["wandb"])
+        try:
+            self.options = WandbConfig(**self.config["wandb"])
+        except (KeyError, TypeError):
+            raise UserError(f"{self.run_dir.config} is of another lockstep version. Sync it with that.") from None
         self.tail = Tail(self.run_dir.metrics)
         self.unread = self.tail.rows()
         start = max((number for number, row in enumerate(self.unread) if row["event"] == "start"), default=0)
