@@ -1,1 +1,5 @@
-"""Checks: of this machine, of a cluster, and of what runs have computed."""
+"""Checks: of a machine or a cluster before a training, and of what trainings have computed.
+
+A module belongs here if its answer is that something holds or does not: `doctor`, `selftest`, `demo`, `compare` and
+`replay`. Checks of the code itself are tests.
+"""
