@@ -124,7 +124,7 @@ DAMAGES: list[tuple[str, str, Callable[[Path], Any], str]] = [
     ("safetensors", "nine classes", metadata(class_names="[" + ", ".join('"a"' for _ in range(9)) + "]"), "lack 10 class_names"),
     ("safetensors", "classes are numbers", metadata(class_names=str(list(range(10)))), "lack 10 class_names"),
     ("safetensors", "deep config", metadata(config="[" * 100_000), "lack"),
-    ("safetensors", "another model", metadata(model="cnn"), "not this model's"),
+    ("safetensors", "another model", metadata(model="cnn"), "do not fit this model"),
     ("safetensors", "foreign weights", weights_of({"a": torch.zeros(3)}), "lack"),
     ("onnx", "flipped weight", lambda path: flip(path, path.read_bytes().find(b"conv1.weight") + 60), "onnx"),
 ]  # fmt: skip
