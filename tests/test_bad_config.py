@@ -177,8 +177,6 @@ LAUNCH = {
     "run --nproc 0": "--nproc is 0",
     "run -- --optim.lrr 1": "Did you mean optim.lr?",
     "run -- --model.name cnm": "Did you mean cnn?",
-    "model --name cnm": "Did you mean cnn?",
-    "model --nam cnn": "Did you mean --name?",
     "data --name minst": "Did you mean mnist?",
     "replay": "required: RUN",
     "replay /nowhere --steps 0:1": "/nowhere is not a directory",

@@ -234,6 +234,9 @@ FLAG_MISTAKES = [
     (["--optim.lr", "fast"], ["optim.lr", "float", "fast"]),
     (["--optim.lr", "-1"], ["optim.lr is -1.0"]),
     (["--train.num_micro_batches", "3"], ["Use 510 or 513, or train.num_micro_batches 2."]),
+    (["--train.micro_batches", "4"], ["train.micro_batches is now train.num_micro_batches."]),
+    (["--micro_batches", "4"], ["micro_batches is now train.num_micro_batches."]),
+    (["--wandb.system", "false"], ["wandb.system is now $WANDB_X_DISABLE_STATS=true."]),
     (["--config", "missing.yaml"], ["missing.yaml", "not exist"]),
     (["--config", "."], ["not a file"]),
 ]
@@ -243,6 +246,8 @@ FILE_MISTAKES = [
     ("optm: {lr: 0.1}\n", ["optm", "optim"]),
     ("optim: {lr: -1}\n", ["optim.lr is -1"]),
     ("optim: [1,\n", ["recipe.yaml"]),
+    ("train: {micro_batch_limit: 4}\n", ["recipe.yaml is now train.max_micro_batch_size."]),
+    ("wandb: {alerts: false}\n", ["recipe.yaml is now a setting of your W&B account."]),
     ("3\n", ["recipe.yaml"]),
     ("\x00", ["recipe.yaml"]),
     ("train: {epochs: null}\n", ["train.epochs", "int"]),

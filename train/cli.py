@@ -31,6 +31,8 @@ RENAMED = {
     **dict.fromkeys(("wandb.start_seconds", "wandb.finish_seconds"), "wandb.timeout"),
     **dict.fromkeys(("wandb.histograms", "wandb.confusion", "wandb.mistakes"), "wandb.media"),
     **dict.fromkeys(("wandb.checkpoints", "wandb.code"), "wandb.artifacts"),
+    "wandb.system": "$WANDB_X_DISABLE_STATS=true",
+    "wandb.alerts": "a setting of your W&B account",
 }
 
 
@@ -176,7 +178,7 @@ def check_file(path: Path, names: Sequence[str]) -> None:
         is_section = section in sections
         fields = [f"{section}.{name}" for name in value] if is_section and isinstance(value, dict) else [str(section)]
         if unknown := [name for name in fields if name not in known]:
-            raise _no_field(unknown[0], known, f", which {path} sets")
+            raise _no_field(unknown[0], known, f" in {path}")
         if is_section and not isinstance(value, dict):
             raise UserError(
                 f"{path}: {section} is {value!r:.40}. Expected its fields, such as `{section}: {{name: value}}`."

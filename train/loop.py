@@ -146,7 +146,7 @@ def close_run(
     if is_finished and not results:  # killed between the last save and the summary
         results = evaluate_all(plan, state)
     results = results if is_finished else {}
-    rows = run_dir.read_rows() if world.is_main else []
+    rows = on_main_rank(world, run_dir.path, RunError, run_dir.read_rows) or []
     summary = summarize(plan, state, results, rows, time.perf_counter() - began)
 
     def write() -> None:
@@ -253,7 +253,7 @@ def take_lease(run_dir: RunDir, world: World) -> Lease:
 
 
 def on_main_rank(world: World, place: Path, kind: type[UserError | RunError], action: Callable[[], T]) -> T | None:
-    """Run `action`, which writes in `place`, on rank 0. If the disk refuses, raise `kind` on every rank.
+    """Run `action`, which reads and writes in `place`, on rank 0. If the disk refuses, raise `kind` on every rank.
 
     Collective: every rank must call it.
     """
@@ -261,6 +261,8 @@ def on_main_rank(world: World, place: Path, kind: type[UserError | RunError], ac
     if world.is_main:
         try:
             result = action()
+        except UserError as problem:  # a file that cannot be read
+            error = kind(str(problem))
         except OSError as problem:
             error = kind(f"{problem.filename or place} cannot be written: {problem.strerror}. Nothing was deleted.")
     world.raise_on_all_ranks(error)

@@ -4,6 +4,7 @@ Compared are the configs, the data, the environments, and, at every step that bo
 gradient norm, evaluation and weights. A run in exact mode recorded every step, one in fast mode those of its log.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def collect(record: Record) -> dict[str, Series]:
                     found[name][row["step"]] = row[name]
             elif row["event"] == "eval":
                 name = f"{'averaged weights, ' if row['ema'] else ''}{row['split']} loss"
-                found.setdefault(name, {})[row["step"]] = row["loss"]
+                is_finite = math.isfinite(row["loss"])  # NaN would differ from itself
+                found.setdefault(name, {})[row["step"]] = row["loss"] if is_finite else None
         for name, values in fingerprint.of_rows(record.rows).items():
             found[name] |= values
         return found | {"weights": record.saved_weights}

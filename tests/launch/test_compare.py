@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from ranks.processes import Ranks, arguments, launch, rows, train, wait_for_step
 
+from launch.check.compare import collect, compare_series
 from launch.report import main as report
 from train.errors import UserError
 from train.tracking import fingerprint
@@ -117,6 +118,13 @@ def test_distance_is_absolute_and_in_ulps() -> None:
     assert fingerprint.ulps("grad_norm", 1.0, 1 + 2**-23) == 1
     assert "1.19e-07 apart (1 ulps of float32)" in fingerprint.difference("grad_norm", 1.0, 1 + 2**-23)
     assert fingerprint.difference("loss", None, 1.5) == "None and 1.5 (None: not finite)"
+
+
+def test_evaluations_that_are_not_finite_are_equal() -> None:
+    rows = [{"event": "eval", "step": 1, "split": "test", "ema": False, "loss": math.nan}]
+    record = SimpleNamespace(rows=rows, saved_weights={}, name="a")
+    found = collect(record)["test loss"]  # type: ignore[arg-type]
+    assert compare_series("test loss", found, dict(found))[1] is True
 
 
 def test_fingerprints_are_numbers_that_read_back_exactly() -> None:

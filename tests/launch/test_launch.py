@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,9 +62,8 @@ def launch_run(nproc: int, *options: str) -> tuple[str, ...]:
 
 def ranks_of(run: Path) -> list[int]:
     """Process ids of the ranks that train this run now."""
-    found = subprocess.run(
-        ["pgrep", "-f", "--", f"-m train .*--run.name {run.name}( |$)"], capture_output=True, text=True
-    )
+    pattern = f"-m train .*--run.dir {re.escape(str(run.parent))} .*--run.name {run.name}( |$)"
+    found = subprocess.run(["pgrep", "-f", "--", pattern], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
 

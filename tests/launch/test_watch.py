@@ -5,11 +5,13 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,7 +139,15 @@ class Terminal:
         self.drawn, (self.own, its) = "", pty.openpty()
         env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "TERM": "xterm"}
         command = [sys.executable, "-m", "launch", "watch", str(run)]
-        self.process = subprocess.Popen(command, env=env, cwd=ROOT, stdin=its, stdout=its, stderr=its)
+        self.process = subprocess.Popen(
+            command,
+            env=env,
+            cwd=ROOT,
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
         os.close(its)
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()

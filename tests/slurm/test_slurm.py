@@ -271,7 +271,7 @@ def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
     for arguments, word in (
         (["--", *TRAIN, "--optim.lrr", "1"], "optim.lr"),
         (["--nodes", "3", "--ntasks-per-node", "3", "--", *TRAIN], "9 processes cannot share"),
-        (["--nodes", "4", "--", *TRAIN], "sbatch says"),
+        (["--nodes", "4", "--", *TRAIN], "sbatch failed"),
         (["--partition=none", "--", *TRAIN], "invalid partition"),
         (["--nodes", "0", "--", *TRAIN], "--nodes is 0"),
         (["stray", "--", *TRAIN], "unexpected argument: 'stray'"),

@@ -1,6 +1,7 @@
 """Malformed checkpoints are refused in one line and kept. Damaged records are written again."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -136,3 +137,24 @@ def test_run_directory_that_cannot_be_made_is_refused(world_size: int, tmp_path:
     assert set(ranks.wait()) == {2}
     assert "cannot be written: Not a directory" in ranks.output()
     assert "Traceback" not in ranks.output()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_that_cannot_be_read_are_refused_on_every_rank(world_size: int, run: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(run, tmp_path / "run")
+    (path / "metrics.jsonl").unlink()
+    (path / "metrics.jsonl").mkdir()
+    ranks = Ranks(world_size, arguments(path, FAST), tmp_path / "logs")
+    assert set(ranks.wait()) == {2}
+    assert "metrics.jsonl cannot be read: Is a directory" in ranks.output()
+    assert "Traceback" not in ranks.output()
+
+
+def test_checkpoint_of_another_version_is_refused_and_its_version_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(run, tmp_path / "run")
+    manifest = path / "checkpoints" / "step-00000002" / "manifest.json"
+    manifest.write_text(json.dumps({"schema": 1, "sha256": {}}))
+    message = refusal(arguments(path, FAST), capsys)
+    assert "has format 1, not 2: lockstep 0.1 wrote it" in message

@@ -270,6 +270,21 @@ def test_load_names_the_ways_to_get_files_when_the_download_fails(
     assert "\n" not in str(error.value)
 
 
+def test_a_download_that_fails_after_its_last_file_is_missing_data(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, root: Path) -> Path:
+        folder = root / data.FOLDERS[name] / "raw"
+        folder.mkdir(parents=True)
+        for file in data.FILES:
+            (folder / file).touch()
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(data, "download", fail)
+    with pytest.raises(data.DataMissing, match="downloading failed: File not found or corrupted"):
+        data.load(DataConfig(root=str(tmp_path)), world)
+
+
 def test_digits_split_is_fixed_and_disjoint(world: World) -> None:
     found = data.load(DataConfig(name="digits"), world)
     assert (len(found.train), len(found.test)) == (1438, 359)

@@ -21,7 +21,7 @@ from wandb_server import PATIENT, SHORT, Server, expected, is_end, numbers, sync
 
 from train.config import Config, WandbConfig
 from train.rundir import Evaluation, RunDir, Summary, Tail
-from train.tracking.wandb import finished_summary, mode_of, wandb_id
+from train.tracking.wandb import Follower, finished_summary, mode_of, wandb_id
 
 MEDIUM = "--train.max_steps 1000 --log.every_steps 10 --eval.every_steps 500 --checkpoint.every_steps 500"
 LONG = "--train.max_steps 100000 --log.every_steps 5 --eval.every_steps 1000 --checkpoint.every_steps 50"
@@ -243,3 +243,12 @@ def test_sync_refuses_a_run_of_another_version(tmp_path: Path) -> None:
     code, shown = launch(tmp_path / "log", f"sync {tmp_path}")
     assert (code, shown.count("\n")) == (2, 1)
     assert "is of another lockstep version" in shown
+
+
+def test_an_error_that_is_not_utf_8_does_not_stop_the_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    follower = Follower(Config(), tmp_path, said.append)  # ends at once: there is no run
+    follower.close(RuntimeError("runs/\udcff cannot be read"))
+    assert follower.process.stdout
+    follower.process.stdout.close()
+    assert any("wandb: stopped" in line for line in said)

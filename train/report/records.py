@@ -264,7 +264,7 @@ def _recipe(record: Record) -> list[str]:
         f"{train['global_batch_size']} examples per step",
         f"{optim['name']}, lr {optim['lr']:g}, {optim['schedule']}",
         train["precision"],
-        f"exact, {train['num_micro_batches']} micro-batches" if train["exact"] else "",
+        f"exact, {train.get('num_micro_batches', 'several')} micro-batches" if train["exact"] else "",
         f"seed {config.get('seed')}",
     ]
     return [part for part in parts if part]

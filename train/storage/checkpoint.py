@@ -36,6 +36,10 @@ class Damaged(UserError):
     """A checkpoint that fails verification. The message names the file and the reason."""
 
 
+class OtherFormat(Damaged):
+    """A checkpoint that another version of this program wrote."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The content of a checkpoint. Its tensors are contiguous and on the CPU."""
@@ -123,12 +127,15 @@ def decode(files: Files) -> Snapshot:
 
 
 def read(path: Path) -> Files:
-    """Read a checkpoint and verify each file against the manifest. Raises Damaged if that fails."""
+    """Read a checkpoint and verify each file against the manifest. Raises Damaged or OtherFormat."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["schema"] != SCHEMA:
-            version = f"format {manifest['schema']}, written by lockstep {manifest.get('lockstep', '0.1')}"
-            raise Damaged(f"Checkpoint {path} has {version}. This version reads format {SCHEMA}.")
+            writer = f"lockstep {manifest.get('lockstep', '0.1')}"
+            raise OtherFormat(
+                f"Checkpoint {path} has format {manifest['schema']}, not {SCHEMA}: {writer} wrote it. "
+                "Continue the run with that version, or use another run.name."
+            )
         sums = {str(name): str(sha256) for name, sha256 in manifest["sha256"].items()}
         if missing := sorted({"model.safetensors", "state.json"} - set(sums)):
             raise Damaged(f"Checkpoint {path} is not whole: its manifest lacks {' and '.join(missing)}.")
@@ -174,14 +181,19 @@ def directories(checkpoints: Path) -> list[Path]:
 def latest(checkpoints: Path, notify: Callable[[str], None]) -> tuple[Path, Files] | None:
     """Return the newest checkpoint that verifies, or None if there are none. Report damaged ones and leave them alone.
 
-    Raises UserError if there are checkpoints and all are damaged.
+    Raises UserError if there are checkpoints and all are damaged, or if another version wrote them.
     """
     candidates = directories(checkpoints)
     for path in candidates:
         try:
             return path, read(path)
         except Damaged as error:
-            notify(f"warning: {error} Trying the checkpoint before.")
+            if path != candidates[-1]:
+                notify(f"warning: {error} Trying the checkpoint before.")
+            elif isinstance(error, OtherFormat):
+                raise UserError(str(error)) from None
+            else:
+                notify(f"warning: {error}")
     if candidates:
         raise UserError(
             f"None of the {len(candidates)} checkpoints in {checkpoints} is whole. Nothing was deleted. "

@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import socket
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.config import DataConfig, class_names
-from train.errors import UserError
+from train.errors import UserError, one_line
 from train.functional.hashing import GOLDEN, mix64
 from train.rundir import write_atomically
 from train.world.world import World
@@ -186,13 +187,13 @@ def find_folder(config: DataConfig) -> Path:
     for folder in (root / layout for root in roots for layout in (subfolder, ".")):
         if not missing_files(folder):
             return folder
+    places = " or ".join(f"{root / subfolder} (no {missing_files(root / subfolder)[0]}.gz)" for root in roots)
     reason = "--data.download is false"
     if config.download:
         try:
             return download(config.name, roots[-1])
         except Exception as error:  # torchvision and urllib raise many types
-            reason = f"downloading failed: {' '.join(str(error).split())[:80]}"
-    places = " or ".join(f"{root / subfolder} (no {missing_files(root / subfolder)[0]}.gz)" for root in roots)
+            reason = f"downloading failed: {one_line(error, 80)}"
     raise DataMissing(
         f"{config.name} not found in {places}, and {reason}. Set MNIST_ROOT or --data.root to a folder with the four "
         f".gz files (`python -m launch data --name {config.name} --root DIR` downloads them), or pass "
@@ -267,8 +268,9 @@ def prepare(config: DataConfig) -> Prepared:
             return cached
         tensors = read_digits() if config.name == "digits" else read_folder(config.name, find_folder(config))
         sha256 = content_sha256(tensors)
-        with contextlib.suppress(OSError):  # with a full disk there is no cache, but the run continues
-            write_atomically(path, safetensors.torch.save(tensors, {"sha256": sha256}))
+        # With a full disk there is no cache, but the run continues.
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as staging:
+            write_atomically(path, safetensors.torch.save(tensors, {"sha256": sha256}), Path(staging))
         return load_cache(path) or (tensors, sha256)
 
 

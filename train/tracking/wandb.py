@@ -61,7 +61,14 @@ class Follower:
         self.seconds, self.run_dir, self.say = config.wandb.timeout, run_dir, say
         command = (sys.executable, "-m", "train.tracking.wandb", str(run_dir.resolve()), mode_of(config))
         root = Path(__file__).parents[2]  # W&B stores the state of git in the working directory
-        self.process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command,
+            cwd=root,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            errors="backslashreplace",  # an error may name a path that is not UTF-8
+        )
         self.printer = threading.Thread(target=self._print_lines, daemon=True)
         self.printer.start()
 
