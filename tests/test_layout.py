@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# The rooms from the ground up: a module imports from its own room and from those before it. These modules of train/ lie below
-# the rest of it.
+# The rooms from the ground up: a module imports from its own room and from those before it.
+# BELOW has the modules of train/ that lie below the rest of it.
 BELOW = {f"train.{stem}": "ground" for stem in ("errors", "config", "cli", "rundir")}
 BELOW |= {"train.state": "state", "train.evaluate": "state"}
-ROOMS = [
-    "ground",
-    "train.functional",
-    "train.world",
-    "train.storage",
-    "train.report",
-    "state",
-    "train.tracking",
-    "train",
-]
-ROOMS += ["launch", "launch.deploy", "launch.check", "launch.bench"]
+ROOMS = ["ground", "train.functional", "train.world", "train.storage", "train.report", "state"]
+ROOMS += ["train.tracking", "train", "launch", "launch.deploy", "launch.check", "launch.bench"]
 TRAIN = sorted((ROOT / "train").rglob("*.py"))
 LAUNCH = sorted((ROOT / "launch").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -33,7 +24,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(nodes: list[ast.AST]) -> Iterator[str]:
-    """The full names that import statements bind or load: `from train import data` is train.storage.data."""
+    """The full names that import statements bind or load: `from train.world import signals` is train.world.signals."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

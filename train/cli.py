@@ -184,13 +184,11 @@ def check_file(path: Path, names: Sequence[str]) -> None:
                 f"{path}: {section} is {value!r:.40}. Expected its fields, such as `{section}: {{name: value}}`."
             )
         for name, item in value.items() if is_section else []:
-            field_type = get_type_hints(sections[section])[name]
-            if item is None and type(None) not in get_args(
-                field_type
-            ):  # the parser would build the section before it looks
-                raise UserError(
-                    f"{path}: {section}.{name} is null. Expected {getattr(field_type, '__name__', 'a value')}."
-                )
+            kind = get_type_hints(sections[section])[name]
+            # The parser would build the section, with its rules, before it checks types.
+            if item is None and type(None) not in get_args(kind):
+                expected = getattr(kind, "__name__", "a value")
+                raise UserError(f"{path}: {section}.{name} is null. Expected {expected}.")
 
 
 def _one_line(message: str, names: Sequence[str]) -> UserError:

@@ -1,6 +1,6 @@
 """Exact evaluation: every example of a split counted once, on any world size, and a certificate that it was so.
 
-The split is cut into portions that do not depend on the world size, each rank computes a contiguous block of them, and
+The split is cut into batches that do not depend on the world size, each rank computes a contiguous block of them, and
 per-example results meet by adding zeros: nothing is padded, dropped or averaged twice.
 """
 
@@ -66,18 +66,18 @@ def predict(model: nn.Module, images: Tensor, data: Data, world: World, memory_f
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory_format: torch.memory_format) -> Result:
-    """Evaluate an unwrapped model on `data.test` in portions of `batch_size` examples.
+    """Evaluate an unwrapped model on `data.test` in batches of `batch_size` examples.
 
     Collective: every rank must call it. Raises RuntimeError if an example was not evaluated exactly once.
     """
     split, num_examples = data.test, len(data.test)
-    num_portions = -(-num_examples // batch_size)
+    num_batches = -(-num_examples // batch_size)
     # Rows: predictions, losses, how often each example was seen, and confidences. Zeros elsewhere add up exactly.
     table = torch.zeros(4, num_examples, dtype=torch.float64, device=world.device)
     was_training = model.training
     model.eval()
-    for portion in range(*share(num_portions, world.world_size, world.rank)):
-        rows = slice(portion * batch_size, min((portion + 1) * batch_size, num_examples))
+    for batch in range(*share(num_batches, world.world_size, world.rank)):
+        rows = slice(batch * batch_size, min((batch + 1) * batch_size, num_examples))
         logits = predict(model, split.images[rows], data, world, memory_format)
         table[0, rows] = logits.argmax(1).double()
         table[1, rows] = F.cross_entropy(logits, split.labels[rows], reduction="none").double()

@@ -18,11 +18,7 @@ from train.errors import UserError
 
 Row = dict[str, Any]
 SCHEMA = 2  # of summary.json
-ATTEMPT_EVENTS = (
-    "start",
-    "preempted",
-    "save_failed",
-)  # about an attempt: their rows stay when steps are computed again
+ATTEMPT_EVENTS = ("start", "preempted", "save_failed")  # their rows stay when steps are computed again
 EXAMPLE = "runs/mnist-20260101-120000"
 
 

@@ -171,10 +171,7 @@ LAWS: dict[str, Callable[[Evidence], Verdict]] = {
 
 def collect(directory: Path, device: str, worlds: tuple[int, int]) -> Evidence:
     """Do all trainings in a directory. Raise RunError where one does not finish."""
-    os.environ |= {
-        "XDG_CACHE_HOME": str(directory / "cache"),
-        "TMPDIR": str(directory),
-    }  # torch and data.py write there
+    os.environ |= {"XDG_CACHE_HOME": str(directory / "cache"), "TMPDIR": str(directory)}
     steps = EPOCHS[device] * STEPS_PER_EPOCH
     flags = f"{EVERYTHING} --train.device {device} --train.epochs {EPOCHS[device]}"
     alone, moved = RunDir(directory / "alone"), RunDir(directory / "moved")

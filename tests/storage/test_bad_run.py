@@ -150,11 +150,17 @@ def test_rows_that_cannot_be_read_are_refused_on_every_rank(world_size: int, run
     assert "Traceback" not in ranks.output()
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("resume", ["auto", "its path"])
 def test_checkpoint_of_another_version_is_refused_and_its_version_named(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world_size: int, resume: str, run: Path, tmp_path: Path
 ) -> None:
     path = shutil.copytree(run, tmp_path / "run")
-    manifest = path / "checkpoints" / "step-00000002" / "manifest.json"
-    manifest.write_text(json.dumps({"schema": 1, "sha256": {}}))
-    message = refusal(arguments(path, FAST), capsys)
-    assert "has format 1, not 2: lockstep 0.1 wrote it" in message
+    saved = path / "checkpoints" / "step-00000002"
+    (saved / "manifest.json").write_text(json.dumps({"schema": 1, "sha256": {}}))
+    flags = f"{FAST} --run.resume {saved if resume == 'its path' else resume}"
+    ranks = Ranks(world_size, arguments(path, flags), tmp_path / "logs")
+    assert set(ranks.wait()) == {2}
+    (line,) = [line for line in ranks.output().splitlines() if line.startswith("error: ")]
+    assert "has format 1, not 2: lockstep 0.1 wrote it" in line
+    assert "Traceback" not in ranks.output()

@@ -9,7 +9,7 @@ from typing import Any
 from train.config import Config
 
 # Changing one of these does not change the weights: whole sections, or single fields. (optim.nonfinite: until the first
-# such step both policies do the same, and after it only skip goes on.)
+# such step both policies do the same, and after it only `skip` continues.)
 NOT_TRAJECTORY = {
     *("run", "eval", "checkpoint", "log", "wandb", "optim.nonfinite", "optim.max_skips"),
     *("data.root", "data.download", "data.fallback"),

@@ -133,25 +133,22 @@ class Journal:
             self.fingerprints.clear()
 
     def _log(self) -> None:
-        """Write the row of the last of some steps.
-
-        Its seconds of each rank are means over the steps since the last row.
-        """
+        """Write a row for the newest step. `rank_seconds` are means over the steps since the row before."""
         plan, timing, result = self.plan, self.state.timing, self.unlogged[-1]
         per_second = timing.num_examples / max(timing.step_seconds, 1e-9)
         self.record_fingerprints()
-        is_finite = math.isfinite(result.loss)
-        if is_finite:
-            self.alarms.loss(result.step, result.loss)
+        # A step that was left out has no loss. In fp16 the norm overflows while the scale is being found.
+        loss = result.loss if math.isfinite(result.loss) else None
+        grad_norm = result.grad_norm if math.isfinite(result.grad_norm) else None
+        if loss is not None:
+            self.alarms.loss(result.step, loss)
         self.metrics.record(
             "train",
             result.step,
             epoch=result.step / plan.sampler.steps_per_epoch,
-            loss=result.loss if is_finite else None,  # a step that was left out
+            loss=loss,
             lr=optim.lr(plan.config.optim, result.step - 1, plan.total_steps),
-            grad_norm=result.grad_norm
-            if math.isfinite(result.grad_norm)
-            else None,  # fp16 overflows while it finds its scale
+            grad_norm=grad_norm,
             rank_seconds=self.alarms.ranks(result.step, [each.rank_seconds for each in self.unlogged]),
             images_per_second=round(per_second, 1),
             train_seconds=round(timing.train_seconds, 4),
@@ -183,7 +180,7 @@ def _blame(plan: Plan, result: StepResult) -> str:
     losses, step = result.loss_sums, result.step - 1
     bad = [index for index, loss in enumerate(losses) if not abs(loss) < float("inf")]
     if not bad:
-        return f"its {len(losses)} micro-batch(es) have finite losses, the gradient has not a finite norm"
+        return f"its {len(losses)} micro-batch(es) have finite losses, but the gradient norm is not finite"
     examples = plan.sampler.examples(step, *plan.sampler.micro_batch(step, bad[0])).tolist()
     named = ", ".join(map(str, examples[:MAX_NAMED_EXAMPLES])) + (", ..." if examples[MAX_NAMED_EXAMPLES:] else "")
     others = f" (and {len(bad) - 1} more)" if bad[1:] else ""

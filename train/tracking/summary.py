@@ -85,9 +85,7 @@ def summarize(plan: Plan, state: State, results: dict[str, Result], rows: list[R
 
 
 def phases(world: World) -> dict[str, list[float]]:
-    """Where the time of this life went: seconds, and each phase's share of them, by rank.
-
-    Collective: every rank must call it.
+    """Return the seconds of this attempt and each phase's share of them, by rank. Collective: every rank must call it.
 
     On the host's clock: what a GPU does counts in the phase in which the host waits for it, `log` on one and `reduce`
     on several.

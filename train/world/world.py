@@ -235,7 +235,8 @@ class World:
             source = int(first)  # on a GPU, this waits for the other ranks
         if source == self.world_size:
             return
-        content = json.dumps([type(error).__name__, str(error)]).encode()
-        name, message = json.loads(self.broadcast_bytes(content, source))
-        kinds: list[type[UserError | RunError]] = [UserError, RunError, *UserError.__subclasses__()]
-        raise {kind.__name__: kind for kind in kinds}[name](message)
+        classes: list[type[UserError | RunError]] = [UserError, RunError, *UserError.__subclasses__()]
+        kinds = {kind.__name__: kind for kind in classes}
+        names = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in kinds]  # the nearest one first
+        name, message = json.loads(self.broadcast_bytes(json.dumps([names[:1], str(error)]).encode(), source))
+        raise kinds[name[0]](message)
