@@ -1,6 +1,6 @@
 """Frozen dataclasses: the only home of defaults, units, ranges and rules. Nothing heavy is imported.
 
-A field's docstring is its help text. Its range is declared with its default and checked by `_check_ranges`. Rules about
+A field's docstring is its help text. Its range is declared with its default and checked by `Section`. Rules about
 ranks and devices are in `state.py` and `world/`. A wrong value is a UserError.
 """
 
@@ -46,18 +46,17 @@ def number(default: Any, low: float, high: float = LARGEST, unit: str = "", **op
     return field(default=default, metadata={"range": Range(low, high, unit, **options)})
 
 
-def _check_ranges(section: str, config: Any) -> None:
-    """Raise UserError for the first field whose value is outside its range."""
-    for declared in dataclasses.fields(config):
-        allowed, value = declared.metadata.get("range"), getattr(config, declared.name)
-        if allowed is not None and not allowed.holds(value):
-            path = f"{section}.{declared.name}" if section else declared.name
-            raise UserError(f"{path} is {value!s:.40}{' ' + allowed.unit if allowed.unit else ''}. Use {allowed}.")
+@dataclass(frozen=True)
+class Section:
+    """A part of the config. It refuses a number that is outside of its range, with UserError."""
 
-
-def _check(is_good: bool, message: str) -> None:
-    if not is_good:
-        raise UserError(message)
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
+        for declared in dataclasses.fields(self):
+            allowed, value = declared.metadata.get("range"), getattr(self, declared.name)
+            if allowed is not None and not allowed.holds(value):
+                path = f"{section}.{declared.name}".removeprefix(".")
+                raise UserError(f"{path} is {value!s:.40}{' ' + allowed.unit if allowed.unit else ''}. Use {allowed}.")
 
 
 def read_steps(name: str, text: str) -> tuple[int, int]:
@@ -69,7 +68,7 @@ def read_steps(name: str, text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """Where a run lives and how it starts."""
 
     dir: str = "runs"
@@ -82,16 +81,18 @@ class RunConfig:
     """Minutes after which the run saves and exits with code 75, as on a signal; 0: off. The next start continues it."""
 
     def __post_init__(self) -> None:
-        _check_ranges("run", self)
-        _check(bool(self.dir), "run.dir is empty. Give a directory, such as runs.")
+        super().__post_init__()
+        if not self.dir:
+            raise UserError("run.dir is empty. Give a directory, such as runs.")
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", self.name):
             allowed = "Use 1 to 200 letters, digits and . _ = + -: it names a directory."
             raise UserError(f"run.name is {self.name[:220]!r}. {allowed}")
-        _check(bool(self.resume), "run.resume is empty. Use auto, never, or the path of a checkpoint.")
+        if not self.resume:
+            raise UserError("run.resume is empty. Use auto, never, or the path of a checkpoint.")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Which images, and where they come from."""
 
     name: Literal["mnist", "fashion_mnist", "kmnist", "digits", "random"] = "mnist"
@@ -107,9 +108,6 @@ class DataConfig:
     random_examples: int = number(60000, 6, unit=EXAMPLES)
     """Training examples of the random data set (its test split has a sixth of it)."""
 
-    def __post_init__(self) -> None:
-        _check_ranges("data", self)
-
 
 CLASS_NAMES = {
     "fashion_mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"],
@@ -123,7 +121,7 @@ def class_names(data_name: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The network."""
 
     name: Literal["cnn", "vgg", "vgg_wide", "tiny", "tiny_bn"] = "cnn"
@@ -131,12 +129,9 @@ class ModelConfig:
     dropout: float = number(0.0, 0, 1, zero="off", is_open=True)
     """Probability of dropping a feature before the last layer, in training."""
 
-    def __post_init__(self) -> None:
-        _check_ranges("model", self)
-
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Section):
     """Random changes of training images, each off at 0 and a function of (seed, step, row of the global batch)."""
 
     shift: int = number(0, 0, 14, PIXELS, zero="off")
@@ -152,9 +147,6 @@ class AugmentConfig:
     erase_size: int = number(8, 1, 28, PIXELS)
     """Largest side of the blanked square, in pixels."""
 
-    def __post_init__(self) -> None:
-        _check_ranges("augment", self)
-
     @property
     def is_on(self) -> bool:
         """Whether anything changes the images."""
@@ -162,7 +154,7 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section):
     """The update. The learning rate is never scaled by the world size: the global batch does not depend on it."""
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -192,12 +184,9 @@ class OptimConfig:
     max_skips: int = number(10, 1, unit=STEPS)
     """Updates that optim.nonfinite skip may leave out in the whole run; one more stops it."""
 
-    def __post_init__(self) -> None:
-        _check_ranges("optim", self)
-
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Training length, batch sizes, precision and device."""
 
     epochs: int = number(1, 1)
@@ -231,7 +220,7 @@ class TrainConfig:
     """A:B: trace rank 0 in the steps after A up to B, to RUN/trace.json.gz, which ui.perfetto.dev opens."""
 
     def __post_init__(self) -> None:
-        _check_ranges("train", self)
+        super().__post_init__()
         asked: Any = self.cuda_graphs
         object.__setattr__(self, "cuda_graphs", {True: "on", False: "off"}.get(asked, asked))
         if self.profile_steps is not None:
@@ -240,8 +229,8 @@ class TrainConfig:
 
     def _check_micro_batches(self) -> None:
         size, count, limit = self.global_batch_size, self.num_micro_batches, self.max_micro_batch_size
-        wanted = "the largest world size, such as 8"
-        _check(count > 0 or not self.exact, f"train.exact needs train.num_micro_batches: {wanted}.")
+        if self.exact and not count:
+            raise UserError("train.exact needs train.num_micro_batches: the largest world size, such as 8.")
         if count > size:
             raise UserError(f"train.num_micro_batches is {count}, more than train.global_batch_size, {size} examples.")
         if count and size % count:
@@ -259,7 +248,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Section):
     """When the test split is evaluated, and in which batches."""
 
     every_steps: int = number(0, 0, unit=STEPS, zero="once an epoch")
@@ -267,12 +256,9 @@ class EvalConfig:
     batch_size: int = number(500, 1, unit=EXAMPLES)
     """Examples per pass: the same batches on every world size."""
 
-    def __post_init__(self) -> None:
-        _check_ranges("eval", self)
-
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When checkpoints are written and how many stay."""
 
     every_steps: int = number(0, 0, unit=STEPS, zero="once an epoch")
@@ -280,12 +266,9 @@ class CheckpointConfig:
     keep: int = number(2, 1)
     """Newest checkpoints that stay, in addition to the best."""
 
-    def __post_init__(self) -> None:
-        _check_ranges("checkpoint", self)
-
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(Section):
     """What is recorded during training."""
 
     every_steps: int = number(10, 1, unit=STEPS)
@@ -299,12 +282,9 @@ class LogConfig:
     report: bool = True
     """Write report.html at the end of the run."""
 
-    def __post_init__(self) -> None:
-        _check_ranges("log", self)
-
 
 @dataclass(frozen=True)
-class WandbConfig:
+class WandbConfig(Section):
     """Weights & Biases. It follows metrics.jsonl from a process of its own, and never slows or stops training."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -325,12 +305,9 @@ class WandbConfig:
     artifacts: bool = True
     """Keep the source code, the best checkpoint and the last one as artifacts."""
 
-    def __post_init__(self) -> None:
-        _check_ranges("wandb", self)
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """Everything that a run depends on."""
 
     seed: int = number(0, 0, math.inf)
@@ -345,6 +322,3 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-
-    def __post_init__(self) -> None:
-        _check_ranges("", self)
