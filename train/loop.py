@@ -40,8 +40,10 @@ def train(config: Config, world: World, run_dir: RunDir, argv: list[str]) -> Sum
     Raises UserError for bad config or data, RuntimeError for failures on the way.
     """
     began = time.perf_counter()
+    with world.raising_together():
+        lease = Lease(run_dir.path, is_main=world.is_main)
     with (
-        take_lease(run_dir, world) as lease,
+        lease,
         Metrics(config, run_dir.path, is_main=world.is_main, total_steps=0) as metrics,
         Watchdog(world.clock, run_dir.heartbeats, world.rank, world.world_size),  # not for a run that the lease refused
     ):
@@ -218,38 +220,19 @@ def find_checkpoint(
     Collective: every rank must call it.
     """
     found: tuple[Path, checkpoint.Files] | None = None
-    error = None
     # A restart has its launcher's arguments, but continues from what its earlier attempts have saved.
     resume = "auto" if is_restart() and checkpoint.directories(checkpoints) else config.run.resume
-    if world.is_main:
-        try:
-            if resume == "auto":
-                found = checkpoint.latest(checkpoints, metrics.say)
-            elif resume == "never":
-                if checkpoint.directories(checkpoints):
-                    raise UserError(f"{checkpoints.parent} holds a run, and run.resume is never. Use another run.name.")
-            else:
-                path = Path(resume)
-                found = path, checkpoint.read(path)
-        except UserError as problem:
-            error = problem
-    world.raise_on_all_ranks(error)
+    with world.raising_together():
+        if world.is_main and resume == "auto":
+            found = checkpoint.latest(checkpoints, metrics.say)
+        elif world.is_main and resume != "never":
+            found = Path(resume), checkpoint.read(Path(resume))
+        elif world.is_main and checkpoint.directories(checkpoints):
+            raise UserError(f"{checkpoints.parent} holds a run, and run.resume is never. Use another run.name.")
     source = world.broadcast(str(found[0]) if found else None)
     files = found[1] if found else {}
     received = {name: world.broadcast_bytes(files.get(name, b"")) for name in world.broadcast(list(files))}
     return (source, checkpoint.decode(received)) if source else None
-
-
-def take_lease(run_dir: RunDir, world: World) -> Lease:
-    """Take the right to write into the run directory, or raise UserError. Collective: every rank must call it."""
-    lease, error = None, None
-    try:
-        lease = Lease(run_dir.path, is_main=world.is_main)
-    except UserError as problem:
-        error = problem
-    world.raise_on_all_ranks(error)
-    assert lease is not None
-    return lease
 
 
 def on_main_rank(world: World, place: Path, kind: type[UserError | RunError], action: Callable[[], T]) -> T | None:
@@ -257,13 +240,12 @@ def on_main_rank(world: World, place: Path, kind: type[UserError | RunError], ac
 
     Collective: every rank must call it.
     """
-    result, error = None, None
-    if world.is_main:
+    result = None
+    with world.raising_together():
         try:
-            result = action()
-        except UserError as problem:  # a file that cannot be read
-            error = kind(str(problem))
+            result = action() if world.is_main else None
         except OSError as problem:
-            error = kind(f"{problem.filename or place} cannot be written: {problem.strerror}. Nothing was deleted.")
-    world.raise_on_all_ranks(error)
+            raise kind(
+                f"{problem.filename or place} cannot be written: {problem.strerror}. Nothing was deleted."
+            ) from problem
     return result

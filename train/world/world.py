@@ -7,10 +7,12 @@ costs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -219,6 +221,16 @@ class World:
                 buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             dist.broadcast(buffer, source)
             return buffer.cpu().numpy().tobytes()
+
+    @contextlib.contextmanager
+    def raising_together(self) -> Iterator[None]:
+        """Raise the first UserError or RunError of the block on every rank. Collective: every rank must call it."""
+        error = None
+        try:
+            yield
+        except (UserError, RunError) as problem:
+            error = problem
+        self.raise_on_all_ranks(error)
 
     def raise_on_all_ranks(self, error: UserError | RunError | None) -> None:
         """Raise the first rank's error on every rank, if any has one. Collective: every rank must call it."""
