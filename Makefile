@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -q -n 3 --dist loadgroup
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: train test exact-demo faults gpu-check lint audit help
+.PHONY: train test test-all exact-demo faults gpu-check lint audit help
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -12,8 +13,11 @@ help:  ## print this list
 train: $(VENV)/.ready  ## train configs/quickstart.yaml on all GPUs of this machine, or on the CPU
 	$(BIN)/python -m launch run -- --config configs/quickstart.yaml
 
-test: $(VENV)/.ready-dev  ## run the test suite
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.ready-dev  ## test every law in its smallest form (under 10 minutes on 2 cores)
+	$(PYTEST) -m 'not slow'
+
+test-all: test  ## test the same, then everything else: larger worlds, longer runs, rehearsals (another 10 minutes)
+	$(PYTEST) -m slow
 
 exact-demo: $(VENV)/.ready  ## train on 1, 2 and 4 processes, kill one, compare the bits (under 2 minutes)
 	$(BIN)/python -m launch demo

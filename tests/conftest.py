@@ -38,6 +38,13 @@ VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else the first question for GPUs fixes the answer for this process
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one worker, where they share their fixtures, and so all tests that start Slurm."""
+    for item in items:
+        is_slurm = item.path.parent.name == "slurm"
+        item.add_marker(pytest.mark.xdist_group("slurm" if is_slurm else item.path.name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """W&B off, the data cache in a temporary directory, no GPU and no launcher's variables, for the whole session."""
