@@ -45,7 +45,7 @@ def count_micro_batches(config: Config, nodes: int, per_node: int, has_norm: boo
     from train.state import resolve_num_micro_batches
 
     try:
-        return resolve_num_micro_batches(config, nodes * per_node, has_batch_norm=has_norm)
+        return resolve_num_micro_batches(config.train, nodes * per_node, has_batch_norm=has_norm)
     except UserError as error:
         largest = config.train.num_micro_batches or (0 if has_norm else config.train.global_batch_size)
         if not largest:

@@ -68,7 +68,7 @@ def check_world(config: Config, world_size: int) -> None:
     from train.state import resolve_num_micro_batches
 
     has_batch_norm = bool(models.batch_norms(models.build(config.model, config.seed)))
-    resolve_num_micro_batches(config, world_size, has_batch_norm=has_batch_norm)
+    resolve_num_micro_batches(config.train, world_size, has_batch_norm=has_batch_norm)
 
 
 def check_lines(path: Path, arguments: list[str]) -> None:

@@ -48,14 +48,16 @@ def number(default: Any, low: float, high: float = LARGEST, unit: str = "", **op
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the config. It refuses a number that is outside of its range, with UserError."""
+    """A part of the config. It refuses null and a number that is outside of its range, with UserError."""
 
     def __post_init__(self) -> None:
         section = type(self).__name__.removesuffix("Config").lower()
         for declared in dataclasses.fields(self):
-            allowed, value = declared.metadata.get("range"), getattr(self, declared.name)
+            path, value = f"{section}.{declared.name}".removeprefix("."), getattr(self, declared.name)
+            if value is None and declared.default is not None:
+                raise UserError(f"{path} is null. Give a value, or leave it out.")
+            allowed = declared.metadata.get("range")
             if allowed is not None and not allowed.holds(value):
-                path = f"{section}.{declared.name}".removeprefix(".")
                 raise UserError(f"{path} is {value!s:.40}{' ' + allowed.unit if allowed.unit else ''}. Use {allowed}.")
 
 

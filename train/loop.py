@@ -86,7 +86,7 @@ def open_run(
     source = data.load(config.data, world, metrics.say)
     plan, state = set_up(config, world, source)
     metrics.total_steps = plan.total_steps
-    found = find_checkpoint(config, lease.checkpoints, metrics, world)
+    found = find_checkpoint(config.run.resume, lease.checkpoints, metrics, world)
     resumed_from = found[0] if found else None
     warnings = restore(plan, state, found[1], found[0]) if found else []
 
@@ -213,7 +213,7 @@ def save(plan: Plan, state: State, lease: Lease, metrics: Metrics, journal: Jour
 
 
 def find_checkpoint(
-    config: Config, checkpoints: Path, metrics: Metrics, world: World
+    resume: str, checkpoints: Path, metrics: Metrics, world: World
 ) -> tuple[str, checkpoint.Snapshot] | None:
     """Return the path and the content of the checkpoint to continue from, or None.
 
@@ -221,7 +221,7 @@ def find_checkpoint(
     """
     found: tuple[Path, checkpoint.Files] | None = None
     # A restart has its launcher's arguments, but continues from what its earlier attempts have saved.
-    resume = "auto" if is_restart() and checkpoint.directories(checkpoints) else config.run.resume
+    resume = "auto" if is_restart() and checkpoint.directories(checkpoints) else resume
     with world.raising_together():
         if world.is_main and resume == "auto":
             found = checkpoint.latest(checkpoints, metrics.say)

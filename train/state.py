@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from train.config import Config
+from train.config import Config, TrainConfig
 from train.errors import UserError, one_line
 from train.functional import models, optim
 from train.functional.sampler import Sampler, coverage_checksum
@@ -141,30 +141,24 @@ class State:
         return {"raw": self.module} | ({"ema": self.ema.model} if self.ema else {})
 
 
-def resolve_num_micro_batches(config: Config, world_size: int, *, has_batch_norm: bool) -> int:
+def resolve_num_micro_batches(config: TrainConfig, world_size: int, *, has_batch_norm: bool) -> int:
     """Return the number of micro-batches of a step. Raises UserError if the config does not fit the world size."""
-    asked, size, limit = (
-        config.train.num_micro_batches,
-        config.train.global_batch_size,
-        config.train.max_micro_batch_size,
-    )
-    if not asked:
-        if has_batch_norm:
-            raise UserError(
-                f"Model {config.model.name} has BatchNorm, so train.num_micro_batches decides what it learns. "
-                "Set it to the largest world size that you want to use, such as --train.num_micro_batches 8."
-            )
-        if size < world_size:
-            raise UserError(
-                f"train.global_batch_size is {size}, fewer than {world_size} ranks. Use {world_size} or more."
-            )
-        return world_size * (-(-size // (world_size * limit)) if limit else 1)
-    if asked < world_size:
+    asked, size, limit = config.num_micro_batches, config.global_batch_size, config.max_micro_batch_size
+    if asked >= world_size:
+        return asked
+    if asked:
         raise UserError(
             f"{world_size} processes cannot share train.num_micro_batches {asked}. Use at most {asked} processes, or "
             f"--train.num_micro_batches {2 ** math.ceil(math.log2(world_size))} (another run: it changes the result)."
         )
-    return asked
+    if has_batch_norm:
+        raise UserError(
+            "This model has BatchNorm, so train.num_micro_batches decides what it learns. "
+            "Set it to the largest world size that you want to use, such as --train.num_micro_batches 8."
+        )
+    if size < world_size:
+        raise UserError(f"train.global_batch_size is {size}, fewer than {world_size} ranks. Use {world_size} or more.")
+    return world_size * (-(-size // (world_size * limit)) if limit else 1)
 
 
 def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
@@ -175,7 +169,7 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     if config.train.compile:
         module.compile()
     batch_norms = models.batch_norms(module)
-    num_micro_batches = resolve_num_micro_batches(config, world.world_size, has_batch_norm=bool(batch_norms))
+    num_micro_batches = resolve_num_micro_batches(config.train, world.world_size, has_batch_norm=bool(batch_norms))
     sampler = Sampler(len(data.train), config.train.global_batch_size, num_micro_batches, config.seed)
     ema = optim.Ema(module, config.optim.ema) if config.optim.ema else None
     model, optimizer = world.prepare(module, optim.build(config.optim, module))
