@@ -55,7 +55,7 @@ def figures(record: Record) -> list[tuple[str, str, RenderableType]]:
         found += [("images/s", known["images/s"], ""), ("time left", duration(trained["seconds_left"]), "")]
     if evaluated:
         where = f"{evaluated['split']}, step {evaluated['step']:,}{', averaged' if record.is_averaged else ''}"
-        accuracies = [*record.series("eval", "accuracy", record.is_averaged).values()]
+        accuracies = [*record.series("eval", "accuracy").values()]
         found.insert(2, ("accuracy", f"{known['accuracy']} ({where})", sparkline(accuracies)))
     saved = "none yet" if record.saved_step < 0 else f"step {record.saved_step:,}"
     return [*found, ("processes", known["processes"], ""), ("checkpoint", saved, "")]

@@ -62,20 +62,20 @@ def test_page_lands_in_the_run_and_says_what_the_run_says(run: Path, capsys: pyt
         "finished",
         "started again",
     )
-    mistakes = ("4 → 9 21", "100 mistakes, the most confident first", "0 → 1 99.0%", "82.1% 21 wrong", "the 3 filters")
+    mistakes = ("100 mistakes, the most confident first", "0 → 1 99.0%", "82.1% 21 wrong", "the 3 filters")
     environment = (
         "torch 2.15.0",
-        "cpu x86_64, 2 thread(s)",
+        "device cpu x86_64 CPU threads per process 2",
         "c0ffee+",
-        "60,000 train, 10,000 test",
+        "data.num_train_examples 60000 data.num_test_examples 10000",
         "python -m train --seed 1",
     )
-    phases = ("rank 0 rank 1 data 12.5% 25.0% forward_backward 87.5% 75.0%",)
-    for said in (*phases, *headline, *curves, *attempts, *mistakes, *environment, "model cnn"):
+    phases = ("data 18.8% (12.5% to 25.0%) forward_backward 81.2% (75.0% to 87.5%)",)
+    for said in (*phases, *headline, *curves, *attempts, *mistakes, *environment, "model.name cnn"):
         assert said in found.text, said
     assert (found.count("svg"), found.count("table", **{"class": "matrix"})) == (6, 1)
     assert found.count("img") == 100 + 3
-    assert "FALLBACK" not in found.text.upper().replace("FALLBACK DATA NO", "")
+    assert "FALLBACK" not in found.text.upper().replace("DATA.IS_FALLBACK FALSE", "")
 
 
 def test_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_averaged_weights_are_the_result_where_there_are_any(tmp_path: Path) -> 
     results = {"raw": make_evaluation(), "ema": make_evaluation(99, {(8, 1): 8})}
     averaged = {"ema_weights_sha256": "e" * 64, "results": results}
     text = page(tmp_path, make_run(tmp_path / "run", rows, make_summary(**averaged))).text
-    for said in ("99.20% of 1,000 mnist test images, averaged weights", "e" * 12, "8 → 1 8", "test, averaged weights"):
+    for said in ("99.20% of 1,000 mnist test images, averaged weights", "e" * 12, "8 wrong", "test, averaged weights"):
         assert said in text, said
 
 
@@ -199,7 +199,7 @@ def test_extremes_are_drawn(tmp_path: Path) -> None:
     config = Config(data=DataConfig(name="fashion_mnist"))
     summary = make_summary(results={"raw": make_evaluation(100, {})})
     text = page(tmp_path, make_run(tmp_path / "perfect", rows, summary, config, mistakes=0)).text
-    assert all(said in text for said in ("100.00%", "Trouser", "no mistakes", "nothing recorded yet"))
+    assert all(said in text for said in ("100.00%", "Trouser", "100.0% 0 wrong", "nothing recorded yet"))
     wrong = [{**row, "accuracy": 0.0, "correct": 0} if row["event"] == "eval" else row for row in make_rows()]
     assert "0.00% of 1,000" in page(tmp_path, make_run(tmp_path / "wrong", wrong, None)).text
     assert "not evaluated" in page(tmp_path, make_run(tmp_path / "young", make_rows()[:2], None)).text

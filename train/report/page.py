@@ -16,11 +16,10 @@ from train.config import Config, class_names
 from train.errors import UserError
 from train.report import records as recorded
 from train.report.charts import PANELS, VARIABLES, colour_of, legend, svg
-from train.report.records import Record, duration, facts
+from train.report.records import Record, duration, facts, flat
 from train.rundir import RunDir, write_atomically
 
 MISSING = 'A report needs matplotlib and jinja2: pip install "lockstep[report]".'
-NO_SOFTWARE: Any = {"Software": None}  # matplotlib would write its version into each image
 MAX_MISTAKES = 100  # of all runs together, but 10 of each
 Table = list[tuple[str, list[str]]]  # rows (name, texts), with one text where all columns have the same
 
@@ -55,26 +54,21 @@ def page(records: list[Record]) -> str:
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     options: Any = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     groups = recorded.groups(records)
-    colours = [VARIABLES.get(colour_of(groups, index, None)) for index in range(len(groups))]
-    several = [group for group in groups if len(group.records) > 1]
-    most = max(MAX_MISTAKES // len(records), 10)
-    best = max(records, key=lambda record: record.last("eval").get("accuracy", 0))
-    phases = recorded.phases(records)
     return (
         jinja2.Environment(autoescape=True, **options)
         .from_string(template)
         .render(
+            names=[record.name for record in records],
             title=recorded.title(records),
             banner=recorded.banner(records),
             subtitle=recorded.subtitle(records),
-            runs=[(group.name, colour, facts(group.records)) for group, colour in zip(groups, colours, strict=True)],
-            members=[(record.name, facts([record])) for group in several for record in group.records],
+            groups=[(group, VARIABLES[colour_of(index)], facts(group.records)) for index, group in enumerate(groups)],
+            members=[(each.name, facts([each])) for group in groups for each in group.records if group.records[1:]],
             legend=[(text, VARIABLES[colour], kind) for text, colour, kind in legend(groups)],
             charts={name: markupsafe.Markup(svg(groups, name)) for name in PANELS},
-            samples=[(record, record is best, samples(record, most), matrix(record)) for record in records],
+            samples=[(each, *samples(each, max(MAX_MISTAKES // len(records), 10)), matrix(each)) for each in records],
             attempts=[(record, attempts(record)) for record in records],
-            phases=(list(phases), table(list(phases.values()))),
-            names=[record.name for record in records],
+            phases=table([recorded.phases(record) for record in records]),
             config=changes(records),
             environment=table([recorded.environment(record) for record in records]),
         )
@@ -98,74 +92,58 @@ def changes(records: list[Record]) -> Table:
     return [(name, texts) for name, texts in table(configs) if len(texts) > 1]
 
 
-def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Return `{"section.field": value}` of what config.yaml holds, without the section `run`."""
-    found = {"seed": config.get("seed")} if config else {}
-    for section, fields in config.items():
-        if isinstance(fields, dict) and section != "run":
-            found |= {f"{section}.{name}": value for name, value in fields.items()}
-    return found
-
-
 def attempts(record: Record) -> list[list[str]]:
     """Return the rows of the table of a run's starts."""
     rows = []
     for attempt in record.attempts:
         (start_time, start_step), (end_time, end_step) = attempt.points[0], attempt.points[-1]
         started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(start_time))
-        end = f"{attempt.end} ({attempt.signal})" if attempt.end == "preempted" else attempt.end
         steps = f"{start_step:,} to {end_step:,}"
-        rows.append([started, duration(end_time - start_time), str(attempt.world_size), steps, end])
+        rows.append([started, duration(end_time - start_time), str(attempt.world_size), steps, attempt.end])
     return rows
 
 
 def matrix(record: Record) -> dict[str, Any] | None:
     """Return the confusion matrix for the template; None if there is none.
 
-    It has cells (count, heat 0..1), bars (accuracy, mistakes, length 0..1) per class and the most frequent mistakes.
+    It has rows of cells (count, heat 0..1), and per class a bar (name, accuracy, mistakes, length 0..1).
     """
     summary = record.summary
     if not summary or not summary.final:
         return None
     counts, names = summary.final.confusion, class_names(record.data_name)
-    cells = [(count, label, guess) for label, row in enumerate(counts) for guess, count in enumerate(row)]
-    wrong = sorted((cell for cell in cells if cell[0] and cell[1] != cell[2]), key=lambda cell: -cell[0])
-    most = math.log1p(wrong[0][0] if wrong else 1)
+    wrong = [sum(row) - row[label] for label, row in enumerate(counts)]
     shares = [row[label] / max(sum(row), 1) for label, row in enumerate(counts)]
     floor = max(min(math.floor(min(shares) * 100 - 1) / 100, 0.99), 0.0)  # where the bars begin
+    lengths = [(share - floor) / (1 - floor) for share in shares]
+    most = max(count for label, row in enumerate(counts) for guess, count in enumerate(row) if label != guess)
+    rows = [[(count, math.log1p(count) / math.log1p(max(most, 1))) for count in row] for row in counts]
     num_wrong = summary.num_examples - summary.final.correct
     return {
         "heading": f"{num_wrong:,} of {summary.num_examples:,} {summary.split} images wrong",
         "names": names,
-        "rows": [[(count, math.log1p(count) / most) for count in row] for row in counts],
-        "classes": [
-            (share, sum(counts[label]) - counts[label][label], (share - floor) / (1 - floor))
-            for label, share in enumerate(shares)
-        ],
+        "rows": list(zip(names, rows, strict=True)),
+        "classes": list(zip(names, shares, wrong, lengths, strict=True)),
         "floor": floor,
-        "pairs": [(f"{names[label]} → {names[guess]}", count) for count, label, guess in wrong[:8]],
     }
 
 
-def samples(record: Record, most: int) -> dict[str, Any]:
-    """Return mistakes and filters of a finished run as images for the template; no images if the run left none."""
+def samples(record: Record, most: int) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """Return at most `most` mistakes and the filters of a finished run; their images are data URIs for the template."""
     path = RunDir(record.path).samples
-    if not record.summary or record.summary.outcome != "finished" or not path.exists():
-        return {"mistakes": [], "filters": []}
+    if not record.summary or not record.summary.final or not path.exists():
+        return [], []
     import safetensors.numpy
 
     try:
-        tensors = safetensors.numpy.load_file(path)
-        fields = ("labels", "predictions", "confidences", "positions")
-        labels, guesses, confidences, positions = (tensors[f"mistakes_{name}"][:most].tolist() for name in fields)
-        images = [image_uri(image, "gray", 0, 255) for image in tensors["mistakes_images"][:most]]
-        names = class_names(record.data_name)
-        labels, guesses = [names[label] for label in labels], [names[guess] for guess in guesses]
+        tensors, names = safetensors.numpy.load_file(path), class_names(record.data_name)
+        fields = ("labels", "predictions", "confidences", "positions", "images")
+        mistakes = zip(*(tensors[f"mistakes_{name}"][:most] for name in fields), strict=True)
         limit = float(abs(tensors["filters"]).max())
-        return {
-            "mistakes": list(zip(labels, guesses, confidences, positions, images, strict=True)),
-            "filters": [image_uri(values, "RdBu_r", -limit, limit) for values in tensors["filters"]],
-        }
+        return [
+            (names[label], names[guess], confidence, position, image_uri(image, "gray", 0, 255))
+            for label, guess, confidence, position, image in mistakes
+        ], [image_uri(values, "RdBu_r", -limit, limit) for values in tensors["filters"]]
     except (OSError, KeyError, IndexError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete it to draw the run without it.") from error
 
@@ -174,6 +152,7 @@ def image_uri(pixels: Any, colours: str, low: float, high: float) -> str:
     """Return a two-dimensional array as a PNG in a data URI."""
     from matplotlib.image import imsave
 
-    content, options = io.BytesIO(), {"optimize": True}
-    imsave(content, pixels, low, high, colours, format="png", metadata=NO_SOFTWARE, pil_kwargs=options)
+    content = io.BytesIO()
+    metadata: Any = {"Software": None}  # matplotlib would write its version
+    imsave(content, pixels, low, high, colours, format="png", metadata=metadata, pil_kwargs={"optimize": True})
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()

@@ -16,7 +16,16 @@ from train.errors import UserError
 from train.functional.trajectory import trajectory
 from train.rundir import EXAMPLE, Row, RunDir, Summary
 
-MAX_RANK_COLUMNS = 8  # of more ranks, only the range is shown
+# The fields of the config that stand in the page's subtitle.
+RECIPE = (
+    "model.name",
+    "train.global_batch_size",
+    "optim.name",
+    "optim.lr",
+    "optim.schedule",
+    "train.precision",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,8 @@ class Attempt:
 
     world_size: Any
     points: list[tuple[float, int]]  # (seconds since 1970, step) of its rows
-    end: str  # finished, preempted, or not recorded: killed, crashed or still running
-    signal: str | None  # that preempted it
+    end: str  # finished, preempted (SIGNAL), or not recorded: killed, crashed or still running
+    is_preempted: bool
 
 
 @dataclass(frozen=True)
@@ -39,18 +48,17 @@ class Record:
     summary: Summary | None
     config: dict[str, Any]
 
-    def series(self, event: str, field: str, ema: bool | None = None) -> dict[int, float]:
-        """Return {step: value} of a field of an event's rows, where it is a number; `ema` selects eval rows."""
-        rows = [row for row in self.rows if row["event"] == event and ema in (None, row.get("ema"))]
+    def series(self, event: str, field: str) -> dict[int, float]:
+        """Return {step: value} of a field of an event's rows, where it is a number.
+
+        If the run averages its weights, the evaluations are those of the average: their rows come last.
+        """
+        rows = [row for row in self.rows if row["event"] == event]
         return {row["step"]: row[field] for row in rows if isinstance(row.get(field), (int, float))}
 
     def last(self, event: str) -> Row:
         """Return the last row of an event, or {}. Averaged weights are evaluated after the others, so they count."""
         return next((row for row in reversed(self.rows) if row["event"] == event), {})
-
-    def figure(self, name: str) -> float | None:
-        """Return a number of the summary, or of the last train row if there is no summary."""
-        return getattr(self.summary, name, None) or self.last("train").get(name)
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -59,20 +67,19 @@ class Record:
         found: list[Attempt] = []
         for start, stop in itertools.pairwise([*starts, len(self.rows)]):
             rows = self.rows[start:stop]
-            points = [(row.get("time", 0.0), row["step"]) for row in rows]
-            signals = [row.get("signal") for row in rows if row["event"] == "preempted"]
-            is_last_step = rows[-1]["step"] == self.total_steps
-            if is_last_step and len(rows) == 1 and found:
-                continue
-            end = "finished" if is_last_step else "preempted" if signals else "not recorded"
-            found.append(Attempt(rows[0].get("world_size"), points, end, signals[0] if signals else None))
+            is_finished = rows[-1]["step"] == self.total_steps
+            signals = [row.get("signal") for row in rows if row["event"] == "preempted" and not is_finished]
+            end = f"preempted ({signals[0]})" if signals else "finished" if is_finished else "not recorded"
+            if not is_finished or len(rows) > 1 or not found:
+                points = [(row.get("time", 0.0), row["step"]) for row in rows]
+                found.append(Attempt(rows[0].get("world_size"), points, end, bool(signals)))
         return found
 
     def marks(self, event: str) -> list[int]:
         """Return the steps at which the run was started again (`start`) or stopped (`preempted`)."""
         if event == "start":
-            return sorted({attempt.points[0][1] for attempt in self.attempts[1:]})
-        return sorted({attempt.points[-1][1] for attempt in self.attempts if attempt.end == "preempted"})
+            return [attempt.points[0][1] for attempt in self.attempts[1:]]
+        return [attempt.points[-1][1] for attempt in self.attempts if attempt.is_preempted]
 
     @property
     def saved_step(self) -> int:
@@ -128,9 +135,7 @@ def read(run_dir: Path, name: str) -> Record:
         raise UserError(f"{run_dir} {problem}. Expected the directory of a run, such as {EXAMPLE}.")
     rows = files.read_rows()
     if not any(row["event"] in ("train", "eval") for row in rows):
-        raise UserError(
-            f"{files.metrics} has no train or eval rows. Expected one per log.every_steps. Try again when it has some."
-        )
+        raise UserError(f"{files.metrics} has no train or eval rows yet. Expected one per log.every_steps.")
     summary = files.read_summary()
     is_current = summary is not None and summary.step == rows[-1]["step"]
     return Record(run_dir, name, rows, summary if is_current else None, files.read_config() or {})
@@ -161,40 +166,27 @@ def facts(records: list[Record]) -> dict[str, str]:
     """Return the main figures of one run, or of several that differ in the seed, by heading."""
     results = [result for record in records if (result := record.last("eval"))]
     wrong = [result["num_examples"] - result["correct"] for result in results]
-    seconds, speeds = ([record.figure(name) for record in records] for name in ("train_seconds", "images_per_second"))
+    measured = [vars(record.summary) if record.summary else record.last("train") for record in records]
+    seconds, speeds = (
+        [values[name] for values in measured if values.get(name) is not None]
+        for name in ("train_seconds", "images_per_second")
+    )
+    steps = [f"{record.last_step:,} of {record.total_steps or 0:,}" for record in records]
+    outcomes = {record.summary.outcome if record.summary else "unfinished" for record in records} - {"finished"}
+    attempts = [attempt for record in records for attempt in record.attempts]
+    num_restarts = max(len(attempts) - len(records), 0)
+    sizes = " → ".join(dict.fromkeys(str(attempt.world_size) for attempt in attempts))
     hashes = {record.weights for record in records}
     return {
         "accuracy": spread([result["accuracy"] for result in results], ".2%"),
         "wrong": f"{spread(wrong, '.4g')} of {results[-1]['num_examples']:,}" if results else "not evaluated",
         "loss": spread([result["loss"] for result in results], ".4f"),
-        "steps": _steps(records),
-        "seconds of training": spread([value for value in seconds if value is not None], ",.1f"),
-        "images/s": spread([value for value in speeds if value is not None], ",.0f"),
-        "processes": _processes(records),
+        "steps": ", ".join([*dict.fromkeys(steps), *sorted(outcomes)]),
+        "seconds of training": spread(seconds, ",.1f"),
+        "images/s": spread(speeds, ",.0f"),
+        "processes": f"{sizes} ({num_restarts} restart{'s' if num_restarts > 1 else ''})" if num_restarts else sizes,
         "weights": (hashes.pop() or "-")[:12] if len(hashes) == 1 else f"{len(hashes)} different",
     }
-
-
-def _steps(records: list[Record]) -> str:
-    """Return how far the runs are, such as `60 of 90, unfinished`."""
-    ends = sorted({record.last_step for record in records})
-    text = f"{ends[0]:,} to {ends[-1]:,}" if len(ends) > 1 else f"{ends[0]:,}"
-    total, *others = {record.total_steps for record in records}
-    if total is not None and not others:
-        text += f" of {total:,}"
-    outcomes = {record.summary.outcome if record.summary else "unfinished" for record in records} - {"finished"}
-    return ", ".join([text, *sorted(outcomes)])
-
-
-def _processes(records: list[Record]) -> str:
-    """Return the world sizes of the attempts in their order and the number of restarts: `4 → 2 (1 restart)`."""
-    sizes = [str(attempt.world_size) for record in records for attempt in record.attempts]
-    num_restarts = max(len(sizes) - len(records), 0)
-    sizes = list(dict.fromkeys(sizes)) if len(records) > 1 else [size for size, _ in itertools.groupby(sizes)]
-    if len(sizes) > 4:
-        sizes = [sizes[0], "...", sizes[-1]]
-    counted = {0: "", 1: " (1 restart)"}.get(num_restarts, f" ({num_restarts} restarts)")
-    return (" → ".join(sizes) or "-") + counted
 
 
 @dataclass(frozen=True)
@@ -212,9 +204,9 @@ class Group:
         common = os.path.commonprefix(names).rstrip("-_.=+") or names[0]  # noqa: RUF071 - of characters
         return f"{common}, {len(self.records)} seeds"
 
-    def series(self, event: str, field: str, ema: bool | None = None) -> tuple[list[int], list[list[float]]]:
+    def series(self, event: str, field: str) -> tuple[list[int], list[list[float]]]:
         """Return the steps that all runs have, and at each step the runs' values."""
-        runs = [record.series(event, field, ema) for record in self.records]
+        runs = [record.series(event, field) for record in self.records]
         steps = sorted(set.intersection(*map(set, runs)))
         return steps, [[run[step] for run in runs] for step in steps]
 
@@ -248,26 +240,18 @@ def title(records: list[Record]) -> str:
 
 def subtitle(records: list[Record]) -> str:
     """Return in one line how the runs were trained: what their configs have in common."""
-    recipes = [_recipe(record) for record in records]
-    return "   ·   ".join(part for part in recipes[-1] if all(part in parts for parts in recipes))
+    configs = [flat(record.config) for record in records]
+    shared = [name for name in RECIPE if name in configs[0] and len({str(config.get(name)) for config in configs}) == 1]
+    return "   ·   ".join([records[-1].data_name, *(f"{name} {configs[0][name]}" for name in shared)])
 
 
-def _recipe(record: Record) -> list[str]:
-    """Return in a few short parts how a run was trained; [] without its config."""
-    config = record.config
-    if not {"model", "optim", "train"} <= config.keys():
-        return []
-    train, optim = config["train"], config["optim"]
-    parts = [
-        record.data_name,
-        f"model {config['model']['name']}",
-        f"{train['global_batch_size']} examples per step",
-        f"{optim['name']}, lr {optim['lr']:g}, {optim['schedule']}",
-        train["precision"],
-        f"exact, {train.get('num_micro_batches', 'several')} micro-batches" if train["exact"] else "",
-        f"seed {config.get('seed')}",
-    ]
-    return [part for part in parts if part]
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `{"section.field": value}` of what config.yaml holds, without the section `run`."""
+    found = {"seed": config.get("seed")} if config else {}
+    for section, fields in config.items():
+        if isinstance(fields, dict) and section != "run":
+            found |= {f"{section}.{name}": value for name, value in fields.items()}
+    return found
 
 
 def banner(records: list[Record]) -> str:
@@ -286,42 +270,21 @@ def step_label(records: list[Record]) -> str:
     return f"step ({lengths.pop()} per epoch)" if len(lengths) == 1 else "step"
 
 
-def phases(records: list[Record]) -> dict[str, dict[str, str]]:
-    """Return {column: {phase: share of the last attempt's time}}.
-
-    A single run on a few ranks has a column per rank. Otherwise each run has one, with the range over its ranks.
-    """
-    columns: dict[str, dict[str, str]] = {}
-    for record in records:
-        shares = dict(record.summary.phases) if record.summary else {}
-        num_ranks = len(shares.pop("seconds", []))
-        if len(records) == 1 and 1 < num_ranks <= MAX_RANK_COLUMNS:
-            for rank in range(num_ranks):
-                columns[f"rank {rank}"] = {name: f"{values[rank]:.1%}" for name, values in shares.items()}
-        else:
-            columns[record.name] = {name: spread(values, ".1%") for name, values in shares.items()}
-    return columns
+def phases(record: Record) -> dict[str, str]:
+    """Return each phase's share of the last attempt's time, with its range over the ranks."""
+    shares = record.summary.phases if record.summary else {}
+    return {name: spread(values, ".1%") for name, values in shares.items() if name != "seconds"}
 
 
-def environment(record: Record) -> dict[str, str]:
-    """Return where and with what a run was trained, by heading."""
-    data, summary = record.data, record.summary
-    sizes = [f"{data[name]:,} {name[4:-9]}" for name in data if name.startswith("num_")]
+def environment(record: Record) -> dict[str, Any]:
+    """Return where and with what a run was trained, by name."""
     command = map(str, record.last("start").get("command", []))
-    found = {
-        "data": f"{record.data_name}: {', '.join(sizes)} images" if sizes else record.data_name,
-        "data SHA-256": data.get("sha256", "")[:16],
-        "fallback data": "YES" if data.get("is_fallback") else "no",
-        "processes": " → ".join(str(attempt.world_size) for attempt in record.attempts),
-        "command": shlex.join(["python", "-m", "train", *command]),
-    }
-    if summary:
-        machine, versions = summary.environment, {"lockstep": "", "python": "", **summary.versions}
-        threads = f", {machine['num_threads']} thread(s) per process" if machine.get("num_threads") else ""
-        found |= {
-            "device": f"{summary.device} {machine.get('device', '')}{threads}",
-            "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
-            "commit": summary.git_commit or "",
-            "weights SHA-256": summary.final_weights_sha256,
-        }
-    return {name: text for name, text in found.items() if text}
+    found = {f"data.{name}": value for name, value in record.data.items()}
+    found["command"] = shlex.join(["python", "-m", "train", *command])
+    if record.summary:
+        machine = record.summary.environment
+        found["device"] = f"{record.summary.device} {machine.get('device', '')}"
+        found["CPU threads per process"] = machine.get("num_threads")
+        found |= record.summary.versions
+        found |= {"commit": record.summary.git_commit, "weights SHA-256": record.weights}
+    return found
