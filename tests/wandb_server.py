@@ -1,4 +1,4 @@
-"""A W&B server for tests: the part of its protocol that init, log, resume, rewind, artifacts, alerts and sweeps use.
+"""A W&B server for tests: the part of its protocol that init, log, resume, rewind, artifacts and sweeps use.
 
 It keeps what it is sent, per run. After `awake.clear()` it accepts requests but does not answer. After `stop()` it refuses
 connections, and `start()` listens on the same port again with everything it kept. It checks no key.
@@ -60,7 +60,6 @@ class Server:
 
     def __init__(self) -> None:
         self.runs: dict[str, ServedRun] = {}
-        self.alerts: list[dict[str, Any]] = []
         self.artifacts: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
         self.rewinds = True  # a real server may not offer that
@@ -180,10 +179,6 @@ class Server:
     def _CreateRunFiles(self, variables: dict) -> Any:
         files = [{"name": name, "uploadUrl": self._upload_url(name)} for name in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
-
-    def _NotifyScriptableRunAlert(self, variables: dict) -> Any:
-        self.alerts.append(variables)
-        return {"notifyScriptableRunAlert": {"success": True}}
 
     def _ArtifactType(self, variables: dict) -> Any:
         return {"project": {"artifact": None}}

@@ -303,7 +303,7 @@ class WandbConfig(Section):
     timeout: int = number(5, 1, unit=SECONDS)
     """Seconds to wait for the server: to connect, while training runs, and at the end for what is not sent yet."""
     media: bool = True
-    """Show histograms of the weights at each evaluation, and the confusion matrix, mistakes and filters at the end."""
+    """Show histograms of the weights at each evaluation, and the confusion matrix and mistakes at the end."""
     artifacts: bool = True
     """Keep the source code, the best checkpoint and the last one as artifacts."""
 

@@ -21,7 +21,7 @@ from wandb_server import PATIENT, SHORT, Server, expected, is_end, numbers, sync
 
 from train.config import Config, WandbConfig
 from train.rundir import Evaluation, RunDir, Summary, Tail
-from train.tracking.wandb import Follower, finished_summary, mode_of, wandb_id
+from train.tracking.wandb import Follower, Mirror, mode_of, wandb_id
 
 MEDIUM = "--train.max_steps 1000 --log.every_steps 10 --eval.every_steps 500 --checkpoint.every_steps 500"
 LONG = "--train.max_steps 100000 --log.every_steps 5 --eval.every_steps 1000 --checkpoint.every_steps 50"
@@ -91,13 +91,12 @@ def test_without_a_key_it_is_offline_across_a_preemption_and_can_be_sent_later(
         range(len(expected(run)))
     )  # the second attempt continues the first, so that both can be merged
     assert records[0]["run"][0]["config"]["update"]["seed"] == 0
-    assert [alert["title"] for found in records for alert in found["alert"]] == ["r preempted"] * 2
     assert [found["exit"][0]["exit_code"] for found in records] == [75, 75]
     assert server.runs == {}
     assert "seed: 0" in config.read_text()
     assert f"{len(kept)} of {len(kept)} rows sent" in sync(run, env)
     assert numbers(server.run.rows()) == expected(run)
-    assert (server.run.exit_code, server.run.preempting, server.alerts) == (75, True, [])
+    assert (server.run.exit_code, server.run.preempting) == (75, True)
     assert "0 of" in sync(run, env)
     assert numbers(server.run.rows()) == expected(run)
 
@@ -214,17 +213,30 @@ def test_tail_gives_whole_rows_only(tmp_path: Path) -> None:
     assert (tail.rows(), tail.rows()) == ([{"event": "a", "step": 2}], [])
 
 
-def test_a_summary_that_is_older_than_the_rows_is_not_the_end(tmp_path: Path) -> None:
-    run_dir = RunDir(tmp_path)
-    assert finished_summary(run_dir, 20) is None
+class Logged(Mirror):
+    """A mirror that W&B is not connected to."""
+
+    def __init__(self, run_dir: RunDir, step: int) -> None:
+        self.run_dir, self.last, self.run = run_dir, {"event": "train", "step": step, "time": 0.0}, self
+        self.options = WandbConfig(media=False, artifacts=False)
+        self.shown: list[dict[str, Any]] = []
+
+    def _log(self, shown: dict[str, Any]) -> None:
+        self.shown.append(shown)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.mark.parametrize(("step", "exit_code"), [(20, 0), (10, 1)])
+def test_a_summary_that_is_older_than_the_rows_is_not_the_end(tmp_path: Path, step: int, exit_code: int) -> None:
     fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(Summary) if field.name != "schema"}
     fields |= {"step": 20, "results": {"raw": Evaluation(0.5, 1.0, 5, "", [])}}
-    finished, preempted = (Summary(**{**fields, "outcome": outcome}) for outcome in ("finished", "preempted"))
-    run_dir.summary.write_text(finished.to_json())
-    assert finished_summary(run_dir, 20) == finished
-    assert finished_summary(run_dir, 10) is None
-    run_dir.summary.write_text(preempted.to_json())
-    assert finished_summary(run_dir, 20) is None
+    RunDir(tmp_path).summary.write_text(Summary(**fields).to_json())
+    mirror = Logged(RunDir(tmp_path), step)
+    mirror.end()
+    assert mirror.exit_code == exit_code
+    assert [row["finished/accuracy"] for row in mirror.shown] == ([0.5] if exit_code == 0 else [])
 
 
 def test_sync_refuses_what_is_no_run(tmp_path: Path) -> None:
@@ -245,10 +257,10 @@ def test_sync_refuses_a_run_of_another_version(tmp_path: Path) -> None:
     assert "is of another lockstep version" in shown
 
 
-def test_an_error_that_is_not_utf_8_does_not_stop_the_end(tmp_path: Path) -> None:
+def test_a_follower_that_cannot_start_says_so(tmp_path: Path) -> None:
     said: list[str] = []
     follower = Follower(Config(), tmp_path, said.append)  # ends at once: there is no run
-    follower.close(RuntimeError("runs/\udcff cannot be read"))
+    follower.close()
     assert follower.process.stdout
     follower.process.stdout.close()
     assert any("wandb: stopped" in line for line in said)

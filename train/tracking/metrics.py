@@ -10,11 +10,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
 from train.config import Config
@@ -50,16 +49,14 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the file, the progress bar and W&B."""
         if self.progress:
             self.progress.stop()
         if self.file:
             self.file.close()
         if self.follower:
-            self.follower.close(error)
+            self.follower.close()
 
     def open(self, step: int, staging: Path | None = None) -> list[Row]:
         """Open metrics.jsonl without the rows after `step`; return the rows that it keeps."""
@@ -68,8 +65,8 @@ class Metrics:
         rows = self.run_dir.remove_rows_after(step, staging)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         if self.should_show_progress and self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-            self.progress = Progress(TextColumn("step"), *columns, console=self.console)
+            columns = ("step", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console)
             self.task = self.progress.add_task("train", total=self.total_steps, completed=step, text="")
             self.progress.start()
         return rows

@@ -7,7 +7,6 @@ Invariant: row i in W&B (its own `_step`) is row i of the SHOWN rows of metrics.
 is one more row. So the number of rows in W&B tells which ones are missing, and no row is sent twice.
 """
 
-import contextlib
 import os
 import secrets
 import select
@@ -26,8 +25,8 @@ from train.world import signals
 from train.world.process import die_with_parent
 
 SHOWN = ("train", "eval", "weights")  # events whose rows W&B shows
-POLL_SECONDS, SYNC_SECONDS, FINISH_SECONDS, TRANSMIT_SECONDS = 0.5, 10, 120, 5
-MAX_MISTAKES = 24  # each is two files to upload
+POLL_SECONDS, SYNC_SECONDS, FINISH_SECONDS = 0.5, 10, 120
+MAX_MISTAKES = 24  # each is a file to upload
 
 
 def mode_of(config: Config) -> str:
@@ -42,12 +41,6 @@ def wandb_id(run_dir: RunDir) -> str:
     return run_dir.wandb_id.read_text().strip()
 
 
-def finished_summary(run_dir: RunDir, step: int) -> Summary | None:
-    """Return the summary of a run that finished at `step`. None if there is none, or an older one."""
-    summary = run_dir.read_summary()
-    return summary if summary and summary.outcome == "finished" and summary.step == step else None
-
-
 def remedy(run_dir: Path) -> str:
     """Return what to do about missing rows."""
     return f"`python -m launch sync {run_dir}` sends the rest"
@@ -59,15 +52,13 @@ class Follower:
     def __init__(self, config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
         """Start it. metrics.jsonl must have the `start` row of this attempt."""
         self.seconds, self.run_dir, self.say = config.wandb.timeout, run_dir, say
-        command = (sys.executable, "-m", "train.tracking.wandb", str(run_dir.resolve()), mode_of(config))
-        root = Path(__file__).parents[2]  # W&B stores the state of git in the working directory
         self.process = subprocess.Popen(
-            command,
-            cwd=root,
+            (sys.executable, "-m", "train.tracking.wandb", str(run_dir.resolve()), mode_of(config)),
+            cwd=Path(__file__).parents[2],  # W&B stores the state of git in the working directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
-            errors="backslashreplace",  # an error may name a path that is not UTF-8
+            errors="backslashreplace",
         )
         self.printer = threading.Thread(target=self._print_lines, daemon=True)
         self.printer.start()
@@ -76,12 +67,11 @@ class Follower:
         for line in self.process.stdout or ():
             self.say(line.rstrip())
 
-    def close(self, error: BaseException | None) -> None:
-        """Tell it which error, if any, ended the run, and give it wandb.timeout seconds to send what is left."""
+    def close(self) -> None:
+        """Tell it that the run is over, and give it wandb.timeout seconds to send what is left."""
         assert self.process.stdin
+        self.process.stdin.close()
         try:
-            with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
-                pipe.write((one_line(error, 2000) if error else "") + "\n")
             self.process.wait(self.seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
@@ -101,7 +91,7 @@ class Mirror:
         os.environ["WANDB_SILENT"] = "true"
         os.environ["WANDB_X_DISABLE_VIEWER"] = "true"  # otherwise an unreachable server costs at least 16 s
         os.environ.setdefault("WANDB_DATA_DIR", str(path / "wandb"))  # artifacts wait there for their upload
-        self.run_dir, self.is_live = RunDir(path), mode != "sync"
+        self.run_dir = RunDir(path)
         self.config = self.run_dir.read_config() or {}
         try:
             self.options = WandbConfig(**self.config["wandb"])
@@ -111,55 +101,52 @@ class Mirror:
         self.unread = self.tail.rows()
         start = max((number for number, row in enumerate(self.unread) if row["event"] == "start"), default=0)
         self.start = self.last = self.unread[start]
-        old = self.unread[: start + 1] if self.is_live else self.unread
-        is_finished = finished_summary(self.run_dir, old[-1]["step"]) is not None
-        self.num_old = sum(row["event"] in SHOWN for row in old) + is_finished  # rows from before this attempt
+        self.num_old = sum(row["event"] in SHOWN for row in self.unread[:start])  # rows of earlier attempts
         self.num_seen = 0  # rows that W&B had or that were sent
-        self.run = self._init("offline", rewind=self.num_old > 0) if mode == "offline" else self._init_online()
-        self.num_had = self.num_old if mode == "offline" else self.run.starting_step  # rows in W&B before any were sent
+        self.init_seconds = SYNC_SECONDS if mode == "sync" else self.options.timeout
+        if mode == "offline":
+            self.run = self._init("offline", rewind=self.num_old > 0)
+            self.num_had = self.num_old  # rows that W&B had before any were sent
+        else:
+            self.run = self._init("online")
+            if mode != "sync" and self.run.starting_step > self.num_old > 0:
+                self._rewind()
+            self.num_had = self.run.starting_step
 
-    def _init_online(self) -> Any:
-        """Start or resume the run online. If W&B has rows of steps that are computed again, remove them.
+    def _rewind(self) -> None:
+        """Remove W&B's rows of steps that are computed again.
 
-        If the server does not offer that, the rows stay and are not sent again: the same step gives the same values.
+        If the server does not offer that, they stay and are not sent again: the same step gives the same values.
         """
         import wandb
 
-        run = self._init("online")
-        if run.starting_step > self.num_old > 0:
-            run.finish()
-            try:
-                run = self._init("online", rewind=True)
-            except wandb.errors.Error:
-                run = self._init("online")
-        return run
+        self.run.finish()
+        try:
+            self.run = self._init("online", rewind=True)
+        except wandb.errors.Error:
+            self.run = self._init("online")
 
     def _init(self, mode: Literal["online", "offline"], *, rewind: bool = False) -> Any:
         import wandb
 
-        data, tags, notes = self.start.get("data", {}), list(self.options.tags), self.options.notes
-        if data.get("is_fallback"):
-            tags.append("fallback-data")
-            asked = self.config["data"]["name"].upper()
-            notes = f"THIS IS NOT {asked}: trained on the fallback data set {data['name']}. {notes or ''}".strip()
+        data = self.start.get("data", {})
         entity, _, project = self.options.project.rpartition("/")
         run_id = wandb_id(self.run_dir)
         settings = wandb.Settings(
-            init_timeout=self.options.timeout if self.is_live else SYNC_SECONDS,
+            init_timeout=self.init_seconds,
             finish_timeout=FINISH_SECONDS,
             finish_timeout_raises=True,
             console="off",
             program="-m train",
             x_stats_pid=os.getppid(),
-            x_file_stream_transmit_interval=TRANSMIT_SECONDS,
         )
         run = wandb.init(
             mode=mode,
             project=project,
             entity=entity or None,
             group=self.options.group,
-            tags=tags,
-            notes=notes,
+            tags=[*self.options.tags, "fallback-data"] if data.get("is_fallback") else self.options.tags,
+            notes=self.options.notes,
             config={**self.config, "dataset": data, "world_size": self.start.get("world_size")},
             name=self.run_dir.name,
             id=run_id,
@@ -174,54 +161,47 @@ class Mirror:
     def send_rows(self) -> None:
         """Log the new rows that W&B lacks."""
         rows, self.unread = self.unread + self.tail.rows(), []
-        self.last = [self.last, *rows][-1]
         for row in rows:
+            self.last = row
             if row["event"] in SHOWN:
-                if self.num_seen >= self.num_had:
-                    self.run.log(payload(row))
-                self.num_seen += 1
+                self._log(payload(row))
 
-    def end(self, error: str = "") -> None:
+    def _log(self, shown: dict[str, Any]) -> None:
+        """Log the next row, unless W&B has it."""
+        if self.num_seen >= self.num_had:
+            self.run.log(shown)
+        self.num_seen += 1
+
+    def end(self) -> None:
         """Send the results of a finished run, and tell W&B how the run ended."""
-        exit_code, step = CRASHED, self.last["step"]
-        summary = finished_summary(self.run_dir, step)
-        if summary and (final := summary.final):
+        exit_code, step, summary = CRASHED, self.last["step"], self.run_dir.read_summary()
+        if summary and summary.final and summary.step == step:  # otherwise it is of an earlier attempt
             exit_code = FINISHED
-            if self.num_seen >= self.num_had:
-                fields = {**vars(summary), **vars(final)}
-                fields = {name: value for name, value in fields.items() if isinstance(value, (int, float, str))}
-                shown = {f"finished/{name}": value for name, value in fields.items()}
-                shown |= media(self.run_dir, summary.data["name"], final.confusion) if self.options.media else {}
-                self.run.log({**shown, "step": step, "_timestamp": self.last["time"]})
-            self.num_seen += 1
+            fields = {**vars(summary), **vars(summary.final)}
+            shown = {
+                f"finished/{name}": value for name, value in fields.items() if isinstance(value, (int, float, str))
+            }
+            if self.options.media:
+                shown |= media(self.run_dir, summary.data["name"], summary.final.confusion)
+            self._log({**shown, "step": step, "_timestamp": self.last["time"]})
             if self.options.artifacts:
                 self._send_checkpoints(summary)
-            self._alert("finished", f"accuracy {final.accuracy:.4f}", "INFO")
         elif self.last["event"] == "preempted":
             exit_code = PREEMPTED
             self.run.mark_preempting()
-            self._alert("preempted", f"at step {step} by {self.last['signal']}", "WARN")
-        if error:
-            self._alert("failed", error, "ERROR")
         self.run.finish(exit_code=exit_code)
 
     def _send_checkpoints(self, summary: Summary) -> None:
         """Keep the best and the last checkpoint as artifacts. W&B stores equal ones once."""
         import wandb
 
-        aliases = {summary.step: ["final"]}
-        if summary.best:
-            aliases.setdefault(summary.best["step"], []).append("best")
-        for step, names in sorted(aliases.items()):
+        steps = {"final": summary.step, "best": summary.best["step"] if summary.best else summary.step}
+        for step in sorted(set(steps.values())):
             path = self.run_dir.checkpoints / f"step-{step:08d}"
             if path.is_dir():
                 artifact = wandb.Artifact(f"checkpoint-{self.run.id}", type="model", metadata={"step": step})
                 artifact.add_dir(str(path), skip_cache=True, policy="immutable")
-                self.run.log_artifact(artifact, aliases=names)
-
-    def _alert(self, what: str, text: str, level: str) -> None:
-        if self.is_live:
-            self.run.alert(f"{self.run_dir.name[:50]} {what}", text, level)
+                self.run.log_artifact(artifact, aliases=[alias for alias in steps if steps[alias] == step])
 
 
 def payload(row: Row) -> dict[str, Any]:
@@ -236,14 +216,13 @@ def payload(row: Row) -> dict[str, Any]:
             shown[f"{group}/{name}"] = value
         elif group == "weights" and isinstance(value, list):
             low, high, counts = value
-            bins = np.array(counts), np.linspace(low, high, len(counts) + 1)
-            shown[f"{group}/{name}"] = wandb.Histogram(np_histogram=bins)
+            edges = np.linspace(low, high, len(counts) + 1)
+            shown[f"{group}/{name}"] = wandb.Histogram(np_histogram=(np.array(counts), edges))
     return shown
 
 
 def media(run_dir: RunDir, data_name: str, confusion: list[list[int]]) -> dict[str, Any]:
-    """Return the confusion matrix of a finished run, its most confident mistakes and the filters of its first layer."""
-    import numpy as np
+    """Return the confusion matrix of a finished run and images of its most confident mistakes."""
     import safetensors.numpy
     import wandb
 
@@ -251,24 +230,16 @@ def media(run_dir: RunDir, data_name: str, confusion: list[list[int]]) -> dict[s
     columns: list[Any] = ["Actual", "Predicted", "nPredictions"]
     cells = [[names[i], names[j], count] for i, counts in enumerate(confusion) for j, count in enumerate(counts)]
     table, axes = wandb.Table(columns, cells), {name: name for name in columns}
-    matrix = wandb.plot_table("wandb/confusion_matrix/v1", table, axes, {"title": "confusion matrix"})
-    if not run_dir.samples.exists():
-        return {"confusion": matrix}
-    tensors = safetensors.numpy.load_file(run_dir.samples)
-    columns = ["images", "labels", "predictions", "confidences", "positions"]
-    rows = []
-    for values in zip(*(tensors[f"mistakes_{name}"][:MAX_MISTAKES] for name in columns), strict=True):
-        pixels, actual, predicted, confidence = values[0], names[values[1]], names[values[2]], float(values[3])
-        image = wandb.Image(pixels, caption=f"{actual} taken for {predicted}, {confidence:.1%}")
-        rows.append([image, actual, predicted, confidence, int(values[4])])
-    filters = np.hstack(list(tensors["filters"]))
-    gray = (filters - filters.min()) / max(float(np.ptp(filters)), 1e-9) * 255
-    return {
-        "confusion": matrix,
-        "mistakes": wandb.Table(["image", "label", "prediction", "confidence", "position"], rows),
-        "mistake_images": [row[0] for row in rows],
-        "filters": wandb.Image(np.kron(gray.astype(np.uint8), np.ones((8, 8), np.uint8))),
-    }
+    shown = {"confusion": wandb.plot_table("wandb/confusion_matrix/v1", table, axes, {"title": "confusion matrix"})}
+    if run_dir.samples.exists():
+        tensors = safetensors.numpy.load_file(run_dir.samples)
+        fields = ("images", "labels", "predictions", "confidences")
+        mistakes = zip(*(tensors[f"mistakes_{field}"][:MAX_MISTAKES] for field in fields), strict=True)
+        shown["mistakes"] = [
+            wandb.Image(pixels, caption=f"{names[label]} taken for {names[guess]}, {confidence:.1%}")
+            for pixels, label, guess, confidence in mistakes
+        ]
+    return shown
 
 
 def sync(run_dir: Path) -> str:
@@ -286,7 +257,7 @@ def sync(run_dir: Path) -> str:
 
 
 def follow(run_dir: Path, mode: str) -> None:
-    """Show a run that trains, until standard input has the line with the error that ended it, which may be empty."""
+    """Show a run that trains, until training closes standard input."""
     import wandb
 
     try:
@@ -296,15 +267,13 @@ def follow(run_dir: Path, mode: str) -> None:
         mirror, reason = Mirror(run_dir, "offline"), f" ({one_line(error, 80)})"
     url = mirror.run.url  # None if offline
     print(f"wandb: online, {url}" if url else f"wandb: offline{reason}; {remedy(run_dir)}", flush=True)
-    farewell = None
     if mirror.options.artifacts:
         mirror.run.log_code(str(Path(__file__).parents[1]), name=f"source-{mirror.run.project}")
-    while farewell is None:
-        if select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
-            farewell = sys.stdin.readline()
-        mirror.send_rows()  # after the farewell, all rows are there
-    if farewell:  # otherwise training was killed: a restart or `launch sync` sends the rest
-        mirror.end(farewell.strip())
+    is_over = False
+    while not is_over:
+        is_over = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
+        mirror.send_rows()  # once it is over, all rows are there
+    mirror.end()
 
 
 def main(run_dir: Path, mode: str) -> None:
