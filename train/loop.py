@@ -60,7 +60,7 @@ def train(config: Config, world: World, run_dir: RunDir, argv: list[str]) -> Sum
         while state.step < plan.total_steps and not stop_requested:
             if tracer.should_start(state.step):
                 with journal.paused():
-                    tracer.start(state.step)
+                    tracer.start()
             prepare_step(plan, state)
             take_step(plan, state)
             state.step += 1

@@ -25,7 +25,7 @@ def collect(record: Record) -> dict[str, Series]:
     try:
         for row in record.rows:
             if row["event"] == "train":
-                for name in fingerprint.FORMATS:
+                for name in fingerprint.QUANTITIES:
                     found[name][row["step"]] = row[name]
             elif row["event"] == "eval":
                 name = f"{'averaged weights, ' if row['ema'] else ''}{row['split']} loss"
@@ -51,7 +51,7 @@ def compare_series(name: str, mine: Series, theirs: Series) -> tuple[str, bool |
     if name == "weights":
         what = f"{mine[step][:12]}... and {theirs[step][:12]}..."
     else:
-        what = fingerprint.difference(name, mine[step], theirs[step])
+        what = fingerprint.difference(mine[step], theirs[step])
     return f"first differs at step {step}: {what}; at {len(differing)} of {len(common)} recorded steps", False
 
 

@@ -98,7 +98,7 @@ class Comparison:
         for name, (value,) in fingerprint.encode(plan.tables.read_results(step - 1, step)).items():
             there = self.recorded[name].get(step, value)  # a step before those that were asked for may lack it
             is_same &= value == there
-            outcome = f"{value} agrees" if value == there else f"DIFFERS: {fingerprint.difference(name, value, there)}"
+            outcome = f"{value} agrees" if value == there else f"DIFFERS: {fingerprint.difference(value, there)}"
             words.append(f"{name} {outcome}")
         self.num_different += not is_same
         self.num_equal += is_same and is_requested

@@ -18,7 +18,7 @@ from train.functional import optim
 from train.functional.sampler import Sampler
 from train.functional.tables import StepResult
 from train.tracking.alarms import Alarms
-from train.tracking.journal import is_skipped
+from train.tracking.journal import Journal
 from train.world.world import World
 
 EXACT = (
@@ -40,7 +40,8 @@ def test_stop_names_step_micro_batch_and_examples(tmp_path: Path, world_size: in
         examples = (
             Sampler(1438, 64, 4, seed=0).examples(12, 32, 40).tolist()
         )  # micro-batch 2 of the batch of step 12 (from 0)
-        assert f"loss inf in micro-batch 2 of 4, training examples {', '.join(map(str, examples))}, ..." in line
+        named = ", ".join(map(str, examples))
+        assert f"loss inf in micro-batch 2 of 4, whose first examples are {named}. " in line
     else:
         assert "its 4 micro-batch(es) have finite losses" in line
     assert max((tmp_path / "run" / "checkpoints").glob("step-*")).name == "step-00000010"
@@ -104,29 +105,34 @@ def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_s
         assert train(1, tmp_path / run, *skip, **broken)["weights_sha256"] == whole["weights_sha256"]
 
 
-def looked_at(table: list[list[float]], **config: Any) -> tuple[SimpleNamespace, list[int]]:
-    """Let is_skipped look at steps 11, 12, ... whose rows are [is broken, *losses]."""
+def skipped_steps(table: list[list[float]], **config: Any) -> list[int]:
+    """Let a journal check steps 11, 12, ... whose rows are [is broken, *losses]; return those that it skipped."""
     results = [
         StepResult(11 + n, sum(losses), 1.0, not is_broken, losses, [0.0], 0)
         for n, (is_broken, *losses) in enumerate(table)
     ]
+    world = SimpleNamespace(device=torch.device("cpu"))
     sampler = Sampler(100, 8, len(table[0]) - 1, seed=0)
-    plan: Any = SimpleNamespace(config=SimpleNamespace(optim=OptimConfig(**config)), sampler=sampler)
-    state: Any = SimpleNamespace(skipped_steps=0)
-    return state, [result.step for result in results if is_skipped(plan, state, result)]
+    plan: Any = SimpleNamespace(config=Config(optim=OptimConfig(**config)), sampler=sampler, world=world)
+    state: Any = SimpleNamespace(skipped_steps=0, step=10)
+    said: Any = Said()
+    journal = Journal(plan, state, said, Alarms(LogConfig(), said, []))
+    for result in results:
+        journal._check(result)
+    assert state.skipped_steps == len(said.rows) == len(said.lines)
+    return [step for event, step in said.rows if event == "skipped"]
 
 
 def test_a_late_look_finds_every_broken_step() -> None:
     """On a GPU the numbers are looked at where the run waits anyway: several steps at once."""
     table = [[0.0, 1.0, 2.0], [1.0, math.nan, 2.0], [0.0, 1.0, 1.0], [1.0, 1.0, math.inf]]
-    state, skipped = looked_at(table, nonfinite="skip")
-    assert (skipped, state.skipped_steps) == ([12, 14], 2)
+    assert skipped_steps(table, nonfinite="skip") == [12, 14]
     with pytest.raises(RunError, match="step 12 is not finite: loss nan in micro-batch 0 of 2"):
-        looked_at(table)
+        skipped_steps(table)
     with pytest.raises(
         RunError, match=r"step 14 is not finite: loss inf in micro-batch 1 of 2.*after optim.max_skips 1 skipped"
     ):
-        looked_at(table, nonfinite="skip", max_skips=1)
+        skipped_steps(table, nonfinite="skip", max_skips=1)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -158,8 +164,7 @@ def test_steps_that_the_fp16_scaler_leaves_out_are_not_mistaken_for_it(world: Wo
     overflow.remove()
     run.steps()
     assert run.sha256() != before
-    assert not any(is_skipped(run.plan, run.state, result) for result in run.plan.tables.read_results(0, 2))
-    assert run.state.skipped_steps == 0
+    assert all(result.is_sound for result in run.plan.tables.read_results(0, 2))
 
 
 class Said:

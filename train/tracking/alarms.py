@@ -36,8 +36,7 @@ class Alarms:
         """Check a logged loss."""
         usual = max((MIN_LOSS, *self.losses))
         if self.config.spike and len(self.losses) >= MIN_ROWS and loss > self.config.spike * usual:
-            times = f"{loss / usual:.1f} times the largest of the {len(self.losses)} rows before, {usual:.4f}"
-            self.metrics.say(f"warning: the loss of step {step} jumped to {loss:.4f}, {times}.")
+            self.metrics.say(f"warning: the loss of step {step} jumped to {loss:.4f}, after at most {usual:.4f}.")
             self.metrics.record("spike", step, loss=loss, usual=usual)
         self.losses.append(loss)
 

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,13 @@ from train.rundir import Row
 if TYPE_CHECKING:
     from train.functional.tables import StepResult
 
-FORMATS = {"loss": ">d", "grad_norm": ">f"}  # struct's: float64 and float32, with the highest bits first
+QUANTITIES = ("loss", "grad_norm")
 Series = dict[int, float | None]  # step -> value, None if it is not finite
 
 
 def encode(results: "Iterable[StepResult]") -> dict[str, list[float | None]]:
     """Return each step's loss and gradient norm as a row holds them."""
-    values = {name: [getattr(result, name) for result in results] for name in FORMATS}
+    values = {name: [getattr(result, name) for result in results] for name in QUANTITIES}
     return {name: [value if math.isfinite(value) else None for value in column] for name, column in values.items()}
 
 
@@ -34,7 +33,7 @@ def of_rows(rows: Iterable[Row]) -> dict[str, Series]:
 
     Raises UserError if a step is missing or double.
     """
-    found: dict[str, Series] = {name: {} for name in FORMATS}
+    found: dict[str, Series] = {name: {} for name in QUANTITIES}
     for row in rows:
         if row["event"] == "fingerprint":
             steps = range(row["first"], row["step"] + 1)
@@ -63,20 +62,8 @@ def receipt(rows: Iterable[Row]) -> dict[str, Any] | None:
     return {"first": stretches[0]["first"], "last": stretches[-1]["step"], "sha256": digest.hexdigest()}
 
 
-def ulps(name: str, value: float, other: float) -> int:
-    """Return how many floats of the quantity's width lie from one value to another. 0.0 and -0.0 are the same."""
-
-    def place(number: float) -> int:
-        bits = int.from_bytes(struct.pack(FORMATS.get(name, ">d"), abs(number)))
-        return -bits if number < 0 else bits
-
-    return abs(place(value) - place(other))
-
-
-def difference(name: str, value: float | None, other: float | None) -> str:
-    """Say how far two values of a quantity are from each other."""
+def difference(value: float | None, other: float | None) -> str:
+    """Say how far two values are from each other. All their digits are shown."""
     if value is None or other is None:
         return f"{value} and {other} (None: not finite)"
-    width = 8 * struct.calcsize(FORMATS.get(name, ">d"))
-    distance = f"{abs(value - other):.3g} apart ({ulps(name, value, other):,} ulps of float{width})"
-    return f"{value:.9g} and {other:.9g}, {distance}"
+    return f"{value} and {other}, {abs(value - other):.3g} apart"

@@ -23,17 +23,16 @@ from train.tracking.alarms import Alarms
 from train.tracking.metrics import Metrics
 from train.world import signals
 
-MAX_NAMED_EXAMPLES = 8  # of a broken micro-batch, in the error
+MAX_NAMED_EXAMPLES = 8  # of a broken micro-batch
 
 
 @dataclass(frozen=True)
 class Pending:
     """Results that are on their way to the host."""
 
-    first: int  # of the steps first + 1 to last
-    last: int
-    should_log: bool  # whether the last step gets a row
+    first: int  # they are of the steps after this one
     num_examples: int  # of these steps
+    should_log: bool  # whether the last step gets a row
     results: Tensor
     mark: Any  # when the last step ended
 
@@ -70,30 +69,27 @@ class Journal:
         if last > first:
             num_examples = sum(self.plan.sampler.batch_rows(step) for step in range(first, last))
             results = self.plan.tables.fetch_results(first, last)
-            self.pending.append(Pending(first, last, should_log, num_examples, results, self._mark()))
+            self.pending.append(Pending(first, num_examples, should_log, results, self._mark()))
             self.collected = last
-        is_stop_requested = self._process(keep=0 if should_wait else 1)
-        if is_stop_requested:
-            self._process(keep=0)
+        is_stop_requested = self.world.world_size == 1 and signals.requested() is not None
+        while len(self.pending) > (0 if should_wait or is_stop_requested else 1):
+            is_stop_requested |= self._process(self.pending.pop(0))
         return is_stop_requested
 
-    def _process(self, keep: int) -> bool:
-        """Check and log all pending results but the newest `keep`; return whether any rank was asked to stop."""
+    def _process(self, pending: Pending) -> bool:
+        """Check and log results; return whether any rank was asked to stop."""
+        self.world.wait(pending.mark)
+        seconds, self.started = self._seconds_until(pending.mark), pending.mark
         timing = self.state.timing
-        is_stop_requested = self.world.world_size == 1 and signals.requested() is not None
-        while len(self.pending) > keep:
-            pending = self.pending.pop(0)
-            self.world.wait(pending.mark if keep else None)
-            seconds, self.started = self._seconds_until(pending.mark), pending.mark
-            timing.train_seconds += seconds
-            timing.step_seconds += seconds
-            timing.num_examples += pending.num_examples
-            for result in self.plan.tables.decode_results(pending.first, pending.results):
-                is_stop_requested |= result.stop_flags > 0
-                self._check(result)
-            if pending.should_log:
-                self._log()
-        return is_stop_requested
+        timing.train_seconds += seconds
+        timing.step_seconds += seconds
+        timing.num_examples += pending.num_examples
+        results = self.plan.tables.decode_results(pending.first, pending.results)
+        for result in results:
+            self._check(result)
+        if pending.should_log:
+            self._log()
+        return any(result.stop_flags for result in results)
 
     def _mark(self) -> Any:
         """Return this moment in the device's work: an event on a GPU, seconds elsewhere."""
@@ -108,22 +104,37 @@ class Journal:
         return self.started.elapsed_time(mark) / 1000 if self.world.device.type == "cuda" else mark - self.started
 
     def _check(self, result: StepResult) -> None:
-        """Raise RunError if the step's numbers are not finite, or record that its update was left out."""
+        """Keep the step's numbers. If they are not finite, record that its update was left out, or raise RunError."""
         self.unlogged.append(result)
         if self.plan.config.train.exact:
             self.fingerprints.append(result)
-        try:
-            if not is_skipped(self.plan, self.state, result):
-                return
-        except RunError:
+        if result.is_sound:
+            return
+        self.state.skipped_steps += 1
+        num_skipped, config = self.state.skipped_steps, self.plan.config.optim
+        if config.nonfinite == "stop" or num_skipped > config.max_skips:
             self.record_fingerprints()  # they show at which step it went wrong
-            raise
-        num_skipped = self.state.skipped_steps
+            before = "" if config.nonfinite == "stop" else f", after optim.max_skips {config.max_skips} skipped steps"
+            raise RunError(
+                f"The loss or the gradient of step {result.step} is not finite: {self._blame(result)}{before}. "
+                "The last checkpoint is from before; try a smaller optim.lr, optim.clip_norm 1 or optim.nonfinite skip."
+            )
         self.metrics.say(
             f"warning: step {result.step} is skipped: its loss or gradient is not finite "
             f"({num_skipped} skipped so far)."
         )
         self.metrics.record("skipped", result.step, skipped_steps=num_skipped)
+
+    def _blame(self, result: StepResult) -> str:
+        """Name the first micro-batch whose loss is broken, and its examples."""
+        losses, sampler = result.loss_sums, self.plan.sampler
+        bad = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad:
+            return f"its {len(losses)} micro-batch(es) have finite losses, but the gradient norm is not finite"
+        step = result.step - 1
+        examples = sampler.examples(step, *sampler.micro_batch(step, bad[0]))[:MAX_NAMED_EXAMPLES].tolist()
+        named = ", ".join(map(str, examples))
+        return f"loss {losses[bad[0]]} in micro-batch {bad[0]} of {len(losses)}, whose first examples are {named}"
 
     def record_fingerprints(self) -> None:
         """Write the row of the steps since the last such row; in exact mode only."""
@@ -155,33 +166,3 @@ class Journal:
             seconds_left=round((plan.total_steps - result.step) * plan.sampler.global_batch_size / per_second, 1),
         )
         self.unlogged.clear()
-
-
-def is_skipped(plan: Plan, state: State, result: StepResult) -> bool:
-    """Return whether a step's update was left out, and count it. Call it for each step in turn.
-
-    Raises RunError under optim.nonfinite stop, or when optim.max_skips is exceeded: on every rank after the same step.
-    """
-    if result.is_sound:
-        return False
-    state.skipped_steps += 1
-    config = plan.config.optim
-    if config.nonfinite == "stop" or state.skipped_steps > config.max_skips:
-        before = "" if config.nonfinite == "stop" else f", after optim.max_skips {config.max_skips} skipped steps"
-        raise RunError(
-            f"The loss or the gradient of step {result.step} is not finite: {_blame(plan, result)}{before}. "
-            "The last checkpoint is from before; try a smaller optim.lr, optim.clip_norm 1 or optim.nonfinite skip."
-        )
-    return True
-
-
-def _blame(plan: Plan, result: StepResult) -> str:
-    """Name the micro-batches of a step whose loss is broken, and the first one's examples."""
-    losses, step = result.loss_sums, result.step - 1
-    bad = [index for index, loss in enumerate(losses) if not abs(loss) < float("inf")]
-    if not bad:
-        return f"its {len(losses)} micro-batch(es) have finite losses, but the gradient norm is not finite"
-    examples = plan.sampler.examples(step, *plan.sampler.micro_batch(step, bad[0])).tolist()
-    named = ", ".join(map(str, examples[:MAX_NAMED_EXAMPLES])) + (", ..." if examples[MAX_NAMED_EXAMPLES:] else "")
-    others = f" (and {len(bad) - 1} more)" if bad[1:] else ""
-    return f"loss {losses[bad[0]]} in micro-batch {bad[0]}{others} of {len(losses)}, training examples {named}"

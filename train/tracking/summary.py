@@ -24,16 +24,11 @@ PACKAGES = ("torch", "torchvision", "accelerate", "wandb", "numpy", "safetensors
 
 def describe_batch(plan: Plan) -> str:
     """Return how a global batch is cut, in one line."""
-    sampler, world_size = plan.sampler, plan.world.world_size
-    size, num_parts = sampler.global_batch_size, sampler.num_micro_batches
-    first, last = sampler.micro_batch(0, 0)
-    if num_parts % world_size == 0 and size % num_parts == 0:
-        cut = f"{world_size} rank(s) x {num_parts // world_size} micro-batch(es) x {last - first} examples"
-    else:
-        cut = f"{num_parts} micro-batches of about {size / num_parts:.0f} examples, shared by {world_size} ranks"
+    sampler, num_parts = plan.sampler, plan.sampler.num_micro_batches
+    size, world_size = sampler.global_batch_size, plan.world.world_size
     return (
-        f"{size} examples per step = {cut}; {sampler.num_examples:,} examples = {sampler.steps_per_epoch} steps "
-        f"per epoch; {plan.total_steps} steps"
+        f"{size} examples per step = {num_parts} micro-batch(es) of {size / num_parts:.4g}, on {world_size} rank(s); "
+        f"{sampler.num_examples:,} examples = {sampler.steps_per_epoch} steps per epoch; {plan.total_steps} steps"
     )
 
 
@@ -41,11 +36,12 @@ def headline(plan: Plan, state: State, run_dir: Path, resumed_from: str | None) 
     """Return which run this is and where it continues, in one line."""
     config, world = plan.config, plan.world
     origin = f"resumed from {resumed_from}" if resumed_from else "a new run"
-    recording = ", CUDA graph" if plan.should_record else ""
-    if config.train.cuda_graphs == "on" and not plan.should_record:
-        recording = f", no CUDA graph ({why_not_recordable(world)})"
-    mode = f"{config.train.precision}{', exact' if config.train.exact else ''}{recording}"
     ranks = f"{world.world_size} process(es) on {world.device.type}"
+    mode = config.train.precision + (", exact" if config.train.exact else "")
+    if plan.should_record:
+        mode += ", CUDA graph"
+    elif config.train.cuda_graphs == "on":
+        mode += f", no CUDA graph ({why_not_recordable(world)})"
     return f"{run_dir}: {origin}, step {state.step} of {plan.total_steps}, {ranks}, {mode}"
 
 
@@ -93,13 +89,11 @@ def phases(world: World) -> dict[str, list[float]]:
     table = torch.zeros(world.world_size, len(PHASES), dtype=torch.float64)
     world.clock.enter(world.clock.phase)
     table[world.rank] = torch.tensor(list(world.clock.seconds.values()))
-    world.all_reduce_sum_(table)
-    totals = table.sum(1)
+    totals = world.all_reduce_sum_(table).sum(1)
     shares = (table / totals[:, None]).T.tolist()
-    named = {
-        name: [round(share, 4) for share in shares[place]] for place, name in enumerate(PHASES) if name != "failed"
-    }
-    return {"seconds": [round(total, 3) for total in totals.tolist()], **named}
+    found = {name: [round(share, 4) for share in by_rank] for name, by_rank in zip(PHASES, shares, strict=True)}
+    del found["failed"]
+    return {"seconds": [round(total, 3) for total in totals.tolist()], **found}
 
 
 def read_finished(run_dir: RunDir, plan: Plan, state: State) -> Summary | None:

@@ -19,25 +19,25 @@ class Tracer:
         self.first, self.last = read_steps("train.profile_steps", wanted) if wanted else (-1, -1)
         self.lease = lease
         self.profiler = torch.profiler.profile() if wanted and is_main else None
-        self.began: int | None = None  # updates before the trace
+        self.is_running = False
 
     def should_start(self, step: int) -> bool:
-        """Return whether the trace must start now, after `step` updates."""
-        return self.began is None and self.first <= step < self.last
+        """Return whether the trace must start now, after `step` updates. A run that resumes later has none."""
+        return step == self.first
 
-    def start(self, step: int) -> None:
-        """Start the trace after `step` updates."""
-        self.began = step
+    def start(self) -> None:
+        """Start the trace."""
+        self.is_running = True
         if self.profiler is not None:
             self.profiler.start()
 
     def should_stop(self, step: int, *, is_last: bool = False) -> bool:
         """Return whether a trace runs and `step` is its last update, or the run's last."""
-        return self.began is not None and self.last > 0 and (is_last or step == self.last)
+        return self.is_running and (is_last or step == self.last)
 
     def write(self, step: int) -> str:
         """End the trace, and write it on rank 0. Return the line to print."""
-        self.last = 0
+        self.is_running = False
         if self.profiler is None:
             return ""
         self.profiler.stop()
@@ -47,5 +47,4 @@ class Tracer:
                 self.profiler.export_chrome_trace(str(temporary))
         except OSError as error:
             return f"warning: {path} cannot be written: {error.strerror}. Training continues."
-        assert self.began is not None
-        return f"steps {self.began + 1} to {step} of rank 0 are traced in {path}. Open it in ui.perfetto.dev."
+        return f"steps {self.first + 1} to {step} of rank 0 are traced in {path}. Open it in ui.perfetto.dev."
