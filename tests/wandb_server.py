@@ -1,7 +1,7 @@
 """A W&B server for tests: the part of its protocol that init, log, resume, rewind, artifacts and sweeps use.
 
-It keeps what it is sent, per run. After `awake.clear()` it accepts requests but does not answer. After `stop()` it refuses
-connections, and `start()` listens on the same port again with everything it kept. It checks no key.
+It keeps what it is sent, per run. After `awake.clear()` it accepts requests but does not answer. After `stop()` it
+refuses connections, and `start()` listens on the same port again with everything it kept. It checks no key.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The page of a run: written from its files alone, complete, loud about a fallback, deaf to what names and notes contain."""
+"""The page of a run: written from its files alone, complete, loud about a fallback, safe whatever names contain."""
 
 import json
 import re

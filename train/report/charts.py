@@ -85,7 +85,7 @@ def svg(groups: list[Group], name: str) -> str:
 
 
 def colour_of(index: int) -> str:
-    """Return the colour of a group among several. A single one has the colours of LOOKS."""
+    """Return the colour of a group."""
     return PALETTE[index % len(PALETTE)]
 
 
@@ -162,10 +162,9 @@ def scale_accuracy(panel: "Axes", values: list[float], num_examples: int) -> Non
 
     panel.set_ylim(0, 1)
     if max(values) >= 0.9:
-        least = 0.5 / num_examples  # no mistake is drawn as half a mistake
-        top = max(1 - max(values), least) / 1.35
+        top = max(1 - max(values), 0.5 / num_examples) / 1.35  # no mistake is drawn as less than half a one
         bottom = min(max(1 - min(values), 6 * top) * 1.35, 1)
-        functions = (lambda value: -np.log(np.maximum(1 - value, least / 2)), lambda height: 1 - np.exp(-height))
+        functions = (lambda value: -np.log(np.maximum(1 - value, top)), lambda height: 1 - np.exp(-height))
         panel.set_yscale("function", functions=functions)
         panel.set_ylim(1 - bottom, 1 - top)
         panel.set_yticks([1 - error for error in ERRORS if top <= error <= bottom])

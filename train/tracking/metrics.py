@@ -37,7 +37,6 @@ class Metrics:
 
     def __init__(self, config: Config, run_dir: Path, *, is_main: bool, total_steps: int) -> None:
         self.config, self.run_dir, self.is_main, self.total_steps = config, RunDir(run_dir), is_main, total_steps
-        self.path = self.run_dir.metrics
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
         self.should_show_progress = config.log.progress and is_main
         self.file: Any = None
@@ -63,7 +62,7 @@ class Metrics:
         if not self.is_main:
             return []
         rows = self.run_dir.remove_rows_after(step, staging)
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self.file = open(self.run_dir.metrics, "ab", buffering=0)  # noqa: SIM115
         if self.should_show_progress and self.console.is_terminal:
             columns = ("step", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", TimeRemainingColumn())
             self.progress = Progress(*columns, console=self.console)

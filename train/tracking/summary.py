@@ -102,9 +102,8 @@ def read_finished(run_dir: RunDir, plan: Plan, state: State) -> Summary | None:
     if plan.world.is_main and state.step == plan.total_steps:
         with contextlib.suppress(UserError):  # damaged: it is written again
             summary = run_dir.read_summary()
-        if summary and (summary.outcome, summary.step) != ("finished", state.step):
-            summary = None
-    text = plan.world.broadcast(summary.to_json() if summary else None)
+    is_finished = summary is not None and (summary.outcome, summary.step) == ("finished", state.step)
+    text = plan.world.broadcast(summary.to_json() if summary and is_finished else None)
     return Summary.from_json(text) if text else None
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from train.config import Config, WandbConfig, class_names
 from train.errors import CRASHED, FINISHED, PREEMPTED, UserError, one_line
@@ -85,8 +85,12 @@ class Mirror:
     def __init__(self, path: Path, mode: str) -> None:
         """Read the run directory, and start or resume the run in W&B. Mode `sync` is for a run that has ended.
 
-        Raises one of wandb's errors if the mode is not offline and the server does not answer in time.
+        If W&B has rows of steps that are computed again, they are removed. If the server does not offer that, they stay
+        and are not sent again: the same step gives the same values. Raises one of wandb's errors if the mode is not
+        offline and the server does not answer in time.
         """
+        import wandb
+
         os.environ.pop("WANDB_MODE", None)  # we choose the mode, and wandb refuses an empty one
         os.environ["WANDB_SILENT"] = "true"
         os.environ["WANDB_X_DISABLE_VIEWER"] = "true"  # otherwise an unreachable server costs at least 16 s
@@ -101,39 +105,27 @@ class Mirror:
         self.unread = self.tail.rows()
         start = max((number for number, row in enumerate(self.unread) if row["event"] == "start"), default=0)
         self.start = self.last = self.unread[start]
-        self.num_old = sum(row["event"] in SHOWN for row in self.unread[:start])  # rows of earlier attempts
+        old = [] if mode == "sync" else self.unread[:start]  # rows of earlier attempts, which this one continues
+        num_old = sum(row["event"] in SHOWN for row in old)
+        self.run = self._init(mode, num_old if mode == "offline" else 0)
+        if self.run.starting_step > num_old > 0:
+            self.run.finish()
+            try:
+                self.run = self._init(mode, num_old)
+            except wandb.errors.Error:
+                self.run = self._init(mode)
+        self.num_had = self.run.starting_step  # rows in W&B before any were sent
         self.num_seen = 0  # rows that W&B had or that were sent
-        self.init_seconds = SYNC_SECONDS if mode == "sync" else self.options.timeout
-        if mode == "offline":
-            self.run = self._init("offline", rewind=self.num_old > 0)
-            self.num_had = self.num_old  # rows that W&B had before any were sent
-        else:
-            self.run = self._init("online")
-            if mode != "sync" and self.run.starting_step > self.num_old > 0:
-                self._rewind()
-            self.num_had = self.run.starting_step
 
-    def _rewind(self) -> None:
-        """Remove W&B's rows of steps that are computed again.
-
-        If the server does not offer that, they stay and are not sent again: the same step gives the same values.
-        """
-        import wandb
-
-        self.run.finish()
-        try:
-            self.run = self._init("online", rewind=True)
-        except wandb.errors.Error:
-            self.run = self._init("online")
-
-    def _init(self, mode: Literal["online", "offline"], *, rewind: bool = False) -> Any:
+    def _init(self, mode: str, num_rows: int = 0) -> Any:
+        """Start the run in W&B or resume it; after `num_rows` rows, unless that is 0."""
         import wandb
 
         data = self.start.get("data", {})
         entity, _, project = self.options.project.rpartition("/")
         run_id = wandb_id(self.run_dir)
         settings = wandb.Settings(
-            init_timeout=self.init_seconds,
+            init_timeout=SYNC_SECONDS if mode == "sync" else self.options.timeout,
             finish_timeout=FINISH_SECONDS,
             finish_timeout_raises=True,
             console="off",
@@ -141,7 +133,7 @@ class Mirror:
             x_stats_pid=os.getppid(),
         )
         run = wandb.init(
-            mode=mode,
+            mode="offline" if mode == "offline" else "online",
             project=project,
             entity=entity or None,
             group=self.options.group,
@@ -150,8 +142,8 @@ class Mirror:
             config={**self.config, "dataset": data, "world_size": self.start.get("world_size")},
             name=self.run_dir.name,
             id=run_id,
-            resume=None if rewind else "allow",
-            resume_from=f"{run_id}?_step={self.num_old - 1}" if rewind else None,
+            resume=None if num_rows else "allow",
+            resume_from=f"{run_id}?_step={num_rows - 1}" if num_rows else None,
             dir=str(self.run_dir.path),
             settings=settings,
         )
@@ -230,7 +222,8 @@ def media(run_dir: RunDir, data_name: str, confusion: list[list[int]]) -> dict[s
     columns: list[Any] = ["Actual", "Predicted", "nPredictions"]
     cells = [[names[i], names[j], count] for i, counts in enumerate(confusion) for j, count in enumerate(counts)]
     table, axes = wandb.Table(columns, cells), {name: name for name in columns}
-    shown = {"confusion": wandb.plot_table("wandb/confusion_matrix/v1", table, axes, {"title": "confusion matrix"})}
+    title = {"title": "confusion matrix"}
+    shown: dict[str, Any] = {"confusion": wandb.plot_table("wandb/confusion_matrix/v1", table, axes, title)}
     if run_dir.samples.exists():
         tensors = safetensors.numpy.load_file(run_dir.samples)
         fields = ("images", "labels", "predictions", "confidences")
