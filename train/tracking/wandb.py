@@ -102,10 +102,10 @@ class Mirror:
         except (KeyError, TypeError):
             raise UserError(f"{self.run_dir.config} is of another lockstep version. Sync it with that.") from None
         self.tail = Tail(self.run_dir.metrics)
-        self.unread = self.tail.rows()
-        start = max((number for number, row in enumerate(self.unread) if row["event"] == "start"), default=0)
-        self.start = self.last = self.unread[start]
-        old = [] if mode == "sync" else self.unread[:start]  # rows of earlier attempts, which this one continues
+        rows = self.run_dir.read_rows()
+        start = max((number for number, row in enumerate(rows) if row["event"] == "start"), default=0)
+        self.start = self.last = rows[start]
+        old = [] if mode == "sync" else rows[:start]  # of earlier attempts, which this one continues
         num_old = sum(row["event"] in SHOWN for row in old)
         self.run = self._init(mode, num_old if mode == "offline" else 0)
         if self.run.starting_step > num_old > 0:
@@ -152,8 +152,7 @@ class Mirror:
 
     def send_rows(self) -> None:
         """Log the new rows that W&B lacks."""
-        rows, self.unread = self.unread + self.tail.rows(), []
-        for row in rows:
+        for row in self.tail.rows():
             self.last = row
             if row["event"] in SHOWN:
                 self._log(payload(row))
