@@ -8,10 +8,10 @@ from train.cli import did_you_mean
 from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError
 from train.world.process import keep_others_from_writing
 
-ROOMS = {  # modules of subcommands that are not next to this file
+ROOMS = {  # subcommands whose module is not next to this file, or whose function is not main
     "bench": "launch.bench.harness",
     "compare": "launch.check.compare",
-    "demo": "launch.check.demo",
+    "demo": "launch.check.selftest:demo",
     "doctor": "launch.check.doctor",
     "export": "launch.deploy.export",
     "predict": "launch.deploy.predict",
@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
         if name not in SUBCOMMANDS:
             hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
             raise UserError(f"There is no subcommand {name}. {hint}")
-        return importlib.import_module(ROOMS.get(name, f"launch.{name}")).main(argv[1:])
+        module, _, function = ROOMS.get(name, f"launch.{name}").partition(":")
+        return getattr(importlib.import_module(module), function or "main")(argv[1:])
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, UserError) else CRASHED

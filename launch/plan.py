@@ -212,9 +212,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpus-per-node", type=int, default=1, help=gpus)
     parser.add_argument("--json", action="store_true", help="print JSON, with every rank's micro-batches and rows")
     own, arguments = split_arguments(argv)
-    options, wrong = parser.parse_known_args(own)
-    if wrong:
-        raise UserError(f"launch plan has no option {wrong[0]}. Pass training options after `--`.")
+    options = parser.parse_args(own)
     if options.nodes < 1 or options.gpus_per_node < 0:
         raise UserError(f"--nodes is {options.nodes} and --gpus-per-node {options.gpus_per_node}. Use 1 and 0 or more.")
     plan = make_plan(parse(arguments), options.nodes, options.gpus_per_node, arguments)

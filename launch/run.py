@@ -6,6 +6,7 @@ Slurm). torch is not imported, so the launcher starts at once and stays small.
 """
 
 import functools
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from train.cli import Parser, did_you_mean, parse, run_name, split_arguments
+from train.cli import Parser, parse, run_name, split_arguments
 from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, UserError
 from train.world.launcher import run_suffix
 from train.world.process import die_with_parent
@@ -26,7 +27,8 @@ SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved check
 POLL_SECONDS = 0.05
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 DEV = Path("/dev")
-TRAIN = (sys.executable, "-m", "train")
+Command = tuple[str, ...]
+TRAIN: Command = (sys.executable, "-m", "train")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 # both would listen on the first interface that reaches other machines
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
@@ -46,46 +48,42 @@ def count_gpus() -> int:
 
 
 class Ranks:
-    """The processes of one attempt."""
+    """The processes of one attempt. Each prints to `output`, by default to this process's."""
 
     def __init__(
         self,
         nproc: int,
         arguments: list[str],
-        restart: int,
-        *,
-        quiet: bool = False,
+        restart: int = 0,
         output: IO[str] | None = None,
-        program: tuple[str, ...] = TRAIN,
+        program: Command = TRAIN,
     ) -> None:
-        self.quiet, self.output, self.program = quiet, output, program
+        self.output = output
         self.processes: list[subprocess.Popen] = []
+        tie = functools.partial(die_with_parent, os.getpid())
+        env = {**ON_LOOPBACK, **os.environ, "LOCKSTEP_RESTART": str(restart)}
+        env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
         # Ranks inherit the mask and lift it once their handlers are installed, seconds later: no signal is lost before.
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         try:
-            self._start(nproc, arguments, restart)
+            # Rank 0 serves the rendezvous on this socket: no other process can take its port, or reach it from another
+            # machine.
+            with socket.create_server(("127.0.0.1", 0)) as store:
+                if nproc > 1:
+                    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
+                    env |= {**address, "LOCKSTEP_STORE_FD": str(store.fileno())}
+                for rank in range(nproc):
+                    process = subprocess.Popen(
+                        (*program, *arguments),
+                        env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        pass_fds=[store.fileno()] if nproc > 1 and rank == 0 else [],
+                        preexec_fn=tie,
+                        stdout=output,
+                        stderr=output,
+                    )
+                    self.processes.append(process)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-
-    def _start(self, nproc: int, arguments: list[str], restart: int) -> None:
-        output = subprocess.DEVNULL if self.quiet else self.output
-        command = (*self.program, *arguments)
-        tie = functools.partial(die_with_parent, os.getpid())
-        env = {**ON_LOOPBACK, **os.environ, "LOCKSTEP_RESTART": str(restart)}
-        # Rank 0 serves the rendezvous on this socket: no other process can take its port, or reach it from another
-        # machine.
-        with socket.create_server(("127.0.0.1", 0)) as store:
-            if nproc > 1:
-                env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
-                env |= {"MASTER_PORT": str(store.getsockname()[1]), "LOCKSTEP_STORE_FD": str(store.fileno())}
-            for rank in range(nproc):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc > 1 else {}
-                handed = [store.fileno()] if nproc > 1 and rank == 0 else []
-                self.processes.append(
-                    subprocess.Popen(
-                        command, env=env | place, pass_fds=handed, preexec_fn=tie, stdout=output, stderr=output
-                    )
-                )
 
     def send(self, number: int) -> None:
         """Send a signal to every rank that is running."""
@@ -93,12 +91,13 @@ class Ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = math.inf) -> int:
         """Wait for all ranks, and return the exit code of the attempt: 0, 2, 75, or 1 for every kind of crash.
 
-        Once one rank has left with an error, the others get a while before they are killed.
+        Once one rank has left with an error, the others get a while before they are killed. If none has left after
+        `seconds`, kill all and raise TimeoutError.
         """
-        deadline = None
+        deadline = time.monotonic() + seconds
         first: tuple[int, int] | None = None
         while True:
             codes = [process.poll() for process in self.processes]
@@ -107,46 +106,33 @@ class Ranks:
                 first = failed[0]
                 deadline = time.monotonic() + (SAVE_SECONDS if first[1] == PREEMPTED else LEAVE_SECONDS)
             if None not in codes:
-                return self._judge(first, failed) if first else FINISHED
-            if deadline is not None and time.monotonic() > deadline:
+                return self._judge(*first) if first else FINISHED
+            if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
+                if first is None:
+                    raise TimeoutError(f"{len(codes)} processes did not end within {seconds:g} s")
             time.sleep(POLL_SECONDS)
 
-    def _judge(self, first: tuple[int, int], failed: list[tuple[int, int]]) -> int:
-        """Return the exit code of an attempt whose ranks `failed`, (rank, code); print which one crashed first."""
-        if first[1] == PREEMPTED:  # all ranks have saved; one that was killed since hung during its exit
-            return PREEMPTED
-        crashes = [pair for pair in failed if pair[1] not in (PREEMPTED, BAD_INPUT)]
-        if not crashes:
-            return first[1]
-        rank, code = first if first in crashes else crashes[0]
+    def _judge(self, rank: int, code: int) -> int:
+        """Return the exit code of an attempt whose first rank to leave with an error had this one; print a crash."""
+        if code in (PREEMPTED, BAD_INPUT):  # it holds for all ranks; one that was killed since hung during its exit
+            return code
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if not self.quiet:
-            print(f"launch: rank {rank} ended by {how}", file=self.output or sys.stderr, flush=True)
+        print(f"launch: rank {rank} ended by {how}", file=self.output or sys.stderr, flush=True)
         return CRASHED
 
 
-def make_parser() -> Parser:
-    """Build the command line."""
-    parser = Parser(
-        prog="python -m launch run", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__.split("\n")[0]
-    )
+def read_command_line(argv: list[str]) -> tuple[list[str], int, int, int]:
+    """Return the training's arguments, with a run name for all restarts, --nproc, --min-nproc and --max-restarts."""
+    usage, description = "%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", __doc__.split("\n")[0]
+    parser = Parser(prog="python -m launch run", usage=usage, description=description)
     parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, one on a machine without GPU")
     restarts = "how often a training whose rank died is resumed (default 0)"
     parser.add_argument("--max-restarts", type=int, default=0, help=restarts)
     least = "resume with one process fewer each time, down to this (default: --nproc)"
     parser.add_argument("--min-nproc", type=int, help=least)
-    return parser
-
-
-def read_command_line(argv: list[str]) -> tuple[list[str], int, int, int]:
-    """Return the training's arguments, with a run name for all restarts, --nproc, --min-nproc and --max-restarts."""
-    parser = make_parser()
     own, arguments = split_arguments(argv)
-    options, wrong = parser.parse_known_args(own)
-    if wrong:
-        hint = did_you_mean(wrong[0], list(parser._option_string_actions), "Pass training options after `--`.")
-        raise UserError(f"launch run has no option {wrong[0]}. {hint}")
+    options = parser.parse_args(own)
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc is {options.nproc}. Use 1 or more.")
     if options.max_restarts < 0:
@@ -173,15 +159,14 @@ def main(argv: list[str]) -> int:
     for number in FORWARDED:  # first of all, so that no signal is lost
         signal.signal(number, forward)
     arguments, nproc, min_nproc, max_restarts = read_command_line(argv)
-    for restart in range(max_restarts + 1):
-        if received:
-            return PREEMPTED  # before any rank was started
+    restart = 0
+    while not received:
         ranks = Ranks(nproc, arguments, restart)
         for early in received:  # while they were being started
             ranks.send(early)
         code = ranks.wait()
         if code != CRASHED or received or restart == max_restarts:
             return code
-        nproc = max(min_nproc, nproc - 1)
-        print(f"launch: restart {restart + 1} of {max_restarts}, {nproc} process(es)", file=sys.stderr, flush=True)
-    raise AssertionError("the loop returns")
+        restart, nproc = restart + 1, max(min_nproc, nproc - 1)
+        print(f"launch: restart {restart} of {max_restarts}, {nproc} process(es)", file=sys.stderr, flush=True)
+    return PREEMPTED  # before any rank was started

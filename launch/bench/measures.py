@@ -249,10 +249,10 @@ def checkpoint(repeats: int) -> list[Row]:
 
 def train(world_size: int, *flags: str) -> tuple[list[dict[str, Any]], Summary, float]:
     """Train to the end in a temporary directory; later flags win. Return (rows, summary, seconds of the command)."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nothing:
         arguments = [*QUIET.split(), *" ".join(flags).split(), "--run.dir", place, "--run.name", "run"]
         began = time.perf_counter()
-        if Ranks(world_size, arguments, 0, quiet=True).wait():
+        if Ranks(world_size, arguments, output=nothing).wait():
             raise RunError(f"A training failed. See what `python -m train {' '.join(arguments)}` prints.")
         seconds, run = time.perf_counter() - began, RunDir(Path(place) / "run")
         summary = run.read_summary()

@@ -7,21 +7,19 @@ whose sums float32 holds exactly: a right all-reduce gives the expected bits in 
 import json
 import os
 import platform
-import signal
 import socket
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from launch.run import Ranks
+from launch.run import Command, Ranks
 from train.cli import Parser
 from train.config import TrainConfig
-from train.errors import BAD_INPUT, CRASHED, FINISHED, UserError, one_line
+from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError, one_line
 from train.world.device import choose_backend, choose_device
 from train.world.environment import versions
 from train.world.launcher import read_placement, slurm_variables
@@ -29,11 +27,10 @@ from train.world.process import leave
 from train.world.world import STORE_FD, join_on_loopback
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
-def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> dict[str, Any]:
+def measure(sizes: list[int], repeats: int, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
     """All-reduce tensors of each of `sizes` bytes; check and time them. Collective: every rank must call it."""
     import torch
     import torch.distributed as dist
@@ -42,16 +39,14 @@ def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> 
     place = read_placement()
     rank, world_size = place.rank, place.world_size
     torch.set_num_threads(1)
-    config = TrainConfig(device="cpu" if on_cpu else "auto")
-    device = choose_device(config, place.local_rank, place.local_world_size)
-    backend, on_gpu = choose_backend(device), device.type == "cuda"
-    if on_gpu:
+    device = choose_device(TrainConfig(device="cpu" if on_cpu else "auto"), place.local_rank, place.local_world_size)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if STORE_FD in os.environ:
-        join_on_loopback(device, place, timedelta(seconds=timeout))
+        join_on_loopback(device, place, timeout)
     else:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
-    wrong, seconds = 0, {}
+        dist.init_process_group(choose_backend(device), rank=rank, world_size=world_size, timeout=timeout)
+    num_wrong, seconds = 0, {}
     for size in sizes:
         numbers = torch.arange(size // 4, device=device).remainder(VALUES).to(torch.float32)
         times = []
@@ -60,13 +55,14 @@ def measure(sizes: list[int], repeats: int, timeout: float, *, on_cpu: bool) -> 
             dist.barrier()
             began = time.perf_counter()
             dist.all_reduce(values)
-            if on_gpu:
+            if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - began)
         seconds[str(size)] = statistics.median(times[1:])
-        wrong += int((values != numbers * world_size + world_size * (world_size - 1) // 2).sum())
+        num_wrong += int((values != numbers * world_size + world_size * (world_size - 1) // 2).sum())
+    backend = dist.get_backend()
     dist.destroy_process_group()
-    return {"rank": rank, "world_size": world_size, "backend": backend, "wrong": wrong, "seconds": seconds}
+    return {"rank": rank, "world_size": world_size, "backend": backend, "wrong": num_wrong, "seconds": seconds}
 
 
 def introduce(shared: Path) -> dict[str, Any]:
@@ -80,26 +76,19 @@ def introduce(shared: Path) -> dict[str, Any]:
     return {"host": host, "problem": problem, "versions": [f"python {platform.python_version()}", *packages]}
 
 
-def run_local(program: tuple[str, ...], nproc: int, arguments: list[str], timeout: float) -> list[dict[str, Any]]:
-    """Start processes on this machine and return what each printed. Raise RuntimeError if one fails or hangs."""
+def run_local(program: Command, nproc: int, arguments: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Start processes on this machine and return what each printed. Raise RunError if one fails, or TimeoutError."""
     with tempfile.TemporaryFile("w+") as output:  # a pipe would fill up
-        ranks = Ranks(nproc, arguments, 0, output=output, program=program)
-        end = threading.Timer(timeout, ranks.send, [signal.SIGKILL])
-        end.daemon = True
-        end.start()
-        code, is_late = ranks.wait(), not end.is_alive()
-        end.cancel()
-        output.seek(0)
-        lines = output.read().splitlines()
-    if os.environ.get("NCCL_DEBUG"):
-        print("\n".join(lines), file=sys.stderr)
-    if is_late:
-        raise RuntimeError(f"{nproc} processes did not end within {timeout:g} s")
+        try:
+            code = Ranks(nproc, arguments, output=output, program=program).wait(seconds)
+        finally:
+            output.seek(0)
+            lines = output.read().splitlines()
+            if os.environ.get("NCCL_DEBUG"):
+                print("\n".join(lines), file=sys.stderr)
     if code:
-        errors = [line for line in lines if line.startswith("error: ")]
-        others = [line for line in lines if not line.startswith(("{", "launch: "))]
-        ends = [line.removeprefix("launch: ") for line in lines if line.startswith("launch: ")] or [f"exit code {code}"]
-        raise RuntimeError(f"{nproc} processes: {ends[0]}: {''.join(errors[:1] or others[-1:])[:200]}")
+        said = [line for line in lines if line.startswith("error: ")][:1] or lines[-2:]
+        raise RunError(f"{nproc} processes failed: {'; '.join(said)[:250]}")
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
@@ -115,7 +104,7 @@ def main(argv: list[str]) -> int:
     if options.shared:
         print(json.dumps(introduce(options.shared)), flush=True)
     try:
-        found = measure(options.bytes, options.repeats, options.timeout, on_cpu=options.cpu)
+        found = measure(options.bytes, options.repeats, timedelta(seconds=options.timeout), on_cpu=options.cpu)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT

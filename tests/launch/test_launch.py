@@ -179,7 +179,6 @@ def test_launch_run_passes_signals_and_75_on(tmp_path: Path, number: signal.Sign
 def test_rank_that_hangs_in_its_last_words_after_all_have_saved_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.run, "SAVE_SECONDS", 0.3)
     ranks = object.__new__(launch.run.Ranks)
-    ranks.quiet = True
     programs = ("import time; time.sleep(60)", "raise SystemExit(75)")
     ranks.processes = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
     assert ranks.wait() == 75

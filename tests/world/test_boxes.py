@@ -15,9 +15,10 @@ from ranks.processes import Ranks
 
 import launch.run
 from launch.bench import measures, peers
-from launch.check import allreduce, checks, demo, selftest
+from launch.check import allreduce, checks, selftest
 from launch.check.selftest import SAVE_STEPS, STEPS_PER_EPOCH
 from train.cli import parse
+from train.errors import RunError
 from train.rundir import Evaluation, RunDir
 
 BOXES = [0, 1, 2, 8]
@@ -101,7 +102,7 @@ def test_ranks_of_one_machine_stay_on_the_loopback_interface(monkeypatch: pytest
     if start == "launch run":
         launch.run.Ranks(2, [], 0)
     else:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RunError):
             allreduce.run_local(("program",), 2, [], 1)
     assert len(every_process) == 2
     for rank, process in enumerate(every_process):
@@ -122,7 +123,7 @@ def test_a_site_may_name_another_interface(monkeypatch: pytest.MonkeyPatch) -> N
 def test_demo_trains_on_gpus_only_where_all_its_processes_have_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpus: int
 ) -> None:
-    monkeypatch.setattr(demo, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(selftest, "count_gpus", lambda: gpus)
     asked: list[tuple[int, str]] = []
 
     def train(run: RunDir, world_size: int, flags: str, kill_after: int) -> None:
@@ -130,11 +131,11 @@ def test_demo_trains_on_gpus_only_where_all_its_processes_have_one(
         asked.append((world_size, config.train.device))
         assert (kill_after > 0) == (world_size == 2)
 
-    monkeypatch.setattr(demo.selftest, "train", train)
+    monkeypatch.setattr(selftest, "train", train)
     result = Evaluation(0.9, 0.1, 324, "", [])
     summary = SimpleNamespace(weights_sha256="0" * 64, data={"name": "digits"}, final=result)
     monkeypatch.setattr(RunDir, "read_summary", lambda self: summary)
-    assert demo.main([]) == 0
+    assert selftest.demo([]) == 0
     device = "cuda" if gpus == 8 else "cpu"
     assert asked == [(world_size, device) for world_size in (1, 2, 3, 4)]
     capsys.readouterr()
