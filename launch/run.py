@@ -110,7 +110,9 @@ class Ranks:
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
                 if first is None:
-                    raise TimeoutError(f"{len(codes)} processes did not end within {seconds:g} s")
+                    for process in self.processes:
+                        process.wait()
+                    raise TimeoutError(f"{len(codes)} process(es) did not end within {seconds:g} s")
             time.sleep(POLL_SECONDS)
 
     def _judge(self, rank: int, code: int) -> int:

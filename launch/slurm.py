@@ -1,8 +1,8 @@
 """`python -m launch slurm`: check a training, submit it to Slurm, follow it.
 
-No job is queued that would fail on a typo: the config is parsed, the ranks must be able to share the batch, the scripts
-pass `bash -n` and the request passes `sbatch --test-only`. Arguments are passed as a list, never through a shell's
-parser. The job itself is slurm/train.sbatch.
+No job is queued that would fail on a typo: the config is parsed, the ranks must be able to share the batch, and the
+request passes `sbatch --test-only`. Arguments are passed as a list, never through a shell's parser. The job itself is
+slurm/train.sbatch.
 """
 
 import os
@@ -20,7 +20,6 @@ from train.errors import CRASHED, FINISHED, UserError
 
 ROOT = Path(__file__).parent.parent
 SITE = 'if [ -f slurm/site.env ]; then set -a; . slurm/site.env >&2; set +a; fi; exec "$@"'  # its SBATCH_* reach sbatch
-SCRIPTS = ("slurm/train.sbatch", "slurm/sweep.sbatch")
 POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
 LOST, INTERRUPTED = 3, 130  # exit codes: the job was submitted and can no longer be followed; Ctrl-C
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
@@ -32,14 +31,12 @@ def make_parser() -> Parser:
         prog="python -m launch slurm",
         usage="%(prog)s [OPTIONS] [SBATCH OPTIONS] -- TRAIN ARGUMENTS",
         description="Check a training and submit it. Options that are not listed go to sbatch: --time, --partition, "
-        "--account, --qos, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
+        "--signal=USR2@600, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
     )
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
     gpus = "GPUs and ranks per node; 0: CPU ranks (default 0)"
     parser.add_argument("--gpus-per-node", type=int, default=0, help=gpus)
     parser.add_argument("--ntasks-per-node", type=int, default=1, help="CPU ranks per node (default 1)")
-    signal = "save and leave so long before the limit (default 300)"
-    parser.add_argument("--signal-seconds", type=int, default=300, help=signal)
     sweep = "'seeds', or a file with one line of flags per run; needs --array, such as --array=1-5%%2"
     parser.add_argument("--sweep", help=sweep)
     parser.add_argument("--dry-run", action="store_true", help="print the command and do not submit")
@@ -51,7 +48,7 @@ def make_parser() -> Parser:
 
 def check_options(options: Namespace, extra: list[str]) -> None:
     """Raise UserError if an option has a value that makes no job."""
-    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("gpus_per_node", 0), ("signal_seconds", 0)):
+    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("gpus_per_node", 0)):
         value = getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}. Use {least} or more.")
@@ -87,19 +84,14 @@ def check_lines(path: Path, arguments: list[str]) -> None:
 
 def command(options: Namespace, extra: list[str], arguments: list[str]) -> list[str]:
     """Return the sbatch command line."""
-    ranks = ["--ntasks-per-node", str(options.ntasks_per_node)]
-    if options.gpus_per_node:
-        ranks = ["--gpus-per-node", str(options.gpus_per_node)]
-    own = ["--nodes", str(options.nodes), *ranks, f"--signal=USR2@{options.signal_seconds}"]
-    script = [SCRIPTS[1], options.sweep] if options.sweep else [SCRIPTS[0]]
-    return ["sbatch", "--parsable", *own, *extra, *script, *arguments]
+    kind = "gpus" if options.gpus_per_node else "ntasks"
+    ranks = [f"--{kind}-per-node", str(options.gpus_per_node or options.ntasks_per_node)]
+    script = ["slurm/sweep.sbatch", options.sweep] if options.sweep else ["slurm/train.sbatch"]
+    return ["sbatch", "--parsable", "--nodes", str(options.nodes), *ranks, *extra, *script, *arguments]
 
 
 def run(*argv: str) -> str:
-    """Run a command in the project's directory with the site's settings.
-
-    Raises UserError with its message if it fails.
-    """
+    """Run a command in the project's directory with the site's settings. Raises UserError if it fails."""
     done = subprocess.run(("bash", "-c", SITE, "bash", *argv), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
@@ -118,28 +110,23 @@ def print_new(log: Path, position: int) -> int:
 
 
 def follow(job: str, log: Path) -> int:
-    """Print the log and each new state until the job ends or is held; return its exit code.
-
-    Ctrl-C leaves the job alone.
-    """
-    shown, position, failures = "", 0, 0
+    """Print the log and each new state until the job ends or is held; return its exit code."""
+    shown, position, answered_at = "", 0, time.monotonic()
     while True:
         try:
-            text, failures = run("scontrol", "show", "job", "-o", job), 0
+            text = run("scontrol", "show", "job", "-o", job)
         except UserError as error:  # a controller that is being restarted
-            failures += 1
-            if failures * POLL_SECONDS > PATIENCE_SECONDS:
+            if time.monotonic() - answered_at > PATIENCE_SECONDS:
                 print(f"job {job} continues, but cannot be followed: {error}", file=sys.stderr)
                 return LOST
             time.sleep(POLL_SECONDS)
             continue
-        fields = dict(re.findall(r"(\S+?)=(\S*)", text))
+        answered_at, fields = time.monotonic(), dict(re.findall(r"(\S+?)=(\S*)", text))
         state, reason = fields["JobState"], fields["Reason"]
-        now = state if reason == "None" else f"{state} ({reason})"
         position = print_new(log, position)
+        now = f"{state} ({reason}) {fields.get('NodeList', '')}".replace("(None)", "").replace("(null)", "")
         if now != shown:
-            nodes = fields.get("NodeList", "").replace("(null)", "")
-            print(f"{time.strftime('%H:%M:%S')} job {job}: {now} {nodes}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} job {job}: {now}", flush=True)
             shown = now
         if state not in ACTIVE or "held" in reason.lower():
             code = int(fields["ExitCode"].split(":")[0])
@@ -148,10 +135,7 @@ def follow(job: str, log: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Submit, or print what would be submitted.
-
-    Return 0, LOST, INTERRUPTED, or the exit code of a job that was followed.
-    """
+    """Submit; return 0, LOST, INTERRUPTED, or the exit code of a job that was followed."""
     own, arguments = split_arguments(argv)
     options, extra = make_parser().parse_known_args(own)
     if stray := [word for word in extra if not word.startswith("-")]:
@@ -167,8 +151,6 @@ def main(argv: list[str]) -> int:
     if options.sweep and options.sweep != "seeds":
         check_lines(Path(options.sweep), arguments)
     check_world(config, options.nodes * (options.gpus_per_node or options.ntasks_per_node))
-    for script in SCRIPTS:
-        run("bash", "-n", script)
     sbatch = command(options, extra, arguments)
     if options.dry_run:
         print(shlex.join(sbatch))

@@ -7,7 +7,6 @@ no job and no file behind.
 
 import json
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
@@ -20,7 +19,6 @@ from train.config import Config
 
 COMMAND_SECONDS, QUEUE_SECONDS, JOIN_SECONDS = 15, 30, 60
 LOST = ("down", "drain", "fail")  # states of nodes
-USABLE = ("idle", "mixed", "allocated")
 
 
 def ask(*command: str, seconds: float = COMMAND_SECONDS) -> tuple[bool, str]:
@@ -35,13 +33,11 @@ def ask(*command: str, seconds: float = COMMAND_SECONDS) -> tuple[bool, str]:
 
 def slurm(config: Config, nodes: int, where: list[str]) -> Iterator[Finding]:
     """Check from sbatch to the nodes. Stop where the next check would make no sense."""
-    if not shutil.which("sbatch"):
-        yield Finding("sbatch", "fail", "not on the PATH", "run this on a login node; module load slurm")
-        return
     works, text = ask("scontrol", "ping")
     if not works or "is UP" not in text:
         text = f"the controller does not answer: {text[:150]}"
-        yield Finding("sbatch", "fail", text, "is slurmctld up? Is SLURM_CONF right?")
+        remedy = "run this on a login node; module load slurm; is slurmctld up? Is SLURM_CONF right?"
+        yield Finding("sbatch", "fail", text, remedy)
         return
     yield Finding("sbatch", "OK", f"{ask('sbatch', '--version')[1]}; {text[:80]}")
     yield partitions()
@@ -60,12 +56,11 @@ def partitions() -> Finding:
     """Check that a partition is up, and that its nodes are."""
     _, text = ask("sinfo", "-h", "-o", "%P|%a|%D|%T")
     rows = [line.split("|") for line in text.split() if line.count("|") == 3]
-    if not (up := sorted({name for name, is_up, _, _ in rows if is_up == "up"})):
+    up = [f"{name} {num} {state}" for name, is_up, num, state in rows if is_up == "up"]
+    if not up:
         return Finding("partitions", "fail", f"none is up: {text[:100]}", "ask the cluster's administrators")
-    num_usable = {name: sum(int(row[2]) for row in rows if row[0] == name and row[3] in USABLE) for name in up}
-    text = f"nodes in use or idle: {', '.join(f'{name} {num}' for name, num in num_usable.items())}"
-    lost = [f"{num} {state} in {name}" for name, _, num, state in rows if state.startswith(LOST)]
-    return Finding("partitions", "warn" if lost else "OK", "; ".join([text, *lost]), "sinfo -R prints the reasons")
+    is_lost = any(state.startswith(LOST) for _, _, _, state in rows)
+    return Finding("partitions", "warn" if is_lost else "OK", ", ".join(up), "sinfo -R prints the reasons")
 
 
 def probe(shared: Path, nodes: int, where: list[str]) -> Iterator[Finding]:
@@ -76,12 +71,11 @@ def probe(shared: Path, nodes: int, where: list[str]) -> Iterator[Finding]:
     command = ("srun", *options, *limits, *where, *PROBE, *arguments)
     _, output = ask(*command, seconds=QUEUE_SECONDS + 2 * JOIN_SECONDS)
     tasks = read_tasks(output)
-    if sum("host" in task for task in tasks) < nodes:
+    num_started = sum("host" in task for task in tasks)
+    if num_started < nodes:
         is_busy = "mmediate" in output or "Unable to allocate" in output
         remedy = "the cluster is busy: try again, or fewer --nodes" if is_busy else f"is {PROBE[0]} on every node?"
-        text = (
-            f"{sum('host' in task for task in tasks)} of {nodes} node(s) ran a probe: {output.splitlines()[-1][:150]}"
-        )
+        text = f"{num_started} of {nodes} node(s) ran a probe: {output.splitlines()[-1][:150]}"
         yield Finding("nodes", "warn" if is_busy else "fail", text, remedy)
         return
     yield versions(tasks)
@@ -91,14 +85,13 @@ def probe(shared: Path, nodes: int, where: list[str]) -> Iterator[Finding]:
 
 def read_tasks(output: str) -> list[dict[str, Any]]:
     """Return what each task printed: its JSON objects as one, and its error, or else its last other line, as `said`."""
-    tasks: dict[int, dict[str, Any]] = defaultdict(dict)
+    tasks: dict[str, dict[str, Any]] = defaultdict(dict)
     for label, text in re.findall(r"^ *(\d+): (.*\S)", output, re.MULTILINE):
-        task = tasks[int(label)]
         if text.startswith('{"'):
-            task |= json.loads(text)
-        elif not task.get("said", "").startswith("error: "):  # torch prints stack traces around it
-            task["said"] = text
-    return [task for _, task in sorted(tasks.items())]
+            tasks[label] |= json.loads(text)
+        elif not tasks[label].get("said", "").startswith("error: "):  # torch prints stack traces around it
+            tasks[label]["said"] = text
+    return list(tasks.values())
 
 
 def versions(tasks: list[dict[str, Any]]) -> Finding:
@@ -112,12 +105,12 @@ def versions(tasks: list[dict[str, Any]]) -> Finding:
 
 def shared_files(shared: Path, tasks: list[dict[str, Any]]) -> Finding:
     """Check that every node could write into the run directory, and that its file is seen here."""
-    missing = [task for task in tasks if not (shared / task["host"]).exists()]
-    if missing:
-        why = ", ".join(f"{task['host']} ({task['problem'] or 'its file is not seen here'})" for task in missing)
-        remedy = "a run.dir on the cluster's shared file system, such as your home or scratch"
-        return Finding("shared files", "fail", f"{shared.parent} is not shared: {why}", remedy)
-    return Finding("shared files", "OK", f"{shared.parent} is shared by {len(tasks)} node(s)")
+    missing = {task["host"]: task["problem"] for task in tasks if not (shared / task["host"]).exists()}
+    if not missing:
+        return Finding("shared files", "OK", f"{shared.parent} is shared by {len(tasks)} node(s)")
+    why = ", ".join(f"{host} ({problem or 'its file is not seen here'})" for host, problem in missing.items())
+    remedy = "a run.dir on the cluster's shared file system, such as your home or scratch"
+    return Finding("shared files", "fail", f"{shared.parent} is not shared: {why}", remedy)
 
 
 def network(tasks: list[dict[str, Any]]) -> Finding:

@@ -39,33 +39,35 @@ def collect(record: Record) -> dict[str, Series]:
         raise UserError(f"metrics.jsonl of {record.name} holds rows that no run writes: {problem}.") from None
 
 
-def compare_series(name: str, mine: Series, theirs: Series) -> tuple[str, bool | None]:
-    """Compare a quantity at the steps of both runs -> (line, whether all agree; None without such a step)."""
+def difference(name: str, mine: Any, theirs: Any) -> str:
+    """Return two values of a quantity, and how far they are from each other."""
+    if name == "weights":
+        return f"{mine[:12]}... and {theirs[:12]}..."
+    return fingerprint.difference(mine, theirs)
+
+
+def compare_series(name: str, mine: Series, theirs: Series) -> tuple[str, bool]:
+    """Compare a quantity at the steps of both runs -> (line, whether all agree)."""
     common = sorted(mine.keys() & theirs.keys())
-    if not common:
-        return "no step recorded by both", None
     differing = [step for step in common if mine[step] != theirs[step]]
+    if not common:
+        return "no step recorded by both", True
     if not differing:
         return f"the same bits at {len(common)} of {len(common)} recorded steps, the last {common[-1]}", True
     step = differing[0]
-    if name == "weights":
-        what = f"{mine[step][:12]}... and {theirs[step][:12]}..."
-    else:
-        what = fingerprint.difference(mine[step], theirs[step])
+    what = difference(name, mine[step], theirs[step])
     return f"first differs at step {step}: {what}; at {len(differing)} of {len(common)} recorded steps", False
 
 
 def compare_end(first: Record, second: Record) -> tuple[str, bool]:
     """Compare the weights after the last step -> (line, whether they are the same)."""
-    step = first.last_step
-    if step != second.last_step:
-        return f"not compared: the runs are at steps {step} and {second.last_step}", False
-    mine, theirs = first.saved_weights.get(step), second.saved_weights.get(step)
-    if not mine or not theirs:
-        return f"not compared: not recorded at step {step}", False
+    steps = (first.last_step, second.last_step)
+    mine, theirs = first.saved_weights.get(steps[0]), second.saved_weights.get(steps[1])
+    if steps[0] != steps[1] or not mine or not theirs:
+        return f"not compared: the runs are at steps {steps[0]} and {steps[1]}, or did not record them", False
     if mine == theirs:
-        return f"the same bits after step {step}: {mine}", True
-    return f"they differ after step {step}: {mine[:12]}... and {theirs[:12]}...", False
+        return f"the same bits after step {steps[0]}: {mine}", True
+    return f"they differ after step {steps[0]}: {difference('weights', mine, theirs)}", False
 
 
 def heading(record: Record) -> str:
@@ -94,17 +96,13 @@ def compare(records: list[Record]) -> bool:
     """Print how two runs differ; return whether all that they computed agrees and they end in the same weights."""
     first, second = map(collect, records)
     print(f"A  {heading(records[0])}\nB  {heading(records[1])}")
-    lines, verdicts = compare_setup(records), []
-    for name in [name for name in first if name in second]:
-        line, is_same = compare_series(name, first[name], second[name])
-        lines.append((name, line))
-        verdicts += [is_same] if is_same is not None else []
-    end, is_same_end = compare_end(*records)
-    last_steps = [record.last_step for record in records]
-    lines += [("last common step", str(min(last_steps))), ("final weights", end)]
+    found = {name: compare_series(name, first[name], second[name]) for name in first if name in second}
+    found["final weights"] = compare_end(*records)
+    lines = [*compare_setup(records), *((name, line) for name, (line, _) in found.items())]
+    lines.append(("last common step", str(min(record.last_step for record in records))))
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:{width}}  {line}" for name, line in lines))
-    return bool(verdicts) and all(verdicts) and is_same_end
+    return all(is_same for _, is_same in found.values())
 
 
 def main(argv: list[str]) -> int:

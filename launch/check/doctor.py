@@ -4,9 +4,8 @@ The arguments of the training that is meant to run follow `--`: its data, precis
 checked. Exit codes: 0 nothing fails, 1 something does, 2 bad usage.
 """
 
-import dataclasses
 import functools
-import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from launch.check import checks, cluster
@@ -28,17 +27,10 @@ def examine(todo: Sequence[tuple[str, Check]], config: Config) -> Iterator[Findi
             yield Finding(name.replace("_", "-"), "fail", text, "repair that, or report it")
 
 
-def line(finding: Finding) -> str:
-    """Return a finding as one line of text."""
-    remedy = f" -> {finding.remedy}" if finding.remedy else ""
-    return " ".join(f"{finding.status:5}{finding.name:14}{finding.text}{remedy}".splitlines())
-
-
 def main(argv: list[str]) -> int:
     """Check, print, and return 1 if anything fails."""
     usage, description = "%(prog)s [OPTIONS] [-- TRAIN ARGUMENTS]", __doc__.split("\n")[0]
     parser = Parser(prog="python -m launch doctor", usage=usage, description=description)
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--slurm", action="store_true", help="check the Slurm cluster too, by a short job on its nodes")
     parser.add_argument("--nodes", type=int, default=2, help="nodes of that job (default 2)")
     parser.add_argument("--partition", help="partition of that job (default: the cluster's)")
@@ -51,16 +43,11 @@ def main(argv: list[str]) -> int:
     todo: list[tuple[str, Check]] = [(check.__name__, check) for check in checks.CHECKS]
     if options.slurm:
         where = [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(options, name))]
-        todo[-1] = ("slurm", functools.partial(cluster.slurm, nodes=options.nodes, where=where))
-    found = []
+        todo.append(("slurm", functools.partial(cluster.slurm, nodes=options.nodes, where=where)))
+    found: Counter[str] = Counter()
     for finding in examine(todo, config):
-        found.append(finding)
-        if not options.json:
-            print(line(finding), flush=True)
-    fails, warns = (sum(finding.status == status for finding in found) for status in ("fail", "warn"))
-    if options.json:
-        status = "fail" if fails else "warn" if warns else "OK"
-        print(json.dumps({"status": status, "findings": [dataclasses.asdict(finding) for finding in found]}, indent=1))
-    else:
-        print(f"{len(found)} checks: {fails} fail, {warns} warn")
-    return CRASHED if fails else FINISHED
+        found[finding.status] += 1
+        remedy = f" -> {finding.remedy}" if finding.remedy else ""
+        print(*f"{finding.status:5}{finding.name:14}{finding.text}{remedy}".splitlines(), flush=True)
+    print(f"{sum(found.values())} checks: {found['fail']} fail, {found['warn']} warn")
+    return CRASHED if found["fail"] else FINISHED

@@ -1,14 +1,14 @@
 """`python -m launch replay RUN --steps A:B`: compute the steps A+1 to B of an exact run again and compare.
 
 Invariant: the run's directory is only read. Compared are the bits of each step's loss and gradient norm, and the
-weights where the run saved. Before that the config, the data and every checkpoint are compared with what the run
-recorded of them.
+weights where the run saved. Before that the config and the data are compared with what the run recorded of them, and
+every checkpoint is verified.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.check.compare import Series, collect, difference
 from train.cli import Parser, parse, split_arguments
 from train.config import Config, read_steps
 from train.errors import UserError
@@ -24,16 +24,6 @@ if TYPE_CHECKING:
     from train.storage.checkpoint import Snapshot
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What one of the run's files records of the training that wrote it."""
-
-    source: str
-    trajectory: dict[str, Any]
-    data_sha256: str
-    environment: dict[str, Any]
-
-
 def parse_steps(text: str, recorded: fingerprint.Series, run_dir: Path) -> tuple[int, int]:
     """Parse `A:B`. Raises UserError unless the run has a fingerprint of each of these steps."""
     first, last = read_steps("--steps", text)
@@ -44,66 +34,46 @@ def parse_steps(text: str, recorded: fingerprint.Series, run_dir: Path) -> tuple
     return first, last
 
 
-def read_checkpoints(directory: Path, first: int) -> tuple[tuple[Path, "Snapshot"] | None, list[Claim], list[str]]:
-    """Verify all checkpoints -> (the newest intact one at or before step `first`, what each claims, damages)."""
+def read_checkpoints(directory: Path, first: int) -> tuple[tuple[Path, "Snapshot"] | None, list[str]]:
+    """Verify all checkpoints -> (the newest intact one at or before step `first`, what is damaged)."""
     from train.storage import checkpoint
 
-    start, claims, problems = None, [], []
+    start, problems = None, []
     for path in reversed(checkpoint.directories(directory)):
         try:
             snapshot = checkpoint.decode(checkpoint.read(path))
         except checkpoint.Damaged as error:
             problems.append(str(error))
-            continue
-        meta = snapshot.meta
-        claims.append(Claim(str(path), meta["trajectory"], meta["data_sha256"], meta["environment"]))
-        if meta["step"] <= first:
-            start = path, snapshot
-    return start, claims, problems
+        else:
+            start = (path, snapshot) if snapshot.meta["step"] <= first else start
+    return start, problems
 
 
-def check_claims(config: Config, data_sha256: str, claims: list[Claim], record: Record) -> None:
+def check_origin(record: Record, config: Config, data_sha256: str) -> None:
     """Raise UserError if the config or the data are not those that the run was trained with."""
-    for claim in claims:
-        if changed := differences(claim.trajectory, trajectory(config)):
-            config_file = RunDir(record.path).config
-            raise UserError(f"{config_file} is not what {claim.source} was trained with: {', '.join(changed)}.")
-    expected = {claim.source: claim.data_sha256 for claim in claims}
-    for source, sha256 in (expected | {str(record.path): record.data.get("sha256", data_sha256)}).items():
-        if sha256 != data_sha256:
-            raise UserError(
-                f"The data are not what {source} was trained with: SHA-256 {sha256[:12]} -> {data_sha256[:12]}."
-            )
+    was_trained_with = f"not what {record.path} was trained with"
+    if record.summary and (changed := differences(record.summary.config, trajectory(config))):
+        raise UserError(f"{RunDir(record.path).config} is {was_trained_with}: {', '.join(changed)}.")
+    if (recorded := record.data.get("sha256", data_sha256)) != data_sha256:
+        raise UserError(f"The data are {was_trained_with}: SHA-256 {recorded[:12]} -> {data_sha256[:12]}.")
 
 
-class Comparison:
-    """Compares recomputed steps with a run's record, and counts."""
+def compare_step(recorded: dict[str, Series], plan: "Plan", state: "State") -> tuple[bool, str]:
+    """Compare the step that just ended with what the run recorded -> (whether all agrees, a line about it)."""
+    from train.storage.checkpoint import tensors_sha256
 
-    def __init__(self, record: Record) -> None:
-        self.recorded, self.weights = fingerprint.of_rows(record.rows), record.saved_weights
-        self.num_equal = self.num_different = self.num_saves = 0
-
-    def has_saved_others(self, state: "State") -> bool:
-        """Return whether the run saved other weights at this step than it has now."""
-        from train.storage.checkpoint import tensors_sha256
-
-        return state.step in self.weights and tensors_sha256(state.module.state_dict()) != self.weights[state.step]
-
-    def compare_step(self, plan: "Plan", state: "State", *, is_requested: bool) -> None:
-        """Compare the step that just ended. Print it if it was asked for, or if it differs."""
-        is_same, words, step = not self.has_saved_others(state), [], state.step
-        if step in self.weights:
-            words.append("weights agree" if is_same else "weights DIFFER")
-            self.num_saves += is_same and is_requested
-        for name, (value,) in fingerprint.encode(plan.tables.read_results(step - 1, step)).items():
-            there = self.recorded[name].get(step, value)  # a step before those that were asked for may lack it
-            is_same &= value == there
-            outcome = f"{value} agrees" if value == there else f"DIFFERS: {fingerprint.difference(value, there)}"
-            words.append(f"{name} {outcome}")
-        self.num_different += not is_same
-        self.num_equal += is_same and is_requested
-        if is_requested or not is_same:
-            print(f"step {step}: {', '.join(words)}")
+    step, words, is_same = state.step, [], True
+    columns = fingerprint.encode(plan.tables.read_results(step - 1, step))
+    found: dict[str, Any] = {name: value for name, (value,) in columns.items()}
+    if step in recorded["weights"]:
+        found["weights"] = tensors_sha256(state.module.state_dict())
+    for name, value in found.items():
+        there = recorded[name].get(step, value)  # a step before those that were asked for may lack it
+        is_same &= value == there
+        words.append(
+            f"{name} {value} agrees" if value == there else f"{name} DIFFERS: {difference(name, value, there)}"
+        )
+    return is_same, f"step {step}: {', '.join(words)}"
 
 
 def replay(record: Record, config: Config, first: int, last: int) -> bool:
@@ -111,27 +81,28 @@ def replay(record: Record, config: Config, first: int, last: int) -> bool:
     from train import loop
     from train.state import restore, set_up
     from train.step import prepare_step, train_step
-    from train.storage import data
+    from train.storage import checkpoint, data
     from train.world.world import World
 
-    comparison, files, summary = Comparison(record), RunDir(record.path), record.summary
-    start, claims, problems = read_checkpoints(files.checkpoints, first)
-    if summary:
-        claims.append(Claim(str(files.summary), summary.config, summary.data["sha256"], summary.environment))
-        if summary.fingerprints != fingerprint.receipt(record.rows):
-            problems.append(f"The fingerprints in {files.metrics} are not those of its {files.summary.name}.")
-    if not start and not comparison.recorded["loss"].keys() >= set(range(1, first + 1)):
+    recorded, files, summary = collect(record), RunDir(record.path), record.summary
+    start, problems = read_checkpoints(files.checkpoints, first)
+    if summary and summary.fingerprints != fingerprint.receipt(record.rows):
+        problems.append(f"The fingerprints in {files.metrics} are not those of its {files.summary.name}.")
+    if not start and not recorded["loss"].keys() >= set(range(1, first + 1)):
         raise UserError(f"{record.path} began after step 0 and has no intact checkpoint at or before step {first}.")
+    same: dict[int, bool] = {}
     world = World.open(config.train)
     try:
         source = data.load(config.data, world)
-        check_claims(config, source.sha256, claims, record)
-        if claims and (changed := environment_differences(claims[-1].environment, environment(world))):
+        check_origin(record, config, source.sha256)
+        before = start[1].meta["environment"] if start else summary.environment if summary else {}
+        if changed := environment_differences(before, environment(world)):
             print(f"The bits may differ: {', '.join(changed)}.")
         plan, state = set_up(config, world, source)
         if start:
             restore(plan, state, start[1], str(start[0]))
-            if comparison.has_saved_others(state):
+            weights = checkpoint.tensors_sha256(start[1].model)
+            if recorded["weights"].get(state.step, weights) != weights:
                 problems.append(f"Checkpoint {start[0]} holds other weights than the run saved at step {state.step}.")
         for problem in problems:
             print(f"damaged: {problem}")
@@ -142,13 +113,17 @@ def replay(record: Record, config: Config, first: int, last: int) -> bool:
             state.step += 1
             if plan.is_epoch_end(state.step):
                 loop.close_epoch(plan, state)
-            comparison.compare_step(plan, state, is_requested=state.step > first)
+            same[state.step], line = compare_step(recorded, plan, state)
+            if state.step > first or not same[state.step]:
+                print(line)
     finally:
         world.close()
-    counted = f"{comparison.num_equal} of {last - first} steps agree bit for bit"
+    equal = [step for step, is_same in same.items() if is_same and step > first]
+    num_saves = sum(step in recorded["weights"] for step in equal)
     damage = f"; {len(problems)} damaged, see above" if problems else ""
-    print(f"{counted}, {comparison.num_saves} saved weights among them{damage}")
-    return not comparison.num_different and not problems
+    counted = f"{len(equal)} of {last - first} steps agree bit for bit, {num_saves} saved weights among them"
+    print(f"{counted}{damage}")
+    return all(same.values()) and not problems
 
 
 def main(argv: list[str]) -> int:
@@ -166,8 +141,5 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(own)
     record = records.read(options.run, options.run.name)
     first, last = parse_steps(options.steps, fingerprint.of_rows(record.rows)["loss"], options.run)
-    config_file = RunDir(options.run).require_config()
-    config = parse(["--config", str(config_file), *arguments])
-    if not config.train.exact:
-        raise UserError(f"{config_file} has train.exact false, but the run was exact. It was changed.")
+    config = parse(["--config", str(RunDir(options.run).require_config()), *arguments])
     return 0 if replay(record, config, first, last) else 1

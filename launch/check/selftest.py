@@ -22,16 +22,16 @@ from train.rundir import RunDir, Tail
 NUM_TRAIN, NUM_TEST = 1438, 359  # of digits
 BATCH, SAVE_STEPS = 95, 7  # the last batch of an epoch has 13 examples
 STEPS_PER_EPOCH = math.ceil(NUM_TRAIN / BATCH)
-QUIET = "--log.every_steps 1 --log.progress false --log.report false --wandb.mode disabled"
+QUIET = ["--log.every_steps", "1", "--log.progress", "false", "--log.report", "false", "--wandb.mode", "disabled"]
 EVERYTHING = (
-    f"{QUIET} --data.name digits --train.num_threads 1 --train.global_batch_size {BATCH} --train.num_micro_batches 5 "
+    f"--data.name digits --train.num_threads 1 --train.global_batch_size {BATCH} --train.num_micro_batches 5 "
     "--train.exact true --model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 "
     "--augment.erase 0.3 --optim.lr 0.05 --optim.ema 0.9 --optim.clip_norm 1 --eval.batch_size 100 "
     f"--checkpoint.every_steps {SAVE_STEPS} --checkpoint.keep 3"
 )
 DEMO = (
-    f"--config configs/quickstart.yaml {QUIET} --train.exact true --train.num_micro_batches 8 "
-    f"--train.global_batch_size 512 --model.dropout 0.2 --augment.shift 2 --checkpoint.every_steps {SAVE_STEPS}"
+    "--config configs/quickstart.yaml --train.exact true --train.num_micro_batches 8 --train.global_batch_size 512 "
+    f"--model.dropout 0.2 --augment.shift 2 --checkpoint.every_steps {SAVE_STEPS}"
 )
 # A GPU makes three such steps in 10 ms, so that we may miss the steps to kill at. It gets many more of them.
 EPOCHS = {"cpu": 3, "cuda": 31}
@@ -42,11 +42,11 @@ POLL_SECONDS = 0.005
 Law = tuple[str, str, list[Any], list[Any]]  # its name, what is compared, what must be found, what the run wrote
 
 
-def train(run: RunDir, world_size: int, flags: str, kill_after: int = 0, seconds: float = math.inf) -> None:
+def train(run: RunDir, world_size: int, flags: list[str], kill_after: int = 0, seconds: float = math.inf) -> None:
     """Train a run to its end, or kill one process after a step. Raise RunError or TimeoutError if it ends otherwise."""
-    place = ["--run.dir", str(run.path.parent), "--run.name", run.name]
+    arguments = [*flags, *QUIET, "--run.dir", str(run.path.parent), "--run.name", run.name]
     with open(run.path.with_suffix(".log"), "a+") as log:
-        ranks = Ranks(world_size, [*flags.split(), *place], output=log)
+        ranks = Ranks(world_size, arguments, output=log)
         is_killed = kill_after > 0 and kill_between_saves(ranks, run, kill_after)
         code = ranks.wait(seconds)
         log.seek(0)
@@ -101,7 +101,7 @@ def collect_laws(directory: Path, device: str, worlds: tuple[int, int]) -> list[
     """Do all trainings in a directory, and return the laws to judge. Raise RunError if a training does not finish."""
     os.environ |= {"XDG_CACHE_HOME": str(directory / "cache"), "TMPDIR": str(directory)}
     steps = EPOCHS[device] * STEPS_PER_EPOCH
-    flags = f"{EVERYTHING} --train.device {device} --train.epochs {EPOCHS[device]}"
+    flags = [*EVERYTHING.split(), "--train.device", device, "--train.epochs", str(EPOCHS[device])]
     undisturbed, hit = RunDir(directory / "undisturbed"), RunDir(directory / "hit")
     train(undisturbed, 1, flags)
     train(hit, worlds[0], flags, kill_after=steps // 2)
@@ -115,7 +115,12 @@ def collect_laws(directory: Path, device: str, worlds: tuple[int, int]) -> list[
         ("same weights", "fingerprints of weights, examples and predictions", alone.fingerprints, moved.fingerprints),
         ("same losses", "rows of losses, gradient norms and learning rates", alone.losses(), moved.losses()),
         ("each step once", "rows", [(step + 1,) for step in range(steps)], moved.column("train", "step")),
-        ("each example once", "figures", [steps, NUM_TRAIN], [ledger.get("step"), ledger.get("count")]),
+        (
+            "each example once",
+            "figures of the last epoch",
+            [steps, NUM_TRAIN],
+            [ledger.get("step"), ledger.get("count")],
+        ),
         (
             "evaluation",
             f"evaluations of all {NUM_TEST} examples, with their accuracy",
@@ -158,7 +163,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="lockstep-selftest-") as directory:
         try:
             laws = collect_laws(Path(directory).resolve(), device, worlds)
-            verdicts = {name: judge(*law) for name, *law in laws}
+            verdicts = {name: judge(what, expected, found) for name, what, expected, found in laws}
         except RunError as error:
             verdicts = {"training": (False, str(error))}
     for name, (holds, figures) in verdicts.items():
@@ -174,7 +179,7 @@ def demo(argv: list[str]) -> int:
     Parser(prog="python -m launch demo", description="Show the same bits on 1, 2, 3 and 4 processes.").parse_args(argv)
     began, hashes = time.monotonic(), set()
     device = "cuda" if count_gpus() >= DEMO_WORLD else "cpu"
-    flags = f"{DEMO} --train.device {device} --train.max_steps {DEMO_STEPS[device]}"
+    flags = [*DEMO.split(), "--train.device", device, "--train.max_steps", str(DEMO_STEPS[device])]
     plan = [
         ("one", 1, 0, "1 process"),
         ("two", 2, 15, "2 processes, one of them killed ..."),

@@ -161,7 +161,7 @@ def correct(machine: Machine) -> list[list[Job]]:
         unit("numbers", 120, machine, "alignment", "hook", "parity"),
         unit("graphs", 120, machine, "graphs", why_not=no_gpu),
         unit("waits", 90, machine, "waits", why_not=no_gpu),
-        Job("doctor", 100, module("launch", "doctor", "--", *doctor.split(), "--wandb.mode", "disabled")),
+        Job("doctor", 150, module("launch", "doctor", "--", *doctor.split(), "--wandb.mode", "disabled")),
         Job("selftest", 140, module("launch", "selftest", "--device", machine.device), why_not=in_suite),
         Job("pytest", 150, pytest, why_not=machine.needs("pytest", "hypothesis")),
         accelerate(machine, "accelerate-1", 1, why_not=machine.spared("accelerate-2 shows the same")),

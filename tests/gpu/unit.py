@@ -3,6 +3,7 @@
 Nothing here needs a second GPU or a data set.
 """
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import math
@@ -16,7 +17,6 @@ import torch
 
 from gpu import buckets
 from gpu.inside import EVERYTHING, FAST, FAST_995, Check, Lab, options, report
-from launch.check.checks import loaded_nccl
 from train.cli import parse
 from train.config import TrainConfig
 from train.state import set_up
@@ -27,6 +27,13 @@ from train.world.world import World
 
 PRECISIONS: tuple[str, ...] = typing.get_args(typing.get_type_hints(TrainConfig)["precision"])
 MAX_DIFFERENCE = 2e-4  # of a loss or gradient norm in fp32, relative, between a GPU and a CPU
+
+
+def loaded_nccl() -> tuple[int, int, int]:
+    """Return the version of the loaded NCCL; `torch.cuda.nccl.version()` is the one that torch was compiled with."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
+    return number.value // 10000, number.value // 100 % 100, number.value % 100
 
 
 def nccl_version() -> str:

@@ -1,13 +1,9 @@
 """Each check of `launch doctor` made to fail on purpose, on this machine as it is; the Slurm ones are in slurm/."""
 
-import contextlib
-import json
+import os
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +14,7 @@ import pytest
 import torch
 
 import launch.run
+from launch.__main__ import main
 from launch.check import allreduce, checks, doctor
 from launch.check.checks import Finding
 from train.cli import parse
@@ -43,13 +40,6 @@ def look(check: Callable[..., Iterator[Finding]], *flags: str, **named: Any) -> 
     return only(check(parse(" ".join(flags).split()), **named))
 
 
-def test_python_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert next(checks.packages(parse([]))).status == "OK"
-    monkeypatch.setattr(checks.platform, "python_version", lambda: "3.9.1")
-    finding = next(checks.packages(parse([])))
-    assert (finding.name, finding.status, finding.text) == ("python", "fail", "3.9.1, needs >=3.10")
-
-
 def test_a_checkout_that_is_not_installed_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise PackageNotFoundError(name)
@@ -63,27 +53,28 @@ def test_a_checkout_that_is_not_installed_is_a_warning(monkeypatch: pytest.Monke
 
 
 def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    installed = {"numpy": "1.2.3", "torch": "2.99.0"}
+    def pretend(**versions: str) -> Finding:
+        def pretended(name: str) -> str:
+            if versions.get(name) == "":
+                raise PackageNotFoundError
+            return versions.get(name) or version(name)
 
-    def pretended(name: str) -> str:
-        if name == "safetensors":
-            raise PackageNotFoundError
-        return installed.get(name) or version(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, "version", pretended)
+            patch.setattr(checks.platform, "python_version", lambda: versions.get("python", "3.12.1"))
+            return look(checks.packages)
 
-    monkeypatch.setattr(checks, "version", pretended)
-    _, wrong, other = checks.packages(parse([]))
-    assert (wrong.status, wrong.text) == ("fail", "numpy 1.2.3, needs >=1.26; safetensors is missing")
-    assert other.status == "warn"
-    pin = next(
-        line for line in (checks.ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")
-    )
-    assert other.text.startswith(f"torch 2.99.0, tested with {pin.split(';')[0][7:]}")
+    wrong = pretend(python="3.9.1", numpy="1.2.3", safetensors="", torch="2.99.0")
+    assert wrong.status == "fail"
+    assert wrong.text == "Python 3.9.1, not >=3.10; numpy 1.2.3, not >=1.26; safetensors is missing"
     assert "constraints.txt" in wrong.remedy
+    untested = pretend(torch="2.99.0")
+    pins = (checks.ROOT / "constraints.txt").read_text().splitlines()
+    pin = next(line.split(";")[0] for line in pins if line.startswith("torch=="))
+    assert (untested.status, f"torch 2.99.0, not {pin[5:]}" in untested.text) == ("warn", True)
     monkeypatch.setattr(checks, "ROOT", tmp_path)  # installed without a checkout: no pins
-    monkeypatch.setattr(checks, "version", lambda name: "2.99.0" if name == "torch" else version(name))
-    _, finding = checks.packages(parse([]))
-    assert finding.status == "OK"
-    assert "in the required ranges" in finding.text
+    finding = pretend(torch="2.99.0")
+    assert (finding.status, "in the required ranges" in finding.text) == ("OK", True)
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,30 +89,8 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1 on this machine, but torch" in finding.text
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: ["H100", "A100"][number])
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
-
-    class Driver:
-        def cuDriverGetVersion(self, number: Any) -> int:
-            number._obj.value = 12080
-            return 0
-
-        def ncclGetVersion(self, number: Any) -> int:
-            number._obj.value = 10203
-            return 0
-
-    monkeypatch.setattr(checks.ctypes, "CDLL", lambda name: Driver())
-    cards, driver, nccl = checks.gpus(parse([]))
-    assert (cards.status, cards.text) == ("warn", "different ones: H100, A100")
-    assert (driver.status, driver.text) == ("fail", "driver supports CUDA 12.8, torch was built for 13.2")
-    # not torch.cuda.nccl.version(), a constant of the build, which does not see a library that is put first
-    assert (nccl.status, nccl.text.split(" is loaded")[0]) == ("warn", "1.2.3")
-
-
-@pytest.mark.parametrize(
-    ("found", "built", "status"), [(13020, "13.2", "OK"), (13010, "13.2", "warn"), (14000, "13.2", "OK")]
-)
-def test_driver(found: int, built: str, status: str) -> None:
-    assert checks.driver(found, built).status == status
+    finding = look(checks.gpus)
+    assert (finding.status, finding.text) == ("warn", "different ones: H100, A100")
 
 
 @pytest.mark.parametrize(
@@ -132,12 +101,12 @@ def test_driver(found: int, built: str, status: str) -> None:
             120,
             "2 wrong sums",  # on one rank, the last number of either size
         ),
-        ("if rank: sys.exit('the cable is out')", 120, "2 processes: rank 1 ended by exit code 1: the cable is out"),
+        ("if rank: sys.exit('the cable is out')", 120, "failed: the cable is out; launch: rank 1 ended by exit code 1"),
         ("if rank: time.sleep(1000)", 8, "did not end within 8 s"),
         (  # NCCL leaves no group while a collective waits for a rank that has failed
             "import torch.distributed as d; d.destroy_process_group = lambda: time.sleep(1000); d.all_reduce = None",
             120,
-            "ended by exit code 1: error: TypeError",
+            "2 processes failed: error: TypeError",
         ),
     ],
     ids=["wrong", "crash", "hang", "failure"],
@@ -156,13 +125,10 @@ def test_all_reduce_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted((item["rank"], item["world_size"], item["wrong"]) for item in found) == [(r, 3, 0) for r in range(3)]
     assert all(seconds > 0 for item in found for seconds in item["seconds"].values())
     sizes = {"4": 1e-4, str(checks.ALLREDUCE_BYTES): 100.0}
-    answer = {"backend": "gloo", "wrong": 0, "seconds": sizes}
-    monkeypatch.setattr(
-        allreduce, "run_local", lambda *arguments: [answer, {**answer, "seconds": dict.fromkeys(sizes, 1e-3)}]
-    )
+    answers = [{"backend": "gloo", "wrong": 0, "seconds": each} for each in (sizes, dict.fromkeys(sizes, 1e-3))]
+    monkeypatch.setattr(allreduce, "run_local", lambda *arguments: answers)
     finding = look(checks.all_reduce, "--train.device cpu")
-    assert finding.status == "warn"  # the slowest rank counts
-    assert "right but slow" in finding.text
+    assert (finding.status, finding.text.split("over ")[1]) == ("OK", "gloo: 25 MiB at 0.00 GB/s, 4 bytes in 1,000 us")
 
 
 def test_data_missing_damaged_and_whole(tmp_path: Path) -> None:
@@ -195,36 +161,13 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert look(checks.disk, f"--run.dir {tmp_path / 'not' / 'yet'}").status == "OK"
     assert not (tmp_path / "not").exists()
     usage = namedtuple("usage", "free")
-    for free, status in ((1_000_000, "fail"), (50_000_000, "warn"), (5_000_000_000, "OK")):
+    for free, status in ((50_000_000, "warn"), (5_000_000_000, "OK")):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: usage(free))
         assert look(checks.disk, f"--run.dir {tmp_path}").status == status
     (tmp_path / "file").touch()
     finding = look(checks.disk, f"--run.dir {tmp_path / 'file' / 'runs'}")
     assert finding.status == "fail"
     assert "cannot be written" in finding.text
-
-
-@contextlib.contextmanager
-def server(answer: bytes) -> Iterator[str]:
-    """A local server that gives every request one answer; b"": it accepts and is silent."""
-    with contextlib.ExitStack() as connections, socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection = connections.enter_context(listener.accept()[0])
-                    if answer:
-                        connection.recv(4096)
-                        connection.sendall(answer)
-                        connection.close()
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join()
 
 
 @pytest.fixture
@@ -236,33 +179,19 @@ def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "netrc"
 
 
-def test_wandb_server_that_answers_or_not(no_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for answer in (b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 404 Not Found\r\n\r\n"):
-        with server(answer) as url:
-            monkeypatch.setenv("WANDB_BASE_URL", url)
-            finding = look(checks.wandb)
-            assert (finding.status, "no key" in finding.text) == ("warn", True)
-            no_key.write_text(f"machine 127.0.0.1 login user password {KEY}\n")
-            finding = look(checks.wandb)
-            assert (finding.status, finding.text) == ("OK", "127.0.0.1 answers; a key is set")
-            no_key.unlink()
-    assert look(checks.wandb).status == "warn"  # the server is gone
-    assert "does not answer" in look(checks.wandb, "--wandb.mode online").text
+def test_wandb_key(no_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = look(checks.wandb)
+    assert (finding.status, finding.text) == ("warn", "no key for api.wandb.ai is set")
     assert look(checks.wandb, "--wandb.mode online").status == "fail"
     assert look(checks.wandb, "--wandb.mode disabled").status == "OK"
-
-
-def test_wandb_server_that_is_silent_costs_its_time_out(no_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with server(b"") as url:
-        monkeypatch.setenv("WANDB_BASE_URL", url)
-        began = time.monotonic()
-        assert look(checks.wandb).status == "warn"
-        assert time.monotonic() - began < 30  # seconds; without a limit it would be for ever
-    # a name server that hangs is bounded by the thread, which no socket's time-out would do
-    release = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **named: release.wait(60) and [])
-    assert checks.reach("http://nowhere.invalid", 0.2) == "no answer within 0.2 s"
-    release.set()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    no_key.write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+    finding = look(checks.wandb)
+    assert (finding.status, finding.text) == ("OK", "a key for 127.0.0.1 is set")
+    no_key.write_text("machine\n")
+    assert look(checks.wandb).status == "warn"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert look(checks.wandb, "--wandb.mode online").status == "OK"
 
 
 def test_report_has_one_line_each_and_no_key(
@@ -275,53 +204,31 @@ def test_report_has_one_line_each_and_no_key(
         yield Finding("half", "OK", "two\nlines")
         raise OSError("the disk\nis on fire")
 
-    quick = (broken, checks.packages, checks.gpus, checks.data, checks.disk, checks.wandb, checks.slurm)
+    quick = (broken, checks.packages, checks.gpus, checks.data, checks.disk, checks.wandb)
     monkeypatch.setattr(checks, "CHECKS", quick)
     arguments = ["--", "--data.name", "digits", "--run.dir", str(tmp_path)]
     assert doctor.main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + (1 + len(quick)) + 1
+    assert len(lines) == 1 + len(quick) + 1
     assert lines[1].startswith("fail broken        the check broke: OSError: the disk is on fire -> ")
-    assert lines[-1] == f"{len(quick) + 2} checks: 1 fail, 1 warn"
-    assert doctor.main(["--json", *arguments]) == 1
-    printed = capsys.readouterr().out
-    report = json.loads(printed)
-    assert report["status"] == "fail"
-    assert [finding["status"] for finding in report["findings"]].count("fail") == 1
-    assert KEY not in printed + "".join(lines)
+    assert lines[-1] == f"{len(quick) + 1} checks: 1 fail, 0 warn"
+    assert KEY not in "".join(lines)
     monkeypatch.setattr(checks, "CHECKS", quick[1:3])
-    assert doctor.main(["--json"]) == 0
+    assert doctor.main([]) == 0
 
 
-def test_command_line_on_this_machine(tmp_path: Path) -> None:
-    """The real thing: all checks, one line each."""
-
-    def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            (sys.executable, *arguments), cwd=checks.ROOT, capture_output=True, text=True, timeout=200
-        )
-
-    training = ("--data.name", "digits", "--run.dir", str(tmp_path), "--train.device", "cpu")
-    done = python("-m", "launch", "doctor", "--", *training)
+def test_command_line_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real thing: all checks, one line each. A caller's own place, such as srun's, disturbs none."""
+    training = ("--data.name", "digits", "--run.dir", str(tmp_path / "runs"), "--train.device", "cpu")
+    command = (sys.executable, "-m", "launch", "doctor", "--", *training)
+    env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=checks.ROOT, env=env, capture_output=True, text=True, timeout=580)
     found = {line[5:19].strip(): line[:5].strip() for line in done.stdout.splitlines()[:-1]}
-    expected = [
-        "python",
-        "packages",
-        "gpus",
-        "fp32",
-        "tf32",
-        "bf16",
-        "fp16",
-        "all-reduce",
-        "deterministic",
-        "data",
-        "disk",
-        "wandb",
-        "slurm",
-    ]
-    assert [name for name in found if name not in ("driver", "nccl")] == expected, done.stdout + done.stderr
-    assert {found[name] for name in expected[3:]} == {"OK"}
+    expected = ["packages", "gpus", "precision", "all-reduce", "deterministic", "data", "disk", "wandb"]
+    assert [*found] == expected, done.stdout + done.stderr
+    assert {found[name] for name in expected[2:]} == {"OK"}, done.stdout
     assert done.returncode == ("fail" in found.values())
+    assert not list(tmp_path.iterdir())
     for options in (["--nodes", "0"], ["--slrum"], ["--", "--optim.lrr", "1"]):
-        done = python("-m", "launch", "doctor", *options)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert main(["doctor", *options]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

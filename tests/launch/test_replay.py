@@ -155,7 +155,7 @@ def test_other_threads_are_said_and_flags_fit_the_run_to_a_machine(run: Path) ->
         (lambda run: shutil.rmtree(run), "0:3", "is not a directory"),
         (lambda run: (run / "config.yaml").unlink(), "0:3", "config.yaml is missing"),
         (lambda run: edit(run / "config.yaml", "lr: 0.02", "lrr: 0.02"), "0:3", "optim.lrr"),
-        (lambda run: edit(run / "config.yaml", "exact: true", "exact: false"), "0:3", "It was changed"),
+        (lambda run: edit(run / "config.yaml", "exact: true", "exact: false"), "0:3", "train.exact True -> False"),
         (
             lambda run: edit(run / "metrics.jsonl", '"fingerprint"', '"other"'),
             "0:3",

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO
 
 import pytest
 from conftest import ROOT
-from ranks.processes import Ranks
+from ranks.processes import Forked
 
 from launch.__main__ import main
 from launch.check import selftest
@@ -38,23 +37,6 @@ CAUGHT_BY = {
     "damage_not_noticed": "resume",
     "rows_kept_on_resume": "each step once",
 }
-
-
-class Forked:
-    """A training of the self-test on ranks from the fork server, with a mutant in them."""
-
-    def __init__(self, mutant: str, world_size: int, arguments: list[str], output: IO[str]) -> None:
-        self.output = output
-        self.ranks = Ranks(world_size, arguments, Path(f"{output.name}-{world_size}"), MUTANT=mutant)
-        self.processes = [
-            SimpleNamespace(kill=process.kill, poll=lambda process=process: process.exitcode)
-            for process in self.ranks.processes
-        ]
-
-    def wait(self, seconds: float) -> int:
-        codes = self.ranks.wait()
-        self.output.write(self.ranks.output())
-        return next((code for code in codes if code), 0)
 
 
 @pytest.fixture

@@ -59,13 +59,12 @@ def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         "2",
         "--time=1:00",
         "--no-requeue",
-        "--signal-seconds",
-        "60",
+        "--signal=USR2@60",
         "--dry-run",
     ]
     assert slurm.main([*options, "--", *SMALL, odd]) == 0
     wanted = shlex.split(
-        "sbatch --parsable --nodes 4 --gpus-per-node 2 --signal=USR2@60 --time=1:00 --no-requeue slurm/train.sbatch"
+        "sbatch --parsable --nodes 4 --gpus-per-node 2 --time=1:00 --no-requeue --signal=USR2@60 slurm/train.sbatch"
     )
     assert shlex.split(capsys.readouterr().out) == [*wanted, *SMALL, odd]
 
@@ -77,7 +76,6 @@ def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--nodes", "2", "--gpus-per-node", "8", "--", *SMALL], "16 processes cannot share train.num_micro_batches 8"),
         (["--time", "5", "--", *SMALL], "unexpected argument: '5'"),
         (["--gpus-per-node", "-1", "--", *SMALL], "--gpus-per-node is -1"),
-        (["--signal-seconds", "-1", "--", *SMALL], "--signal-seconds is -1"),
         (["--sweep", "seeds", "--", *SMALL], "--sweep needs --array"),
         (["--sweep", "seeds", "--array=1-2", "--follow", "--", *SMALL], "cannot be followed"),
         (["--sweep", "nothing.txt", "--array=1-2", "--", *SMALL], "--sweep nothing.txt cannot be read"),

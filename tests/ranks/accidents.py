@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import train.functional.models
 import train.functional.tables
 import train.loop
 import train.step
@@ -228,3 +229,35 @@ def runs_ahead_with_broken_loss() -> None:
     """The same, and numbers that are not finite."""
     runs_ahead()
     broken_loss()
+
+
+def _in_forward(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    inner = train.functional.models.Cnn.forward
+    forward = lambda self, images, keys=None: change(inner(self, images, keys))  # noqa: E731
+    train.functional.models.Cnn.forward = forward  # type: ignore[method-assign]
+
+
+def noisy_gradients() -> None:
+    """The backward pass makes noise, as an atomic addition does."""
+
+    def add_noise(logits: torch.Tensor) -> torch.Tensor:
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * (1 + os.urandom(1)[0]))
+        return logits
+
+    _in_forward(add_noise)
+
+
+def noisy_bf16() -> None:
+    """Only a kernel for bf16 is noisy, which a check in another precision would not see."""
+    _in_forward(lambda logits: logits * (1 + os.urandom(1)[0]) if logits.dtype == torch.bfloat16 else logits)
+
+
+def undetermined_operation() -> None:
+    """The model has an operation without a deterministic algorithm."""
+
+    def forward(logits: torch.Tensor) -> torch.Tensor:
+        torch.zeros(4).put_(torch.tensor([0]), torch.ones(1))
+        return logits
+
+    _in_forward(forward)

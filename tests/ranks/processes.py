@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 _context = multiprocessing.get_context("forkserver")
 # torch._dynamo: the first optimizer step imports it, for more than a second
@@ -90,6 +91,23 @@ class Ranks:
     def output(self) -> str:
         """What all ranks printed."""
         return "".join(log.read_text() for log in self.logs if log.exists())
+
+
+class Forked:
+    """A training as `launch.run.Ranks` starts it, on ranks from the fork server, with a mutant in them."""
+
+    def __init__(self, mutant: str, world_size: int, arguments: list[str], output: IO[str]) -> None:
+        self.output = output
+        self.ranks = Ranks(world_size, arguments, Path(f"{output.name}-{world_size}"), MUTANT=mutant)
+        self.processes = [
+            SimpleNamespace(kill=process.kill, poll=lambda process=process: process.exitcode)
+            for process in self.ranks.processes
+        ]
+
+    def wait(self, seconds: float) -> int:
+        codes = self.ranks.wait()
+        self.output.write(self.ranks.output())
+        return next((code for code in codes if code), 0)
 
 
 def rows(run: Path, event: str | None = None) -> list[dict[str, Any]]:

@@ -73,18 +73,18 @@ def lab() -> Iterator[Cluster]:
 
 def test_a_good_cluster_is_ok(lab: Cluster) -> None:
     runs = str(lab.place / "runs")
-    command = (sys.executable, "-m", "launch", "doctor", "--slurm", "--json")
+    command = (sys.executable, "-m", "launch", "doctor", "--slurm")
     done = lab("head", "env", "-C", str(ROOT), *command, "--", "--data.name", "digits", "--run.dir", runs)
-    report = json.loads(done.stdout)
-    found = {item["name"]: (item["status"], item["text"]) for item in report["findings"]}
-    names = {"sbatch", "partitions", "submit", "shared files", "network", "nodes", "python", "all-reduce"}
+    lines = done.stdout.splitlines()[:-1]
+    found = {line[5:19].strip(): (line[:5].strip(), line[19:]) for line in lines}
+    names = {"sbatch", "partitions", "submit", "shared files", "network", "nodes", "packages", "all-reduce"}
     assert names <= found.keys(), done.stderr
     assert {name: found[name] for name in names if found[name][0] != "OK"} == {}
-    assert found["partitions"][1] == "nodes in use or idle: main* 2, urgent 2"
+    assert found["partitions"][1] == "main* 2 idle, urgent 2 idle"
     assert found["network"][1].startswith("2 node(s) add up right")
     assert "2 node(s) with the same versions: python 3." in found["nodes"][1]
     assert f"{runs} is shared by 2 node(s)" == found["shared files"][1]
-    assert done.returncode == (1 if report["status"] == "fail" else 0)
+    assert done.returncode == ("fail" in [status for status, _ in found.values()])
 
 
 def test_a_directory_that_one_node_does_not_share_fails(lab: Cluster) -> None:
@@ -138,7 +138,7 @@ def test_a_blocked_way_between_nodes_fails(lab: Cluster, monkeypatch: pytest.Mon
     finally:
         lab("node2", "ip", "route", "del", "unreachable", "10.78.0.11")
     assert status == "fail"
-    assert re.match(r"node[12]: error: Dist\w*Error: ", text), text
+    assert re.search(r"node[12]: error: Dist\w*Error: ", text), text
     assert "GLOO_SOCKET_IFNAME" in remedy
 
 
@@ -202,7 +202,7 @@ def test_a_lost_node_is_a_warning(lab: Cluster) -> None:
     finally:
         lab("head", "scontrol", "update", "NodeName=node2", "State=RESUME")
     assert found["partitions"][0] == "warn"
-    assert "1 down in main*" in found["partitions"][1]
+    assert "main* 1 down" in found["partitions"][1]
     assert found["network"][0] == "OK"
 
 
@@ -227,4 +227,5 @@ def test_without_slurm_it_fails_at_once(lab: Cluster) -> None:
         text=True,
         timeout=200,
     )
-    assert json.loads(done.stdout)[:3] == ["sbatch", "fail", "not on the PATH"]
+    name, status, text, remedy = json.loads(done.stdout)
+    assert (name, status, "No such file" in text, "login node" in remedy) == ("sbatch", "fail", True, True)

@@ -306,7 +306,7 @@ def test_launch_slurm_passes_hostile_arguments_and_follows(cluster: Cluster, und
     ]
     code, shown = cluster.launch("--dry-run", *arguments)
     assert code == 0
-    assert "--signal=USR2@300 --time=5 slurm/train.sbatch --data.name digits" in shown
+    assert "--ntasks-per-node 1 --time=5 slurm/train.sbatch --data.name digits" in shown
     assert shlex.split(shown)[-1] == f"--wandb.notes={hostile}"
     code, shown = cluster.launch(*arguments)
     assert code == 0, shown

@@ -100,7 +100,7 @@ def test_ranks_of_one_machine_stay_on_the_loopback_interface(monkeypatch: pytest
         monkeypatch.delenv(name, raising=False)
     every_process.clear()
     if start == "launch run":
-        launch.run.Ranks(2, [], 0)
+        launch.run.Ranks(2, [])
     else:
         with pytest.raises(RunError):
             allreduce.run_local(("program",), 2, [], 1)
@@ -111,12 +111,17 @@ def test_ranks_of_one_machine_stay_on_the_loopback_interface(monkeypatch: pytest
         assert process.env.items() >= {**place, **interface, "MASTER_ADDR": "127.0.0.1"}.items()
 
 
-def test_a_site_may_name_another_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_may_name_another_interface_but_no_other_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", Started)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
     every_process.clear()
-    launch.run.Ranks(1, [], 0)
-    assert every_process[0].env["NCCL_SOCKET_IFNAME"] == "ib0"
+    launch.run.Ranks(1, [])
+    (process,) = every_process
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    assert process.env.items() >= {**place, "NCCL_SOCKET_IFNAME": "ib0"}.items()
+    assert "LOCKSTEP_STORE_FD" not in process.env
 
 
 @pytest.mark.parametrize("gpus", BOXES)
@@ -126,8 +131,8 @@ def test_demo_trains_on_gpus_only_where_all_its_processes_have_one(
     monkeypatch.setattr(selftest, "count_gpus", lambda: gpus)
     asked: list[tuple[int, str]] = []
 
-    def train(run: RunDir, world_size: int, flags: str, kill_after: int) -> None:
-        config = parse(flags.split())
+    def train(run: RunDir, world_size: int, flags: list[str], kill_after: int) -> None:
+        config = parse(flags)
         asked.append((world_size, config.train.device))
         assert (kill_after > 0) == (world_size == 2)
 
