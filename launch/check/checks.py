@@ -12,9 +12,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from launch.check import allreduce, selftest
@@ -23,9 +23,7 @@ from train.cli import to_yaml
 from train.config import Config, DataConfig, RunConfig
 from train.errors import RunError, UserError, one_line
 from train.rundir import RunDir
-
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
+from train.world.environment import versions
 
 ROOT = Path(__file__).parents[2]
 PROCESS_SECONDS = 180.0  # for what starts processes; a busy machine imports torch in 15
@@ -55,44 +53,36 @@ def packages(config: Config) -> Iterator[Finding]:
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-    python = platform.python_version()
+    python, remedy = platform.python_version(), "pip install -c constraints.txt -e ."
     try:
         wanted = metadata("lockstep")["Requires-Python"]
         needed = [Requirement(text) for text in requires("lockstep") or []]
     except PackageNotFoundError:
-        text = f"lockstep is not installed: required versions unknown (Python {python})"
-        yield Finding("packages", "warn", text, "pip install -e .")
+        yield Finding("packages", "warn", "lockstep is not installed: required versions unknown", remedy)
         return
-    needed = [requirement for requirement in needed if "extra" not in str(requirement.marker)]
-    wrong = misfits(needed)
-    if not SpecifierSet(wanted).contains(python, prereleases=True):
-        wrong.insert(0, f"Python {python}, not {wanted}")
+    fits = SpecifierSet(wanted).contains(python, prereleases=True)
+    wrong, untested = [] if fits else [f"Python {python}, not {wanted}"], []
+    needed = [item for item in needed if item.marker is None or item.marker.evaluate({"extra": ""})]
+    found = versions(*(item.name for item in needed))
     file = ROOT / "constraints.txt"
     lines = file.read_text().splitlines() if file.exists() else []
-    pins = [Requirement(line) for line in lines if not line.startswith("#")]
-    names = {requirement.name.lower() for requirement in needed}
-    untested = misfits([pin for pin in pins if pin.name.lower() in names])
-    remedy = "pip install -c constraints.txt -e ."
+    parsed = [Requirement(line) for line in lines if not line.startswith("#")]
+    pins = {pin.name.lower(): pin.specifier for pin in parsed if pin.marker is None or pin.marker.evaluate()}
+    for item in needed:
+        pin = pins.get(item.name.lower(), item.specifier)
+        if item.name not in found:
+            wrong.append(f"{item.name} is missing")
+        elif not item.specifier.contains(found[item.name], prereleases=True):
+            wrong.append(f"{item.name} {found[item.name]}, not {item.specifier}")
+        elif not pin.contains(found[item.name], prereleases=True):
+            untested.append(f"{item.name} {found[item.name]}, not {pin}")
     if wrong:
         yield Finding("packages", "fail", "; ".join(wrong), remedy)
     elif untested:
         yield Finding("packages", "warn", f"{'; '.join(untested)}: other bits than a run on those", remedy)
     else:
         which = "the tested versions" if pins else "in the required ranges (no constraints.txt here)"
-        yield Finding("packages", "OK", f"Python {python}, {len(needed)} packages, torch {version('torch')}: {which}")
-
-
-def misfits(requirements: "list[Requirement]") -> list[str]:
-    """Return each package that is missing or whose version is not the one required here."""
-    found = []
-    for item in requirements:
-        if item.marker is None or item.marker.evaluate():
-            try:
-                if not item.specifier.contains(version(item.name), prereleases=True):
-                    found.append(f"{item.name} {version(item.name)}, not {item.specifier}")
-            except PackageNotFoundError:
-                found.append(f"{item.name} is missing")
-    return found
+        yield Finding("packages", "OK", f"Python {python}, {len(needed)} packages, torch {found['torch']}: {which}")
 
 
 def gpus(config: Config) -> Iterator[Finding]:

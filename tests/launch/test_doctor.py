@@ -1,12 +1,13 @@
 """Each check of `launch doctor` made to fail on purpose, on this machine as it is; the Slurm ones are in slurm/."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from launch.check import allreduce, checks, doctor
 from launch.check.checks import Finding
 from train.cli import parse
 from train.storage.data import FILES
+from train.world import environment
 
+ALL_PACKAGES = [re.split(r"[^\w-]", text)[0] for text in requires("lockstep") or []]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 SABOTAGED = """
 import os, sys, time
@@ -47,20 +50,17 @@ def test_a_checkout_that_is_not_installed_is_a_warning(monkeypatch: pytest.Monke
     for name in ("metadata", "requires"):
         monkeypatch.setattr(checks, name, missing)
         finding = look(checks.packages)
-        assert (finding.status, finding.remedy) == ("warn", "pip install -e .")
+        assert (finding.status, finding.remedy) == ("warn", "pip install -c constraints.txt -e .")
         assert "lockstep is not installed" in finding.text
         monkeypatch.undo()
 
 
 def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def pretend(**versions: str) -> Finding:
-        def pretended(name: str) -> str:
-            if versions.get(name) == "":
-                raise PackageNotFoundError
-            return versions.get(name) or version(name)
-
+        installed = {name: found for name, found in versions.items() if found}
+        names = [name for name in ALL_PACKAGES if name not in versions]
         with monkeypatch.context() as patch:
-            patch.setattr(checks, "version", pretended)
+            patch.setattr(checks, "versions", lambda *packages: environment.versions(*names) | installed)
             patch.setattr(checks.platform, "python_version", lambda: versions.get("python", "3.12.1"))
             return look(checks.packages)
 
