@@ -63,7 +63,7 @@ def packages(config: Config) -> Iterator[Finding]:
     fits = SpecifierSet(wanted).contains(python, prereleases=True)
     wrong, untested = [] if fits else [f"Python {python}, not {wanted}"], []
     needed = [item for item in needed if item.marker is None or item.marker.evaluate({"extra": ""})]
-    found = versions(*(item.name for item in needed))
+    found = versions("torch", *(item.name for item in needed))
     file = ROOT / "constraints.txt"
     lines = file.read_text().splitlines() if file.exists() else []
     parsed = [Requirement(line) for line in lines if not line.startswith("#")]

@@ -1,6 +1,7 @@
 """Each check of `launch doctor` made to fail on purpose, on this machine as it is; the Slurm ones are in slurm/."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -75,6 +76,8 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "ROOT", tmp_path)  # installed without a checkout: no pins
     finding = pretend(torch="2.99.0")
     assert (finding.status, "in the required ranges" in finding.text) == ("OK", True)
+    monkeypatch.setattr(checks, "requires", lambda name: None)  # metadata that tests/gpu/check.sh makes
+    assert look(checks.packages).text.startswith(f"Python {platform.python_version()}, 0 packages, torch ")
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ranks.processes import free_port, rows, wait_for_step
@@ -183,6 +185,15 @@ def test_rank_that_hangs_in_its_last_words_after_all_have_saved_is_no_crash(monk
     ranks.processes = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
     assert ranks.wait() == 75
     assert [process.returncode for process in ranks.processes] == [-signal.SIGKILL, 75]
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), [(2, 1, 2), (1, 2, 1), (75, -9, 75), (-9, 75, 1)])
+def test_the_rank_that_leaves_first_decides_the_exit_code(first: int, second: int, expected: int) -> None:
+    polls = [iter([None, second, second]), iter([first, first, first])]
+    ranks = object.__new__(launch.run.Ranks)
+    ranks.output = None
+    ranks.processes = [SimpleNamespace(poll=partial(next, codes)) for codes in polls]  # type: ignore[misc]
+    assert ranks.wait() == expected
 
 
 def test_launch_run_killed_leaves_no_orphan(tmp_path: Path) -> None:
