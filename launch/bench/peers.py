@@ -1,89 +1,41 @@
 """`launch bench peers`: the same CNN, optimizer, batch and precision on MNIST-like images, in each peer's own idiom.
 
 Every peer gets what its documentation recommends for speed: worker processes that stay, pinned memory, channels_last,
-bf16, no logging and no checkpoints. Images are decoded and normalized as torchvision's MNIST class does it. Each
+bf16, no logging and no checkpoints. Images come from torchvision's MNIST class, over noise instead of its files. Each
 measurement has a process of its own, so that one peer's settings, such as our allocator's options, do not reach the
-next.
+next. Each trains two epochs and the second counts: the first one starts the workers and warms up.
 """
 
-import itertools
+import importlib.util
 import logging
 import multiprocessing
-import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from launch.bench.harness import Row, compared, in_turns
-from launch.bench.measures import LOOP, device_time, epoch_seconds, opened
+from launch.bench.measures import LOOP, Row, count_cores, device_time, epoch_seconds, in_turns
 from train.errors import UserError
 
-if TYPE_CHECKING:
-    from train.config import Config
-
-NUM_EXAMPLES, WARM_UP_STEPS = 10_240, 4
+NUM_EXAMPLES = 10_240
 
 
-class Pictures:
-    """What torchvision.datasets.MNIST does per item, over images uint8 [N,28,28] and labels int64 [N]."""
-
-    def __init__(self, images: Any, labels: Any) -> None:
-        from PIL import Image
-        from torchvision import transforms
-
-        self.images, self.labels, self.picture = images, labels, Image.fromarray
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.picture(self.images[index])), int(self.labels[index])
+def second_epoch(batches: Any, step: Callable[[Any, Any], None]) -> float:
+    """Train two epochs and return the seconds of the second."""
+    seconds = 0.0
+    for _ in range(2):
+        began = device_time()
+        for inputs, labels in batches:
+            step(inputs, labels)
+        seconds = device_time() - began
+    return seconds
 
 
-def worker_counts() -> list[int]:
-    """Return the numbers of loader processes that are tried: 0, and the powers of two up to the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [0, *(2**power for power in range(cores.bit_length()))]
-
-
-def device_type() -> str:
-    """Return the device of all measurements, the one that train.device auto selects."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def ingredients(config: "Config") -> tuple[Any, Any]:
-    """Build the model in channels_last and its optimizer: the same for all."""
-    import torch
-
-    from train.functional import models, optim
-
-    model: Any = models.build(config.model, config.seed)
-    model = model.to(device=device_type(), memory_format=torch.channels_last)
-    return model, optim.build(config.optim, model)
-
-
-def timed_epoch(batches: Any, step: Callable[[Any, Any], None]) -> float:
-    """Warm up, then return the seconds of one epoch."""
-    for inputs, labels in itertools.islice(batches, WARM_UP_STEPS):
-        step(inputs, labels)
-    began = device_time()
-    for inputs, labels in batches:
-        step(inputs, labels)
-    return device_time() - began
-
-
-def dataloader_epoch(config: "Config", batches: Any) -> float:
+def dataloader_epoch(model: Any, optimizer: Any, batches: Any, device: str) -> float:
     """PyTorch alone, with autocast around the forward pass."""
     import torch
     import torch.nn.functional as F
-
-    model, optimizer = ingredients(config)
-    device = device_type()
 
     def step(inputs: Any, labels: Any) -> None:
         inputs = inputs.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -93,17 +45,17 @@ def dataloader_epoch(config: "Config", batches: Any) -> float:
         loss.backward()
         optimizer.step()
 
-    return timed_epoch(batches, step)
+    return second_epoch(batches, step)
 
 
-def accelerate_epoch(config: "Config", batches: Any) -> float:
+def accelerate_epoch(model: Any, optimizer: Any, batches: Any, device: str) -> float:
     """Follow Accelerate's examples: prepare, then accelerator.backward."""
     import torch
     import torch.nn.functional as F
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=device_type() == "cpu", mixed_precision="bf16")
-    model, optimizer, prepared = accelerator.prepare(*ingredients(config), batches)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16")
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
 
     def step(inputs: Any, labels: Any) -> None:
         optimizer.zero_grad()
@@ -111,18 +63,17 @@ def accelerate_epoch(config: "Config", batches: Any) -> float:
         accelerator.backward(loss)
         optimizer.step()
 
-    return timed_epoch(prepared, step)
+    return second_epoch(batches, step)
 
 
-def lightning_epoch(config: "Config", batches: Any) -> float:
-    """Use Lightning's Trainer with logger, checkpoints, progress bar and summary off; time the second of two epochs."""
+def lightning_epoch(model: Any, optimizer: Any, batches: Any, device: str) -> float:
+    """Use Lightning's Trainer with logger, checkpoints, progress bar and summary off."""
     import lightning
     import torch
     import torch.nn.functional as F
 
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    model, optimizer = ingredients(config)
     marks: list[float] = []
 
     def mark(module: Any) -> None:
@@ -140,29 +91,43 @@ def lightning_epoch(config: "Config", batches: Any) -> float:
         def configure_optimizers(self) -> Any:
             return optimizer
 
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options: Any = {"accelerator": device, "devices": 1, "precision": "bf16-mixed", **dict.fromkeys(off, False)}
     module = Module()
     module.model = model  # Lightning moves and trains what is an attribute
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    options: Any = {"accelerator": device_type(), "devices": 1, "precision": "bf16-mixed", **dict.fromkeys(off, False)}
     lightning.Trainer(max_epochs=2, **options).fit(module, batches)
     return marks[3] - marks[2]
 
 
-PEERS: dict[str, Callable[["Config", Any], float]] = {
+PEERS = {
     "DataLoader and torchvision": dataloader_epoch,
     "Accelerate's examples": accelerate_epoch,
     "Lightning's Trainer": lightning_epoch,
 }
 
 
-def peer_seconds(peer: str, config: "Config", images: Any, labels: Any, workers: int) -> float:
+def peer_seconds(peer: str, flags: str, workers: int) -> float:
     """Return the seconds of a peer's epoch with a DataLoader as the official examples build it."""
+    import torch
     from torch.utils import data  # the project's own loop has no DataLoader; this is what it is compared with
+    from torchvision import datasets, transforms
 
+    from train.cli import parse
+    from train.functional import models, optim
+    from train.storage.data import read_random
+
+    config, device = parse(flags.split()), "cuda" if torch.cuda.is_available() else "cpu"
+    noise = read_random(config.data.random_examples)
+    images = object.__new__(datasets.MNIST)  # its constructor reads files
+    images.data, images.targets = noise["train_images"], noise["train_labels"]
+    images.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    images.target_transform = None
     make: Any = getattr(data, "DataLoader")  # noqa: B009
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device_type() == "cuda"}
-    loader = make(Pictures(images, labels), config.train.global_batch_size, shuffle=True, **options)
-    return PEERS[peer](config, loader)
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device == "cuda"}
+    batches = make(images, config.train.global_batch_size, shuffle=True, **options)
+    model: Any = models.build(config.model, config.seed)
+    model = model.to(device=device, memory_format=torch.channels_last)
+    return PEERS[peer](model, optim.build(config.optim, model), batches, device)
 
 
 def speed(work: Callable[[], float]) -> float:
@@ -171,26 +136,25 @@ def speed(work: Callable[[], float]) -> float:
         return NUM_EXAMPLES / fresh.submit(work).result()
 
 
+def worker_counts() -> list[int]:
+    """Return the numbers of loader processes that are tried: 0, and the powers of two up to the cores."""
+    return [0, *(2**power for power in range(count_cores().bit_length()))]
+
+
 def peers(repeats: int) -> list[Row]:
     """Measure the images per second of ours, of the bare loop and of every peer with its fastest number of workers."""
-    try:
-        import lightning  # noqa: F401
-    except ImportError as error:
-        raise UserError("bench peers needs Lightning: pip install 'lockstep[bench]'.") from error
+    if importlib.util.find_spec("lightning") is None:
+        raise UserError("bench peers needs Lightning: pip install 'lockstep[bench]'.")
     flags = f"{LOOP} --data.random_examples {NUM_EXAMPLES}"
-    with opened(flags) as (plan, _, _):
-        config, split = plan.config, plan.data.train
-        images, labels = split.images[:, 0].cpu().numpy(), split.labels.cpu().numpy()
     works = {
         "lockstep": partial(speed, partial(epoch_seconds, flags, bare=False)),
         "bare loop": partial(speed, partial(epoch_seconds, flags, bare=True)),
     }
     for peer in PEERS:
         candidates = {
-            f"{peer}, {workers} worker(s)": partial(speed, partial(peer_seconds, peer, config, images, labels, workers))
+            f"{peer}, {workers} worker(s)": partial(speed, partial(peer_seconds, peer, flags, workers))
             for workers in worker_counts()
         }
-        found = in_turns(candidates, 1)
-        fastest = max(found, key=lambda name: found[name][0])
-        works[fastest] = candidates[fastest]
-    return compared(in_turns(works, repeats), "images/s", "lockstep")
+        fastest = max(in_turns(candidates, 1, "images/s"), key=lambda row: row.values[0])
+        works[fastest.name] = candidates[fastest.name]
+    return in_turns(works, repeats, "images/s", "lockstep")

@@ -153,7 +153,7 @@ def test_bench_starts_no_more_processes_than_gpus(
     monkeypatch.setattr(measures, "count_gpus", lambda: gpus)
     sizes: set[int] = set()
     monkeypatch.setattr(measures, "images_per_second", lambda size, batch, flags: sizes.add(size) or 1.0)
-    for measure, expected in ((measures.exact, exact), (measures.scaling, scaling), (measures.wandb, [1])):
+    for measure, expected in ((measures.exact, exact), (measures.scaling, scaling)):
         sizes.clear()
         rows = measure(1)
         assert sorted(sizes) == expected
