@@ -4,10 +4,11 @@ Invariant: a file holds, with the weights, what its inputs need (mean, std) and 
 is verified against its SHA-256 before use, and nothing is unpickled. torch is imported in functions.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx"}
 BATCH = 500  # images per pass
 MAX_ERROR = 120  # characters of a library's message
+
+
+@contextlib.contextmanager
+def refused(message: str) -> Iterator[None]:
+    """Turn any error of the block into a UserError: the message, then the error's own, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # foreign files raise anything: protobuf's errors share no public class
+        raise UserError(f"{message}: {one_line(error, MAX_ERROR)}.") from None
 
 
 @dataclass(frozen=True)
@@ -48,28 +60,21 @@ class Facts:
 
     @classmethod
     def decode(cls, strings: dict[str, str], source: Path) -> "Facts":
-        """Read metadata strings. Raises Damaged, naming what is missing."""
-        from train.storage.checkpoint import Damaged
-
-        types = get_type_hints(cls)
-        try:
+        """Read metadata strings. Raises UserError, naming what is missing."""
+        with refused(f"{source} was not written by launch export. Its metadata lack"):
+            types = get_type_hints(cls)
             values: Any = {name: strings[name] if types[name] is str else json.loads(strings[name]) for name in types}
             facts = cls(**values)
             facts.check()
-            return facts
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            lacks = one_line(error, MAX_ERROR)
-            raise Damaged(f"{source} was not written by launch export: its metadata lack {lacks}.") from None
+        return facts
 
     def check(self) -> None:
         """Raise ValueError if a field is not what it must be."""
         from train.functional.models import MODELS, NUM_CLASSES
 
-        names = self.class_names
         if self.model not in MODELS:
             raise ValueError(f"a known model (got {self.model!r:.40})")
-        are_texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not are_texts or len(names) != NUM_CLASSES:
+        if [type(name) for name in self.class_names] != [str] * NUM_CLASSES:
             raise ValueError(f"{NUM_CLASSES} class_names")
         if not (isinstance(self.mean, (int, float)) and isinstance(self.std, (int, float)) and 0 < self.std < 256):
             raise ValueError(f"mean and std of pixels (got {self.mean!r:.20}, {self.std!r:.20})")
@@ -103,15 +108,16 @@ def choose_checkpoint(run: RunDir, notify: Callable[[str], None]) -> "tuple[Path
     found = checkpoint.latest(run.checkpoints, notify)
     if found is None:
         raise UserError(f"{run.path} has no checkpoint. Expected the directory of a run, such as {EXAMPLE}.")
-    path, state = found[0], checkpoint.decode(found[1])
-    best = state.meta.get("best")
-    if isinstance(best, dict) and isinstance(best.get("step"), int) and best["step"] != state.meta["step"]:
-        best_path = run.checkpoints / f"step-{best['step']:08d}"
-        try:
-            return best_path, checkpoint.decode(checkpoint.read(best_path))
-        except checkpoint.Damaged as error:
-            notify(f"{error} It was the best one; taking the newest.")
-    return path, state
+    path, newest = found[0], checkpoint.decode(found[1])
+    best = newest.meta["best"]
+    if best is None or best["step"] == newest.meta["step"]:
+        return path, newest
+    best_path = run.checkpoints / f"step-{best['step']:08d}"
+    try:
+        return best_path, checkpoint.decode(checkpoint.read(best_path))
+    except checkpoint.Damaged as error:
+        notify(f"{error} It was the best one; taking the newest.")
+        return path, newest
 
 
 def from_run(
@@ -122,28 +128,24 @@ def from_run(
 
     run = RunDir(run_dir)
     data_name = records.read(run_dir, run.name).data_name  # what was trained on; the config may name what was missing
-    path, state = (path, checkpoint.decode(checkpoint.read(path))) if path else choose_checkpoint(run, notify)
-    weights = weights or ("ema" if state.ema else "raw")
-    tensors = state.ema if weights == "ema" else state.model
-    if not tensors:
-        raise UserError(f"{path} has no averaged weights: the run's optim.ema is 0. Use --weights raw.")
-    try:
-        config, normalization = state.meta["trajectory"], state.meta["normalization"]
+    with refused(f"A checkpoint in {run.checkpoints} is not one of this program's. It lacks"):
+        path, state = (path, checkpoint.decode(checkpoint.read(path))) if path else choose_checkpoint(run, notify)
+        weights = weights or ("ema" if state.ema else "raw")
+        tensors = state.ema if weights == "ema" else state.model
+        if not tensors:
+            raise UserError(f"{path} has no averaged weights: the run's optim.ema is 0. Use --weights raw.")
         facts = Facts(
-            model=config["model.name"],
+            model=state.meta["trajectory"]["model.name"],
             data=data_name,
             class_names=class_names(data_name),
-            mean=normalization["mean"],
-            std=normalization["std"],
+            mean=state.meta["normalization"]["mean"],
+            std=state.meta["normalization"]["std"],
             weights=weights,
             weights_sha256=checkpoint.tensors_sha256(tensors),
             step=state.meta["step"],
-            config=config,
+            config=state.meta["trajectory"],
         )
         facts.check()
-    except (KeyError, TypeError, ValueError) as error:
-        lacks = one_line(error, MAX_ERROR)
-        raise checkpoint.Damaged(f"Checkpoint {path} is not one of this program's: it lacks {lacks}.") from None
     return Deployed(facts, build(facts, tensors))
 
 
@@ -173,8 +175,8 @@ def graph_sha256(proto: Any) -> str:
     return hashlib.sha256(proto.graph.SerializeToString(deterministic=True)).hexdigest()
 
 
-def write(deployed: Deployed, kind: str, path: Path) -> None:
-    """Write a model taken by `from_run` to a file of a format in SUFFIXES."""
+def write(deployed: Deployed, path: Path) -> None:
+    """Write a model taken by `from_run` to a file, in the format of its suffix."""
     import safetensors.torch
     import torch
 
@@ -182,7 +184,7 @@ def write(deployed: Deployed, kind: str, path: Path) -> None:
 
     facts, module = deployed.facts, deployed.logits
     assert isinstance(module, torch.nn.Module)
-    if kind == "safetensors":
+    if path.suffix == SUFFIXES["safetensors"]:
         path.write_bytes(safetensors.torch.save(checkpoint.model_tensors(module), facts.encode()))
         return
     onnx, _ = require_onnx()
@@ -197,15 +199,18 @@ def write(deployed: Deployed, kind: str, path: Path) -> None:
 
 
 def read(path: Path) -> Deployed:
-    """Read an exported file and verify it. Raises UserError, or Damaged, in one line."""
+    """Read an exported file and verify it. Raises UserError in one line."""
     readers = {".safetensors": read_safetensors, ".onnx": read_onnx}
-    if path.suffix not in readers:
+    if path.suffix not in readers or not path.is_file():
         kinds = " or ".join(readers)
         raise UserError(f"{path} is no model. Expected the directory of a run, or a {kinds} file of `launch export`.")
-    if not path.is_file():
-        problem = "not a file" if path.exists() else "missing"
-        raise UserError(f"{path} is {problem}. Expected a file that `launch export` wrote.")
     return readers[path.suffix](path)
+
+
+def check_sha256(path: Path, found: str, expected: str) -> None:
+    """Raise UserError if what was read from a file does not have the SHA-256 that its metadata hold."""
+    if found != expected:
+        raise UserError(f"{path} is damaged: its weights have SHA-256 {found[:12]}, expected {expected[:12]}.")
 
 
 def read_safetensors(path: Path) -> Deployed:
@@ -214,16 +219,11 @@ def read_safetensors(path: Path) -> Deployed:
 
     from train.storage import checkpoint
 
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise checkpoint.Damaged(f"{path} is not a whole safetensors file: {one_line(error, MAX_ERROR)}.") from None
-    facts, found = Facts.decode(metadata, path), checkpoint.tensors_sha256(tensors)
-    if found != facts.weights_sha256:
-        expected = facts.weights_sha256[:12]
-        raise checkpoint.Damaged(f"{path} is damaged: its weights have SHA-256 {found[:12]}, expected {expected}.")
+    with refused(f"{path} is not a whole safetensors file"), safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = Facts.decode(metadata, path)
+    check_sha256(path, checkpoint.tensors_sha256(tensors), facts.weights_sha256)
     return Deployed(facts, build(facts, tensors))
 
 
@@ -231,20 +231,13 @@ def read_onnx(path: Path) -> Deployed:
     """Read and verify an ONNX file."""
     import torch
 
-    from train.storage.checkpoint import Damaged
-
     onnx, onnxruntime = require_onnx()
     content = path.read_bytes()
-    try:
+    with refused(f"{path} is not ONNX"):
         proto = onnx.load_model_from_string(content)
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    except Exception as error:  # protobuf's errors share no public class
-        raise Damaged(f"{path} is not ONNX: {one_line(error, MAX_ERROR)}.") from None
-    facts, found = Facts.decode(metadata, path), graph_sha256(proto)
-    if found != (expected := metadata.get("graph_sha256", "")):
-        raise Damaged(f"{path} is damaged: its graph has SHA-256 {found[:12]}, expected {expected[:12]}.")
-    try:
+    facts = Facts.decode(metadata, path)
+    check_sha256(path, graph_sha256(proto), metadata.get("graph_sha256", ""))
+    with refused(f"{path} does not run"):
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    except Exception as error:  # nor do onnxruntime's
-        raise Damaged(f"{path} does not run: {one_line(error, MAX_ERROR)}.") from None
     return Deployed(facts, lambda inputs: torch.from_numpy(session.run(None, {"inputs": inputs.numpy()})[0]))

@@ -40,14 +40,12 @@ def decode(content: bytes, name: str) -> "Image":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd but readable files
             image: Any = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
-            if (pixels := image.width * image.height) > MAX_PIXELS:
-                raise UserError(f"{name} has {pixels:,} pixels. Expected at most {MAX_PIXELS:,}: make it smaller.")
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bit; convert() would cut off at 255
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
             image = image.convert("RGBA")
-    except UserError:
-        raise
     except Image.UnidentifiedImageError:
         raise UserError(f"{name} is neither PNG nor JPEG. Convert it to one of them.") from None
     except Image.DecompressionBombError:

@@ -7,6 +7,7 @@ functions.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,10 @@ from train.errors import FINISHED, UserError
 def read_bytes(name: str) -> bytes:
     """Return the content of an image file, or of standard input for `-`. Raises UserError, naming it."""
     try:
-        if name == "-":
-            content = sys.stdin.buffer.read(image.MAX_BYTES + 1)
-        else:
-            path = Path(name)
-            if not path.is_file():  # a pipe would block
-                kind = "a directory" if path.is_dir() else "not a file" if path.exists() else "missing"
-                raise UserError(f"{name} is {kind}. Expected a PNG or JPEG image.")
-            with path.open("rb") as file:
-                content = file.read(image.MAX_BYTES + 1)
+        if name != "-" and not Path(name).is_file():  # a pipe would block
+            raise UserError(f"{name} is not a file. Expected a PNG or JPEG image.")
+        with sys.stdin.buffer if name == "-" else open(name, "rb") as file:
+            content = file.read(image.MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}.") from None
     if len(content) > image.MAX_BYTES:
@@ -54,13 +50,6 @@ def predict(deployed: Deployed, names: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def open_model(path: Path) -> Deployed:
-    """Read an exported file, or the best checkpoint of a run directory."""
-    if path.is_dir():
-        return formats.from_run(path, lambda line: print(line, file=sys.stderr))
-    return formats.read(path)
-
-
 def main(argv: list[str]) -> int:
     """Predict as the command line says; return the exit code. Raises UserError."""
     parser = Parser(prog="python -m launch predict", description=__doc__.split("\n")[0])
@@ -70,7 +59,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.images.count("-") > 1:
         raise UserError("The image - was given twice. Standard input can be read once.")
-    found = predict(open_model(options.model), options.images)
+    notify = partial(print, file=sys.stderr)
+    is_run = options.model.is_dir()
+    model = formats.from_run(options.model, notify) if is_run else formats.read(options.model)
+    found = predict(model, options.images)
     if options.json:
         print(json.dumps(found, indent=1))
         return FINISHED

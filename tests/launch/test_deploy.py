@@ -115,14 +115,14 @@ DAMAGES: list[tuple[str, str, Callable[[Path], Any], str]] = [
     *[(kind, "directory", lambda path: (path.unlink(), path.mkdir()), "") for kind in KINDS],
     ("safetensors", "flipped weight", lambda path: flip(path, -5), "damaged: its weights have SHA-256"),
     ("safetensors", "huge header", lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "not a whole safetensors"),
-    ("safetensors", "no metadata", lambda path: save_file(load_file(path), path), "lack 'model'"),
-    ("safetensors", "unknown model", metadata(model="resnet"), "lack a known model"),
-    ("safetensors", "no mean", metadata(mean=None), "lack 'mean'"),
+    ("safetensors", "no metadata", lambda path: save_file(load_file(path), path), "lack: 'model'"),
+    ("safetensors", "unknown model", metadata(model="resnet"), "lack: a known model"),
+    ("safetensors", "no mean", metadata(mean=None), "lack: 'mean'"),
     ("safetensors", "mean of words", metadata(mean="many"), "lack"),
-    ("safetensors", "std 0", metadata(std="0"), "lack mean and std"),
-    ("safetensors", "std NaN", metadata(std="NaN"), "lack mean and std"),
-    ("safetensors", "nine classes", metadata(class_names="[" + ", ".join('"a"' for _ in range(9)) + "]"), "lack 10 class_names"),
-    ("safetensors", "classes are numbers", metadata(class_names=str(list(range(10)))), "lack 10 class_names"),
+    ("safetensors", "std 0", metadata(std="0"), "lack: mean and std"),
+    ("safetensors", "std NaN", metadata(std="NaN"), "lack: mean and std"),
+    ("safetensors", "nine classes", metadata(class_names="[" + ", ".join('"a"' for _ in range(9)) + "]"), "lack: 10 class_names"),
+    ("safetensors", "classes are numbers", metadata(class_names=str(list(range(10)))), "lack: 10 class_names"),
     ("safetensors", "deep config", metadata(config="[" * 100_000), "lack"),
     ("safetensors", "another model", metadata(model="cnn"), "do not fit this model"),
     ("safetensors", "foreign weights", weights_of({"a": torch.zeros(3)}), "lack"),
@@ -139,6 +139,6 @@ def test_damaged_file_is_refused_in_one_line(
     damage(copies[kind])
     with pytest.raises(UserError) as error:
         formats.read(copies[kind])
-    assert str(copies[kind]) in str(error.value) or isinstance(error.value, Damaged)
+    assert str(copies[kind]) in str(error.value) or isinstance(error.value, Damaged)  # of another model's tensors
     assert words in str(error.value)
     assert "\n" not in str(error.value)
