@@ -33,7 +33,7 @@ SUBCOMMANDS = {
     "compare": "show where two runs differ: config, losses, gradient norms, weights",
     "replay": "compute steps of an exact run again and compare their bits",
     "selftest": "show on this machine, in half a minute, that kills and world sizes change nothing",
-    "plan": "show what a run would do on N nodes of G GPUs: shares, lr, bytes, memory, the sbatch command",
+    "plan": "show what a run would do on N nodes of G GPUs: shares, lr, bytes, the command",
     "doctor": "check this machine, or a Slurm cluster, and print how to repair it",
 }
 

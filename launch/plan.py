@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from train.functional.sampler import Sampler
 
 Shares = list[tuple[range, range]]  # of each rank: its micro-batches, and its rows of the global batch
-PIXELS = 28 * 28
-EXAMPLE_BYTES = PIXELS + 8  # on the device: uint8 pixels and an int64 label
 
 
 def num_examples(config: Config) -> tuple[int, int]:
@@ -38,22 +36,6 @@ def num_examples(config: Config) -> tuple[int, int]:
     if options.validation >= train:
         raise UserError(f"data.validation is {options.validation}, but {options.name} has {train} training examples.")
     return (train - options.validation, options.validation) if options.validation else (train, test)
-
-
-def count_micro_batches(config: Config, nodes: int, per_node: int, has_norm: bool) -> int:
-    """Return the micro-batches of a step. Refuse a world that is too large, naming the largest that fits."""
-    from train.state import resolve_num_micro_batches
-
-    try:
-        return resolve_num_micro_batches(config.train, nodes * per_node, has_batch_norm=has_norm)
-    except UserError as error:
-        largest = config.train.num_micro_batches or (0 if has_norm else config.train.global_batch_size)
-        if not largest:
-            raise
-        fits = f"--gpus-per-node {min(largest, per_node)}"
-        if largest >= per_node:
-            fits = f"--nodes {largest // per_node} {fits}"
-        raise UserError(f"{error} The largest that fits here: {fits}.") from None
 
 
 def shares(sampler: "Sampler", step: int, world_size: int) -> Shares:
@@ -94,43 +76,32 @@ def traffic(config: Config, num_parameters: int, norms: "list[BatchNorm2d]", ran
     return {"gather": gradient_bytes * most} | statistics
 
 
-def memory(config: Config, model: Any, ranks: Shares, sent: dict[str, int], num: tuple[int, int]) -> dict[str, int]:
-    """Return {what: bytes} that the rank with most to do keeps on its device, without activations."""
+def state_bytes(config: Config, model: Any) -> dict[str, int]:
+    """Return {what: bytes} of the tensors that a checkpoint holds."""
     parameters = list(model.parameters())
-    gradients = 4 * sum(parameter.numel() for parameter in parameters)
+    gradients = sum(parameter.nbytes for parameter in parameters)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    moments = 2 * gradients + 4 * len(parameters) if config.optim.name == "adamw" else gradients
-    most, rows = max(len(own) for own, _ in ranks), max(len(rows) for _, rows in ranks)
-    # one sum for each subtree that is not whole yet, and what the other ranks send
-    received = gradients if "exchange" in sent else sent.get("gather", 0) * len(ranks)
-    return {
-        "weights": weights,
-        "gradients": gradients,
-        "gradients of the exact tree": gradients * (most - 1).bit_length() + received if config.train.exact else 0,
-        "optimizer": moments if config.optim.momentum or config.optim.name == "adamw" else 0,
-        "averaged weights": weights if config.optim.ema else 0,
-        "inputs": rows * 4 * PIXELS,
-        "data set": sum(num) * EXAMPLE_BYTES,
-    }
+    if config.optim.name == "adamw":
+        optimizer = 2 * gradients + 4 * len(parameters)  # two moments, and a step counter per parameter
+    else:
+        optimizer = gradients if config.optim.momentum else 0
+    return {"weights": weights, "optimizer": optimizer, "averaged weights": weights if config.optim.ema else 0}
 
 
 def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[str]) -> dict[str, Any]:
     """Work everything out and return what `--json` prints. Names that end in bytes hold bytes."""
     from train.functional import models, optim
     from train.functional.sampler import Sampler
+    from train.state import resolve_num_micro_batches
 
-    per_node = max(gpus_per_node, 1)  # without GPUs: one rank per node
-    world_size = nodes * per_node
+    world_size = nodes * max(gpus_per_node, 1)  # without GPUs: one rank per node
     model = models.build(config.model, 0)
-    norms, num = models.batch_norms(model), num_examples(config)
-    num_micro_batches = count_micro_batches(config, nodes, per_node, bool(norms))
-    sampler = Sampler(num[0], config.train.global_batch_size, num_micro_batches, config.seed)
+    norms, (num_train, num_test) = models.batch_norms(model), num_examples(config)
+    num_micro_batches = resolve_num_micro_batches(config.train, world_size, has_batch_norm=bool(norms))
+    sampler = Sampler(num_train, config.train.global_batch_size, num_micro_batches, config.seed)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch
-    ranks, last_step = shares(sampler, 0, world_size), sampler.steps_per_epoch - 1
+    ranks = shares(sampler, 0, world_size)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    sent = traffic(config, num_parameters, norms, ranks)
-    held = memory(config, model, ranks, sent, num)
-    checkpoint_bytes = held["weights"] + held["optimizer"] + held["averaged weights"]
     rates = [optim.lr(config.optim, step, total_steps) for step in range(total_steps)]
     options = ["--nodes", str(nodes), *(["--gpus-per-node", str(gpus_per_node)] if gpus_per_node else [])]
     return {
@@ -139,65 +110,49 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[st
         "num_micro_batches": num_micro_batches,
         "exact": config.train.exact,
         "ranks": [{"micro_batches": [own.start, own.stop], "rows": [rows.start, rows.stop]} for own, rows in ranks],
-        "last_batch": {
-            "rows": sampler.batch_rows(last_step),
-            "idle_ranks": sum(not rows for _, rows in shares(sampler, last_step, world_size)),
-        },
-        "eval_batches": -(-num[1] // config.eval.batch_size),
-        "num_train_examples": num[0],
+        "last_batch_rows": sampler.batch_rows(sampler.steps_per_epoch - 1),
+        "eval_batches": -(-num_test // config.eval.batch_size),
+        "num_train_examples": num_train,
         "ledger": check_epoch(sampler, world_size),
         "steps_per_epoch": sampler.steps_per_epoch,
         "total_steps": total_steps,
         "lr": {str(step): rates[step] for step in sorted({0, rates.index(max(rates)), total_steps - 1})},
         "num_parameters": num_parameters,
-        "sent_bytes": sent,
-        "checkpoint_bytes": checkpoint_bytes,
-        "checkpoints_kept_bytes": checkpoint_bytes * (config.checkpoint.keep + 2),  # the best, and one being written
-        "memory_bytes": held,
-        "commands": [
-            shlex.join(["python", "-m", "launch", "slurm", *options, *(["--", *arguments] if arguments else [])]),
-            shlex.join(["sbatch", *options, "slurm/train.sbatch", *arguments]),
-        ],
+        "sent_bytes": traffic(config, num_parameters, norms, ranks),
+        "gradient_bytes": 4 * num_parameters,
+        "state_bytes": state_bytes(config, model),
+        "command": shlex.join(
+            ["python", "-m", "launch", "slurm", *options, *(["--", *arguments] if arguments else [])]
+        ),
     }
 
 
-def describe_shares(plan: dict[str, Any]) -> list[str]:
-    """Return the lines about who computes what."""
-    size, world_size, parts = plan["global_batch_size"], plan["world_size"], plan["num_micro_batches"]
-    smallest, largest = size // parts, -(-size // parts)
-    each = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
-    lines = [f"each step     {size:,} examples = {parts:,} micro-batch(es) of {each}"]
-    work = Counter((r["micro_batches"][1] - r["micro_batches"][0], r["rows"][1] - r["rows"][0]) for r in plan["ranks"])
-    for (own, rows), count in sorted(work.items(), reverse=True):
-        lines.append(f"              {count:,} rank(s) compute {own:,} micro-batch(es), {rows:,} example(s) each")
-    most = max(rows for _, rows in work)
-    if idle := 1 - size / (most * world_size):
-        lines.append(f"              uneven: {idle:.1%} of all ranks' time is waiting for those with {most:,} examples")
-    last = plan["last_batch"]
-    if last["rows"] != size:
-        idle_ranks = f"{last['idle_ranks']:,} rank(s) have none"
-        lines.append(f"              an epoch's last step has {last['rows']:,} examples; {idle_ranks}")
-    return lines
-
-
-def describe(plan: dict[str, Any], nodes: int, per_node: int) -> str:
+def describe(plan: dict[str, Any]) -> str:
     """Return the plan for a person."""
-    batches, held = plan["eval_batches"], plan["memory_bytes"]
+    size, world_size, batches = plan["global_batch_size"], plan["world_size"], plan["eval_batches"]
+    work = Counter((r["micro_batches"][1] - r["micro_batches"][0], r["rows"][1] - r["rows"][0]) for r in plan["ranks"])
+    most = max(rows for _, rows in work)
     rates = ", ".join(f"{rate:.4g} at step {int(step):,}" for step, rate in plan["lr"].items())
     sent = ", ".join(f"{what} {size:,} bytes" for what, size in plan["sent_bytes"].items())
-    parts = ", ".join(f"{name} {amount / 1e6:,.1f}" for name, amount in held.items() if amount)
+    saved = sum(plan["state_bytes"].values())
     lines = [
-        f"{plan['world_size']:,} rank(s) = {nodes:,} node(s) x {per_node}; {plan['num_parameters']:,} parameters",
-        *describe_shares(plan),
-        f"evaluation    {batches:,} batch(es), computed by {min(batches, plan['world_size']):,} rank(s)",
+        f"{world_size:,} rank(s); {plan['num_parameters']:,} parameters",
+        f"each step     {size:,} examples in {plan['num_micro_batches']:,} micro-batch(es); "
+        f"an epoch's last step has {plan['last_batch_rows']:,}",
+    ]
+    for (own, rows), count in sorted(work.items(), reverse=True):
+        lines.append(f"              {count:,} rank(s) compute {own:,} micro-batch(es), {rows:,} example(s) each")
+    if idle := 1 - size / (most * world_size):
+        lines.append(f"              uneven: {idle:.1%} of all ranks' time is waiting for those with {most:,} examples")
+    lines += [
+        f"evaluation    {batches:,} batch(es), computed by {min(batches, world_size):,} rank(s)",
         f"coverage      {plan['num_train_examples']:,} examples, each once per epoch (checksum {plan['ledger']})",
         f"steps         {plan['steps_per_epoch']:,} per epoch, {plan['total_steps']:,} in all",
         f"lr            {rates}: the same on any world size",
         f"communicated  per step and rank: {sent or 'nothing'}",
-        f"checkpoint    {plan['checkpoint_bytes']:,} bytes of tensors; "
-        f"{plan['checkpoints_kept_bytes']:,} on the disk at most (kept, best, being written)",
-        f"memory        {sum(held.values()) / 1e6:,.1f} MB per rank, without torch itself and activations: {parts}",
-        *(f"start         {command}" for command in plan["commands"]),
+        f"checkpoint    {saved:,} bytes of tensors: weights, optimizer and averaged weights",
+        f"memory        {saved + plan['gradient_bytes']:,} bytes per rank for these and the gradients",
+        f"start         {plan['command']}",
     ]
     return "\n".join(lines)
 
@@ -216,5 +171,5 @@ def main(argv: list[str]) -> int:
     if options.nodes < 1 or options.gpus_per_node < 0:
         raise UserError(f"--nodes is {options.nodes} and --gpus-per-node {options.gpus_per_node}. Use 1 and 0 or more.")
     plan = make_plan(parse(arguments), options.nodes, options.gpus_per_node, arguments)
-    print(json.dumps(plan, indent=1) if options.json else describe(plan, options.nodes, max(options.gpus_per_node, 1)))
+    print(json.dumps(plan, indent=1) if options.json else describe(plan))
     return FINISHED
