@@ -1,4 +1,7 @@
-"""`python -m launch watch RUN`: show a run's progress in the terminal. It only reads metrics.jsonl, from anywhere."""
+"""`python -m launch watch RUN`: show a run's progress in the terminal, or print it once without one.
+
+It only reads metrics.jsonl, from anywhere.
+"""
 
 import contextlib
 import itertools
@@ -14,17 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from train.cli import Parser
-from train.errors import UserError
+from train.errors import FINISHED, UserError
 from train.report.charts import sparkline
 from train.report.records import Record, banner, duration, facts
 from train.rundir import EXAMPLE, RunDir
 
 
 def read(run_dir: Path) -> Record | None:
-    """Read the rows of a run that may not have begun; None if there is none.
-
-    Raises UserError if they cannot be read.
-    """
+    """Read the rows of a run; None if it has none yet. Raises UserError if they cannot be read."""
     rows = RunDir(run_dir).read_rows()
     return Record(run_dir, RunDir(run_dir).name, rows, None, {}) if rows else None
 
@@ -42,52 +42,51 @@ def pulse(record: Record, now: float) -> tuple[str, str]:
     return (f"no news: {since}. Is it still running?", "bold red") if is_quiet else (f"running, {since}", "green")
 
 
-def figures(record: Record) -> list[tuple[str, str, RenderableType]]:
-    """Return what there is to show, as (name, value, curve)."""
-    trained, evaluated, known = record.last("train"), record.last("eval"), facts([record])
-    step, total = record.last_step, record.total_steps or 0
-    count = f"{step:,} of {total:,}  {step / max(total, 1):.0%}  epoch {trained.get('epoch', 0.0):.2f}"
-    found: list[tuple[str, str, RenderableType]] = [("step", count, ProgressBar(total, step, width=24))]
-    if trained:
-        losses = [math.log(max(value, 1e-9)) for value in record.series("train", "loss").values()]
-        loss = "not finite" if trained["loss"] is None else f"{trained['loss']:.4f}"
-        found += [("loss", loss, sparkline(losses)), ("learning rate", f"{trained['lr']:.4g}", "")]
-        found += [("images/s", known["images/s"], ""), ("time left", duration(trained["seconds_left"]), "")]
-    if evaluated:
-        where = f"{evaluated['split']}, step {evaluated['step']:,}{', averaged' if record.is_averaged else ''}"
-        accuracies = [*record.series("eval", "accuracy").values()]
-        found.insert(2, ("accuracy", f"{known['accuracy']} ({where})", sparkline(accuracies)))
-    saved = "none yet" if record.saved_step < 0 else f"step {record.saved_step:,}"
-    return [*found, ("processes", known["processes"], ""), ("checkpoint", saved, "")]
-
-
 def frame(run_dir: Path, record: Record | None) -> Group:
     """Return a picture of the run."""
     if record is None:
         return Group(Text(f"{run_dir}: waiting for its first row"))
     table = Table.grid(padding=(0, 2))
-    for name, value, curve in figures(record):
+
+    def add(name: str, value: str, curve: RenderableType = "") -> None:
         table.add_row(Text(name, "dim"), Text(value, "bold"), curve)
+
+    trained, evaluated, known = record.last("train"), record.last("eval"), facts([record])
+    step, total = record.last_step, record.total_steps or 0
+    count = f"{step:,} of {total:,}  {step / max(total, 1):.0%}  epoch {trained.get('epoch', 0.0):.2f}"
+    add("step", count, ProgressBar(total, step, width=24))
+    if trained:
+        losses = [math.log(max(value, 1e-9)) for value in record.series("train", "loss").values()]
+        add("loss", "not finite" if trained["loss"] is None else f"{trained['loss']:.4f}", sparkline(losses))
+        add("learning rate", f"{trained['lr']:.4g}")
+        add("images/s", known["images/s"])
+        add("time left", duration(trained["seconds_left"]))
+    if evaluated:
+        where = f"{evaluated['split']}, step {evaluated['step']:,}{', averaged' if record.is_averaged else ''}"
+        accuracies = [*record.series("eval", "accuracy").values()]
+        add("accuracy", f"{known['accuracy']} ({where})", sparkline(accuracies))
+    add("processes", known["processes"])
+    add("checkpoint", "none yet" if record.saved_step < 0 else f"step {record.saved_step:,}")
     head = Text.assemble((record.name, "bold"), f"  {record.data_name}  ", pulse(record, time.time()))
-    return Group(head, *([Text(warning, "bold white on red")] if (warning := banner([record])) else []), table)
+    warning = banner([record])
+    return Group(head, *([Text(warning, "bold white on red")] if warning else []), table)
 
 
 def main(argv: list[str]) -> int:
     """Show the run until it ends or the reader leaves; return exit code 0. Raises UserError."""
-    parser = Parser(prog="python -m launch watch", description=__doc__)
+    parser = Parser(prog="python -m launch watch", description=__doc__.split("\n")[0])
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run; may be created later")
-    parser.add_argument("--once", action="store_true", help="print one picture and exit, as without a terminal")
-    options = parser.parse_args(argv)
-    console, record = Console(highlight=False), read(options.run)
-    if options.once or not console.is_terminal:
+    run = parser.parse_args(argv).run
+    console, record = Console(highlight=False), read(run)
+    if not console.is_terminal:
         if record is None:
-            raise UserError(f"{options.run} has no rows in metrics.jsonl. Expected a run, such as {EXAMPLE}.")
-        console.print(frame(options.run, record))
-        return 0
-    live = Live(frame(options.run, record), console=console, auto_refresh=False)
+            raise UserError(f"{run} has no rows in metrics.jsonl. Expected a run, such as {EXAMPLE}.")
+        console.print(frame(run, record))
+        return FINISHED
+    live = Live(frame(run, record), console=console, auto_refresh=False)
     with contextlib.suppress(KeyboardInterrupt), live:
         while not (record and record.saved_step == record.total_steps):
             time.sleep(1)
-            record = read(options.run) or record
-            live.update(frame(options.run, record), refresh=True)
-    return 0
+            record = read(run) or record
+            live.update(frame(run, record), refresh=True)
+    return FINISHED

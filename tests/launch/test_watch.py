@@ -59,13 +59,6 @@ def test_frame_says_what_the_rows_say(
         assert said in text, said
 
 
-def test_frame_without_a_terminal_and_once_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run(tmp_path / "run", make_rows()[:4], None)
-    text = once(run, capsys)
-    assert launch(["watch", str(run), "--once"]) == 0
-    assert re.sub(r" +", " ", capsys.readouterr().out).splitlines()[1:] == text.splitlines()[1:]
-
-
 def test_loss_that_is_not_finite_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = make_rows()
     run = make_run(tmp_path / "run", [{**row, "loss": None} if row["event"] == "train" else row for row in rows], None)
