@@ -1,7 +1,4 @@
-"""`python -m launch watch RUN`: show a run's progress in the terminal, or print it once without one.
-
-It only reads metrics.jsonl, from anywhere.
-"""
+"""`python -m launch watch RUN`: show a run's progress in the terminal. It only reads metrics.jsonl, from anywhere."""
 
 import contextlib
 import itertools
@@ -74,7 +71,7 @@ def frame(run_dir: Path, record: Record | None) -> Group:
 
 def main(argv: list[str]) -> int:
     """Show the run until it ends or the reader leaves; return exit code 0. Raises UserError."""
-    parser = Parser(prog="python -m launch watch", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m launch watch", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run; may be created later")
     run = parser.parse_args(argv).run
     console, record = Console(highlight=False), read(run)

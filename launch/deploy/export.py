@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.deploy import formats
-from launch.deploy.formats import SUFFIXES, Deployed, Facts
+from launch.deploy.formats import SUFFIXES, Deployed, Facts, warn
 from train import __version__
 from train.cli import Parser, parse, split_arguments
 from train.config import DataConfig
@@ -107,7 +107,7 @@ def card(
 
 def export(run: RunDir, config: DataConfig, options: argparse.Namespace, path: Path) -> str:
     """Write and verify a file, then name it. Return what to print."""
-    original = formats.from_run(run.path, print, options.weights, options.checkpoint)
+    original = formats.from_run(run.path, options.weights, options.checkpoint)
     facts, source = original.facts, load_data(run, config)
     recorded = recorded_correct(run, facts)
     try:
@@ -121,7 +121,7 @@ def export(run: RunDir, config: DataConfig, options: argparse.Namespace, path: P
         raise UserError(f"{path} cannot be written: {error.strerror or error}. Choose another --output.") from None
     correct, total = int((predictions == source.test.labels).sum()), len(predictions)
     if recorded is not None and abs(correct - recorded) > SUSPICIOUS * total:
-        print(f"warning: {correct} of {total} predictions are right, but the run recorded {recorded} at this step.")
+        warn(f"warning: {correct} of {total} predictions are right, but the run recorded {recorded} at this step.")
     accuracy = f"{correct / total:.2%} of {total} {source.eval_split} images"
     return f"{path}: step {facts.step}, {facts.weights} weights, {accuracy}, as the checkpoint\n{path}.md"
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +99,16 @@ class Deployed:
             return torch.cat([self.logits(batch).float() for batch in inputs.split(BATCH)])
 
 
-def choose_checkpoint(run: RunDir, notify: Callable[[str], None]) -> "tuple[Path, Snapshot]":
-    """Return a run's best checkpoint, or its newest whole one if the best is gone.
+def warn(message: str) -> None:
+    """Print a line to stderr: what `predict` prints to stdout may be read by a program."""
+    print(message, file=sys.stderr)
 
-    Raises UserError if there is none.
-    """
+
+def choose_checkpoint(run: RunDir) -> "tuple[Path, Snapshot]":
+    """Return a run's best checkpoint, or its newest whole one if the best is gone. Raises UserError if it has none."""
     from train.storage import checkpoint
 
-    found = checkpoint.latest(run.checkpoints, notify)
+    found = checkpoint.latest(run.checkpoints, warn)
     if found is None:
         raise UserError(f"{run.path} has no checkpoint. Expected the directory of a run, such as {EXAMPLE}.")
     path, newest = found[0], checkpoint.decode(found[1])
@@ -116,20 +119,18 @@ def choose_checkpoint(run: RunDir, notify: Callable[[str], None]) -> "tuple[Path
     try:
         return best_path, checkpoint.decode(checkpoint.read(best_path))
     except checkpoint.Damaged as error:
-        notify(f"{error} It was the best one; taking the newest.")
+        warn(f"warning: {error} It was the best one; taking the newest.")
         return path, newest
 
 
-def from_run(
-    run_dir: Path, notify: Callable[[str], None], weights: str | None = None, path: Path | None = None
-) -> Deployed:
+def from_run(run_dir: Path, weights: str | None = None, path: Path | None = None) -> Deployed:
     """Take a model from a run: its best checkpoint or `path`, its averaged weights if there are any or `weights`."""
     from train.storage import checkpoint
 
     run = RunDir(run_dir)
     data_name = records.read(run_dir, run.name).data_name  # what was trained on; the config may name what was missing
     with refused(f"A checkpoint in {run.checkpoints} is not one of this program's. It lacks"):
-        path, state = (path, checkpoint.decode(checkpoint.read(path))) if path else choose_checkpoint(run, notify)
+        path, state = (path, checkpoint.decode(checkpoint.read(path))) if path else choose_checkpoint(run)
         weights = weights or ("ema" if state.ema else "raw")
         tensors = state.ema if weights == "ema" else state.model
         if not tensors:

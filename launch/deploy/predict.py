@@ -7,7 +7,6 @@ functions.
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.images.count("-") > 1:
         raise UserError("The image - was given twice. Standard input can be read once.")
-    notify = partial(print, file=sys.stderr)
-    is_run = options.model.is_dir()
-    model = formats.from_run(options.model, notify) if is_run else formats.read(options.model)
+    model = formats.from_run(options.model) if options.model.is_dir() else formats.read(options.model)
     found = predict(model, options.images)
     if options.json:
         print(json.dumps(found, indent=1))

@@ -36,7 +36,7 @@ def images_of_the_test_split() -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_gives_the_checkpoints_logits(kind: str, exported: dict[str, Path], digits_run: Path) -> None:
-    original = from_run(digits_run, pytest.fail)
+    original = from_run(digits_run)
     found = formats.read(exported[kind])
     assert found.facts == original.facts
     images = images_of_the_test_split()
@@ -51,7 +51,7 @@ def test_files_are_read_by_others_with_what_they_say_of_themselves(exported: dic
         facts = file.metadata()
     images = images_of_the_test_split()
     inputs = (images.float() - float(facts["mean"])) / float(facts["std"])
-    wanted = from_run(digits_run, pytest.fail).scores(images)
+    wanted = from_run(digits_run).scores(images)
     assert facts["model"] == "tiny"
     assert json.loads(facts["class_names"]) == list("0123456789")
     session = onnxruntime.InferenceSession(exported["onnx"], providers=["CPUExecutionProvider"])

@@ -87,7 +87,7 @@ def test_best_checkpoint_is_taken_and_the_newest_where_it_is_damaged(run: Path, 
     assert f"step {oldest}, ema weights" in capsys.readouterr().out
     (run / "checkpoints" / f"step-{oldest:08d}" / "ema.safetensors").write_bytes(b"x")
     assert formats.read(export_to(run, tmp_path)).facts.step == newest
-    assert "ema.safetensors" in capsys.readouterr().out
+    assert "ema.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_other_numbers_than_the_run_recorded_are_reported(run: Path, capsys: pyt
     newest = checkpoint.directories(run / "checkpoints")[0]
     path = export_to(run, run / "export", "safetensors", "--checkpoint", str(newest))
     warning = f"warning: {correct} of 359 predictions are right, but the run recorded {correct - 30} at this step."
-    assert warning in capsys.readouterr().out
+    assert capsys.readouterr().err == f"{warning}\n"
     assert f"recorded {correct - 30} right ones" in path.with_name(f"{path.name}.md").read_text()
 
 
@@ -156,7 +156,7 @@ def test_run_on_the_fallback_data_is_verified_on_them(run: Path, capsys: pytest.
     rows = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(rows.replace('"is_fallback": false', '"is_fallback": true'))
     export_to(run, run / "export")
-    assert "warning" not in capsys.readouterr().out
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])

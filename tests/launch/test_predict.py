@@ -33,7 +33,7 @@ WRONG, OTHER = (
 
 @pytest.fixture(scope="module")
 def model(digits_run: Path) -> formats.Deployed:
-    return formats.from_run(digits_run, pytest.fail)
+    return formats.from_run(digits_run)
 
 
 @pytest.fixture(scope="module")
