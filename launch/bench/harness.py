@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import measures, peers
-from launch.bench.measures import Row, count_cores, number
+from launch.bench.measures import Row, count_cores, cpu_name, number
 from train.cli import Parser
 from train.errors import FINISHED, UserError
 
@@ -27,12 +27,6 @@ MEASURES: dict[str, tuple[Callable[..., list[Row]], int, str]] = {  # name: (fun
         "a recipe's accuracy and seconds, over as many seeds as repeats",
     ),
 }
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def facts(argv: list[str], repeats: int) -> dict[str, Any]:

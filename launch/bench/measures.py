@@ -6,6 +6,7 @@ functions: importing this module costs nothing.
 """
 
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -68,6 +69,12 @@ def in_turns(works: Mapping[str, Callable[[], float]], repeats: int, unit: str, 
 def number(value: float) -> str:
     """Write a figure with four significant digits, or all of its whole part."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def cpu_name() -> str:
+    """Return the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def count_cores() -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from gpu.plan import STAGES, Machine, module, unit, waves
 from gpu.visit import Job, Visit, table
-from launch.bench.harness import cpu_name
+from launch.bench.measures import cpu_name
 
 ROOT = Path(__file__).parents[2]
 PACKED = ROOT / ".gpu"  # what pack.sh made
