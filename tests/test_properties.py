@@ -3,11 +3,9 @@
 import ast
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT
 from hypothesis import given, settings
@@ -17,7 +15,6 @@ from train import cli
 from train.cli import did_you_mean, parse, to_yaml
 from train.config import Config
 from train.errors import UserError
-from train.storage.data import parse_idx
 
 VALUES = st.recursive(
     st.none()
@@ -101,31 +98,6 @@ def test_any_config_that_was_written_is_read_back(
     file = tmp_path_factory.getbasetemp() / "written.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     assert parse(["--config", str(file)]) == config
-
-
-@given(st.binary(max_size=64) | st.binary(max_size=40).map(lambda tail: b"\0\0\x08" + tail))
-@settings(deadline=None, max_examples=300)
-def test_any_bytes_are_idx_or_refused(content: bytes) -> None:
-    try:
-        array = parse_idx(content, Path("file"))
-    except UserError as error:
-        if "\n" in str(error) or "file" not in str(error):
-            raise AssertionError(str(error)) from error
-    else:
-        assert len(content) == 4 + 4 * array.ndim + array.size
-
-
-@given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=3), data=st.data())
-@settings(deadline=None, max_examples=100)
-def test_idx_is_read_back_and_no_other_length_is(shape: list[int], data: st.DataObject) -> None:
-    size = int(torch.tensor(shape).prod())
-    values = data.draw(st.binary(min_size=size, max_size=size))
-    content = bytes([0, 0, 8, len(shape)]) + b"".join(number.to_bytes(4, "big") for number in shape) + values
-    found = parse_idx(content, Path("file"))
-    assert (list(found.shape), found.tobytes()) == (shape, values)
-    for other in (content + b"\0", content[:-1]):
-        with pytest.raises(UserError):
-            parse_idx(other, Path("file"))
 
 
 # The house

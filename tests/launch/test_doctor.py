@@ -139,7 +139,7 @@ def test_data_missing_damaged_and_whole(tmp_path: Path) -> None:
     assert finding.status == "fail"
     assert finding.remedy == f"python -m launch data --name mnist --root {tmp_path}"
     for file in FILES:
-        (tmp_path / f"{file}.gz").write_bytes(b"damaged")
+        (tmp_path / file).write_bytes(b"damaged")
     finding = look(checks.data, f"--data.root {tmp_path}")
     assert finding.status == "fail"
     assert "MD5" in finding.text

@@ -119,8 +119,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "state is no JSON": ("", with_checksum("state.json", b"{")),
     "state is a list": ("", with_checksum("state.json", b"[]")),
     "state without step": ("step", with_checksum("state.json", b"{}")),
-    "model is no safetensors": ("model.safetensors", with_checksum("model.safetensors", b"garbage")),
-    "model of zeros": ("model.safetensors", with_checksum("model.safetensors", bytes(100))),
+    "model is no safetensors": ("SafetensorError", with_checksum("model.safetensors", b"garbage")),
+    "model of zeros": ("SafetensorError", with_checksum("model.safetensors", bytes(100))),
 }  # fmt: skip
 
 

@@ -29,15 +29,13 @@ from train import __version__
 from train.errors import UserError
 
 SCHEMA = 2
+PARTS = ("model", "optimizer", "ema")  # of a Snapshot, a safetensors file each
+REQUIRED, OPTIONAL = {"model.safetensors", "state.json"}, {"optimizer.safetensors", "ema.safetensors"}
 Files = dict[str, bytes]
 
 
 class Damaged(UserError):
-    """A checkpoint that fails verification. The message names the file and the reason."""
-
-
-class OtherFormat(Damaged):
-    """A checkpoint that another version of this program wrote."""
+    """A checkpoint that fails verification, or that another version wrote. The message names it and the reason."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
 
 def encode(saved: Snapshot) -> Files:
     """Return the bytes of each file of a checkpoint. The same snapshot gives the same bytes."""
-    files = {
-        f"{name}.safetensors": safetensors.torch.save(tensors)
-        for name, tensors in (("model", saved.model), ("optimizer", saved.optimizer), ("ema", saved.ema))
-        if tensors
-    }
+    tensors = {f"{part}.safetensors": getattr(saved, part) for part in PARTS}
+    files = {name: safetensors.torch.save(content) for name, content in tensors.items() if content}
     files["state.json"] = (json.dumps(saved.meta, indent=1, sort_keys=True) + "\n").encode()
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
     manifest = {"schema": SCHEMA, "lockstep": __version__, "sha256": sums}
@@ -121,39 +116,31 @@ def encode(saved: Snapshot) -> Files:
 def decode(files: Files) -> Snapshot:
     """Return the snapshot in verified files."""
     empty = safetensors.torch.save({})
-    parts = [files.get(f"{name}.safetensors", empty) for name in ("model", "optimizer", "ema")]
-    model, optimizer, ema = map(safetensors.torch.load, parts)
+    model, optimizer, ema = (safetensors.torch.load(files.get(f"{part}.safetensors", empty)) for part in PARTS)
     return Snapshot(model, optimizer, ema, meta=json.loads(files["state.json"]))
 
 
 def read(path: Path) -> Files:
-    """Read a checkpoint and verify each file against the manifest. Raises Damaged or OtherFormat."""
+    """Read a checkpoint and verify each file against the manifest. Raises Damaged."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["schema"] != SCHEMA:
-            writer = f"lockstep {manifest.get('lockstep', '0.1')}"
-            raise OtherFormat(
-                f"Checkpoint {path} has format {manifest['schema']}, not {SCHEMA}: {writer} wrote it. "
-                "Continue the run with that version, or use another run.name."
+            raise Damaged(
+                f"Checkpoint {path} has format {manifest['schema']}, not {SCHEMA}: lockstep "
+                f"{manifest.get('lockstep', '0.1')} wrote it. Continue with that version, or use another run.name."
             )
-        sums = {str(name): str(sha256) for name, sha256 in manifest["sha256"].items()}
-        if missing := sorted({"model.safetensors", "state.json"} - set(sums)):
-            raise Damaged(f"Checkpoint {path} is not whole: its manifest lacks {' and '.join(missing)}.")
-        files = {name: (path / name).read_bytes() for name in sums if Path(name).name == name}
+        sums = manifest["sha256"]
+        if not REQUIRED <= set(sums) <= REQUIRED | OPTIONAL:
+            raise Damaged(f"{path / 'manifest.json'} lists {sorted(sums)}, expected model.safetensors and state.json.")
+        files = {name: (path / name).read_bytes() for name in sums}
+        for name, content in files.items():
+            if (found := hashlib.sha256(content).hexdigest()) != sums[name]:
+                raise Damaged(f"Checkpoint file {path / name} has SHA-256 {found[:12]}, expected {sums[name]!s:.12}.")
+        decode(files).meta["step"]  # a matching checksum does not prove that the content can be read
     except Damaged:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise Damaged(f"Checkpoint {path} is not whole: {type(error).__name__} {error}.") from error
-    for name, content in files.items():
-        if (found := hashlib.sha256(content).hexdigest()) != sums[name]:
-            raise Damaged(f"Checkpoint file {path / name} has SHA-256 {found[:12]}, expected {sums[name][:12]}.")
-        try:  # a matching checksum does not prove that the content can be read
-            if name.endswith(".safetensors"):
-                safetensors.torch.load(content)
-            elif name == "state.json":
-                json.loads(content)["step"]
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise Damaged(f"Checkpoint file {path / name} cannot be read: {type(error).__name__} {error}.") from error
     return files
 
 
@@ -181,23 +168,19 @@ def directories(checkpoints: Path) -> list[Path]:
 def latest(checkpoints: Path, notify: Callable[[str], None]) -> tuple[Path, Files] | None:
     """Return the newest checkpoint that verifies, or None if there are none. Report damaged ones and leave them alone.
 
-    Raises UserError if there are checkpoints and all are damaged, or if another version wrote them.
+    Raises UserError if there are checkpoints and none can be used.
     """
-    candidates = directories(checkpoints)
-    for path in candidates:
+    problems = []
+    for path in directories(checkpoints):
         try:
             return path, read(path)
         except Damaged as error:
-            if path != candidates[-1]:
-                notify(f"warning: {error} Trying the checkpoint before.")
-            elif isinstance(error, OtherFormat):
-                raise UserError(str(error)) from None
-            else:
-                notify(f"warning: {error}")
-    if candidates:
+            problems.append(str(error))
+            notify(f"warning: {error}")
+    if problems:
         raise UserError(
-            f"None of the {len(candidates)} checkpoints in {checkpoints} is whole. Nothing was deleted. "
-            "Start again with another run.name, or move them away."
+            f"None of the {len(problems)} checkpoints in {checkpoints} can be used. Nothing was deleted. "
+            f"Start again with another run.name, or move them away. The oldest: {problems[-1]}"
         )
     return None
 
