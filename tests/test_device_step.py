@@ -173,8 +173,9 @@ def test_nothing_that_reduces_over_a_gradient_sees_an_odd_address(tmp_path: Any,
     for log in ranks.logs:
         steps = ast.literal_eval(log.read_text().splitlines()[-1])
         assert [step["odd operations"] for step in steps] == [[]] * 3
-        assert steps[-1]["odd in buckets"] >= 5  # of 8: without align_gradients the norm would see them
-        assert steps[-1]["operations"] >= 4
+        # Of 8, without align_gradients the norm would see them. In exact mode each gradient has its own allocation.
+        assert (steps[-1]["odd in buckets"] >= 5) == (not mode)
+        assert steps[-1]["operations"] >= 3
 
 
 FACTORIES = {

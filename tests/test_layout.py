@@ -125,8 +125,8 @@ def test_functional_knows_nothing_of_ranks_and_files() -> None:
 
 
 LIGHT_STEMS = (
-    "errors config trajectory device cli world signals process rundir records "
-    "charts page fingerprint clock watchdog wandb lease launcher environment __main__"
+    "errors config trajectory cli signals process rundir records "
+    "charts page fingerprint wandb lease launcher environment __main__"
 )
 LIGHT = [path for path in TRAIN if path.stem in LIGHT_STEMS.split()]
 

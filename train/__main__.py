@@ -17,6 +17,7 @@ import socket
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.cli import parse, run_name
 from train.config import Config
@@ -24,12 +25,14 @@ from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, User
 from train.rundir import RunDir, Summary
 from train.world.launcher import read_placement, run_suffix
 from train.world.process import die_with_launcher, keep_others_from_writing, leave
-from train.world.world import World
+
+if TYPE_CHECKING:
+    from train.world.world import World
 
 OTHER_RANKS_WAIT_SECONDS = 2.0
 
 
-def complain(error: UserError | RunError, world: World | None) -> int:
+def complain(error: UserError | RunError, world: "World | None") -> int:
     """Print one line; return the exit code.
 
     Rank 0 prints it. Before there is a world, in which all ranks raise the same error, one rank of each other machine
@@ -46,7 +49,7 @@ def complain(error: UserError | RunError, world: World | None) -> int:
     return BAD_INPUT if isinstance(error, UserError) else CRASHED
 
 
-def run_directory(config: Config, argv: list[str], world: World) -> RunDir:
+def run_directory(config: Config, argv: list[str], world: "World") -> RunDir:
     """Return run.dir/run.name, the same on all ranks. Collective: every rank must call it."""
     return RunDir(Path(config.run.dir, world.broadcast(run_name(config, argv, run_suffix()))))
 
@@ -61,6 +64,8 @@ def main(argv: list[str]) -> int:
     try:
         config = parse(argv)
         signals.leave_after(config.run.time_limit)
+        from train.world.world import World  # with torch, which takes seconds: after a bad config is refused
+
         world = World.open(config.train)
     except UserError as error:
         return complain(error, None)

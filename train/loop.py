@@ -52,7 +52,7 @@ def train(config: Config, world: World, run_dir: RunDir, argv: list[str]) -> Sum
             metrics.say("This run is finished; nothing to do.")
             return finished
         take_step = warm_up(plan, state, metrics.say)
-        world.set_timeout(config.train.timeout)
+        world.clock.limit = config.train.timeout
         journal = Journal(plan, state, metrics, Alarms(config.log, metrics, rows))
         tracer = Tracer(config.train, lease, is_main=world.is_main)
         results: dict[str, Result] = {}

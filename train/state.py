@@ -184,9 +184,11 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     reducer = ExactTree(model, world, num_micro_batches, owners) if config.train.exact else Allreduce(model, world)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch
     num_channels = sum(layer.num_features for layer in batch_norms)
-    tables = StepTables(config, sampler, total_steps, num_channels, world.rank, world.world_size, world.device)
-    tables.loss_scale = reducer.loss_scale
-    tables.has_scaler = world.accelerator.scaler is not None
+    place = (world.rank, world.world_size, world.device)
+    has_scaler = world.accelerator.scaler is not None
+    tables = StepTables(
+        config, sampler, total_steps, num_channels, *place, loss_scale=reducer.loss_scale, has_scaler=has_scaler
+    )
     if world.device.type != "cpu":
         tables.keep_lr_on_device(optimizer)
     should_record = config.train.cuda_graphs != "off" and not why_not_recordable(world)

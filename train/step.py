@@ -48,8 +48,6 @@ def train_step(plan: Plan, state: State) -> None:
     for index in plan.own:
         with plan.reducer.micro_batch(index, plan.own):
             loss_sum = _micro_batch_loss(plan, state.model, index, batch)
-            if index == plan.own[-1] and not is_alone:
-                clock.announce("all_reduce")  # of the gradients, during the backward pass
             _backward(plan, loss_sum, loss_weight)
             clock.enter("forward_backward")
         statistics.loss_sums[index] = loss_sum.detach()
@@ -92,9 +90,8 @@ class _Rows:
 def _own_rows(plan: Plan, step: int) -> _Rows:
     """Gather and augment the examples of this rank's micro-batches."""
     config, data, tables = plan.config, plan.data, plan.tables
-    start, _ = plan.sampler.rank_rows(step, plan.world.rank, plan.world.world_size)
-    is_whole = plan.sampler.is_whole(step)
-    rows = tables.rows.index_select(0, tables.row_index)[0] if is_whole else tables.short_rows
+    start, stop = plan.sampler.rank_rows(step, plan.world.rank, plan.world.world_size)
+    rows = tables.rows.index_select(0, tables.row_index)[0, : max(stop - start, 1)]
     images, labels = data.train.images[rows], data.train.labels[rows]
     keys = tables.keys.index_select(0, tables.row_index)[0] if tables.has_keys else None
 

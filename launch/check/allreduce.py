@@ -20,11 +20,9 @@ from launch.run import Command, Ranks
 from train.cli import Parser
 from train.config import TrainConfig
 from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError, one_line
-from train.world.device import choose_backend, choose_device
 from train.world.environment import versions
 from train.world.launcher import read_placement, slurm_variables
 from train.world.process import leave
-from train.world.world import STORE_FD, join_on_loopback
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
 ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -35,6 +33,9 @@ def measure(sizes: list[int], repeats: int, timeout: timedelta, *, on_cpu: bool)
     import torch
     import torch.distributed as dist
 
+    from train.world.device import choose_backend, choose_device
+    from train.world.world import join
+
     os.environ.update(ALONE | os.environ | slurm_variables(os.environ))
     place = read_placement()
     rank, world_size = place.rank, place.world_size
@@ -42,10 +43,7 @@ def measure(sizes: list[int], repeats: int, timeout: timedelta, *, on_cpu: bool)
     device = choose_device(TrainConfig(device="cpu" if on_cpu else "auto"), place.local_rank, place.local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if STORE_FD in os.environ:
-        join_on_loopback(device, place, timeout)
-    else:
-        dist.init_process_group(choose_backend(device), rank=rank, world_size=world_size, timeout=timeout)
+    join(device, place, timeout)
     num_wrong, seconds = 0, {}
     for size in sizes:
         numbers = torch.arange(size // 4, device=device).remainder(VALUES).to(torch.float32)

@@ -1,4 +1,4 @@
-"""What DDP's buckets change: where gradients lie, and the exact tree behind DDP as a communication hook."""
+"""What DDP's buckets change: where gradients lie. And the exact tree with a model that DDP has wrapped."""
 
 import warnings
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from gpu.inside import Check, Lab
 from train.config import OptimConfig
 from train.functional import optim
 from train.state import Plan, State
+from train.world.clock import Clock
 from train.world.reduce import ExactTree
 
 LEAVES = 4
@@ -78,7 +79,7 @@ class TwoRanks:
     rank, world_size = 0, 2
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.accelerator = device, self
+        self.device, self.accelerator, self.clock = device, self, Clock()
 
     def no_sync(self, model: Any) -> Any:
         """Accumulate without communication, as Accelerator does."""
@@ -88,16 +89,17 @@ class TwoRanks:
 class SelfExchange(ExactTree):
     """The exact tree whose exchange is a message to itself: the mean of what was sent and what came back is what was sent."""
 
-    def _recursive_doubling(self, buffer: Tensor) -> None:
-        if buffer.is_cuda:  # gloo does not send to itself
-            other = torch.empty_like(buffer)
-            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, buffer, 0), dist.P2POp(dist.irecv, other, 0)]):
+    def _recursive_doubling(self, total: Tensor) -> Tensor:
+        if total.is_cuda:  # gloo does not send to itself
+            other = torch.empty_like(total)
+            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, total, 0), dist.P2POp(dist.irecv, other, 0)]):
                 work.wait()
-            buffer.add_(other).mul_(0.5)  # exact
+            total.add_(other).mul_(0.5)  # exact
+        return total
 
-    def _all_gather(self, pieces: list[Tensor], buffer: Tensor) -> None:
-        assert len(pieces) == 1, len(pieces)
-        self._recursive_doubling(buffer)
+    def _all_gather(self, rows: list[Tensor]) -> Tensor:
+        assert len(rows) == 1, len(rows)
+        return self._recursive_doubling(rows[0])
 
 
 def all_leaves(plan: Plan, state: State, model: nn.Module, reducer: Any) -> list[Tensor]:
@@ -115,7 +117,7 @@ def all_leaves(plan: Plan, state: State, model: nn.Module, reducer: Any) -> list
 
 
 def hook(lab: Lab) -> dict[str, Any]:
-    """The tree behind DDP, with its thread, its future and the backend's stream, has the bits of one process."""
+    """The tree behind DDP, with the backend's stream, has the bits of one process."""
     store = dist.HashStore()
     dist.init_process_group("nccl" if lab.on_gpu else "gloo", store=store, rank=0, world_size=1)
     try:

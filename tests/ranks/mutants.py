@@ -133,11 +133,11 @@ def plain_allreduce() -> None:
 def rank_order_sum() -> None:
     """Partial sums are added rank by rank: deterministic, and yet other bits on another world size."""
 
-    def exchange(self: ExactTree, pieces: list[Tensor], buffer: Tensor) -> None:
-        own = torch.stack(pieces).sum(0)
-        gathered = [torch.empty_like(own) for _ in self.owners]
+    def exchange(self: ExactTree, rows: list[Tensor]) -> Tensor:
+        own = torch.stack(rows).sum(0)
+        gathered = [torch.empty_like(own) for _ in self.subtrees]
         torch.distributed.all_gather(gathered, own)
-        buffer.copy_(sum(gathered[1:], start=gathered[0]))
+        return sum(gathered[1:], start=gathered[0])
 
     ExactTree._all_gather = exchange  # type: ignore[method-assign]
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, Literal
 
 import pytest
@@ -12,9 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from train.config import TrainConfig
 from train.errors import UserError
-from train.world.device import choose_backend, choose_device, set_tf32
+from train.world.device import choose_backend, choose_device, set_arithmetic
 from train.world.launcher import Placement, slurm_variables, tasks_on_node
-from train.world.world import World, join_on_loopback
+from train.world.world import World, join
 
 REFUSED = None
 GPU = torch.device("cuda", 0)
@@ -28,12 +29,11 @@ def tf32() -> tuple[bool, bool]:
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo after the test what World.open sets in torch and in the environment."""
-    before = tf32()
     for name in ("RANK", "ACCELERATE_BYPASS_DEVICE_MAP"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     yield
-    set_tf32(*before)
+    set_arithmetic(is_exact=False, is_tf32=False)
 
 
 def show(monkeypatch: pytest.MonkeyPatch, num_gpus: int, capability: tuple[int, int] = (9, 0)) -> None:
@@ -190,8 +190,8 @@ def test_tf32_is_on_while_a_world_of_that_precision_is_open(
 ) -> None:
     monkeypatch.setattr("train.world.world.choose_device", lambda *arguments: torch.device("cpu"))
     cpu = torch.backends.mkldnn
-    for before in ((True, False), (False, True)):  # torch's own settings first
-        set_tf32(*before)
+    for before in (True, False):
+        set_arithmetic(is_exact=False, is_tf32=before)
         cpu_before = cpu.matmul.fp32_precision, cpu.conv.fp32_precision
         world = World.open(TrainConfig(precision=precision))
         try:
@@ -202,13 +202,14 @@ def test_tf32_is_on_while_a_world_of_that_precision_is_open(
             assert world.accelerator.mixed_precision == ("bf16" if precision == "bf16" else "no")
         finally:
             world.close()
-        assert tf32() == before
+        assert tf32() == (False, False)
 
 
 def test_setting_tf32_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert set_tf32(*set_tf32(True, True)) == (True, True)
+        set_arithmetic(is_exact=False, is_tf32=True)
+        assert tf32() == (True, True)
 
 
 @pytest.mark.parametrize(("share", "backend"), [(None, "nccl"), ("nccl", "nccl"), ("gloo", "gloo")])
@@ -222,18 +223,9 @@ def test_backend_of_ranks_that_share_a_gpu_is_the_one_asked_for(
     assert choose_backend(GPU) == backend
     assert choose_backend(torch.device("cpu")) == "gloo"
     started: list[str] = []
-    monkeypatch.setattr(dist, "TCPStore", lambda *arguments, **options: None)
     monkeypatch.setattr(dist, "init_process_group", lambda name, **options: started.append(name))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    join_on_loopback(GPU, Placement(1, 4, 1, 4), None)  # type: ignore[arg-type]
+    join(GPU, Placement(1, 4, 1, 4), timedelta(seconds=1))
     assert started == [backend]
-
-
-def test_sharing_a_gpu_by_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCKSTEP_SHARE_GPU", "1")
-    with pytest.raises(UserError, match=r"LOCKSTEP_SHARE_GPU is 1. Use gloo or nccl, or unset it."):
-        choose_backend(GPU)
 
 
 def test_local_world_size_of_a_task_is_the_tasks_of_its_node() -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch._inductor.config
 
 from train.config import TrainConfig
 from train.tracking.summary import PACKAGES
-from train.world import meter, reduce, world
-from train.world.clock import Clock, Record
+from train.world import reduce, world
+from train.world.clock import Clock, DeviceMeter, Record
 from train.world.environment import environment, environment_differences, versions
-from train.world.meter import DeviceMeter
 from train.world.watchdog import Verdict, judge
 from train.world.world import World
 
@@ -29,30 +27,17 @@ def on_gpus(opened: World) -> World:
     return dataclasses.replace(opened, rank=1, world_size=2, device=GPU, clock=Clock())
 
 
-# The exact tree's thread
-
-
-def exact_tree(opened: World, monkeypatch: pytest.MonkeyPatch, backend: str) -> tuple[reduce.ExactTree, list[Any]]:
-    model, started = torch.nn.Linear(2, 2), []
-    model.register_comm_hook = lambda *_: None  # type: ignore[operator,assignment]
-    monkeypatch.setattr(reduce, "ThreadPoolExecutor", lambda *arguments: started.append(arguments))
-    monkeypatch.setattr(reduce.dist, "get_backend", lambda: backend)
-    return reduce.ExactTree(model, opened, 4, [range(2), range(2, 4)]), started
-
-
-def test_thread_of_the_exact_tree_is_on_the_device_of_its_rank(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    tree, (arguments,) = exact_tree(on_gpus(world), monkeypatch, "nccl")
-    assert tree.is_perfect
-    assert ThreadPoolExecutor(*arguments).submit(lambda: list(chosen)).result(10) == [GPU]
-    _, (arguments,) = exact_tree(dataclasses.replace(world, world_size=2), monkeypatch, "gloo")
-    assert len(chosen) == 1 == ThreadPoolExecutor(*arguments).submit(lambda: len(chosen)).result(10)
+# The exact tree
 
 
 def test_exact_tree_sends_no_tensor_of_a_gpu_through_gloo(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not exact_tree(on_gpus(world), monkeypatch, "gloo")[0].is_perfect
-    assert exact_tree(dataclasses.replace(world, world_size=2), monkeypatch, "gloo")[0].is_perfect
+    def is_perfect(opened: World, backend: str) -> bool:
+        monkeypatch.setattr(reduce.dist, "get_backend", lambda: backend)
+        return reduce.ExactTree(torch.nn.Linear(2, 2), opened, 4, [range(2), range(2, 4)]).is_perfect
+
+    assert is_perfect(on_gpus(world), "nccl")
+    assert not is_perfect(on_gpus(world), "gloo")
+    assert is_perfect(dataclasses.replace(world, world_size=2), "gloo")
 
 
 # Which rank the watchdog blames
@@ -78,12 +63,12 @@ def test_ranks_that_wait_for_their_devices_blame_nobody(
     ranks = [on_gpus(world), on_gpus(world)]
     for each in ranks:
         each.clock.step = 20
-        each.clock.announce("all_reduce")
+        each.clock.announce()
     records = [record_in_wait(each, monkeypatch, rank, phase) for rank, each in enumerate(ranks)]
-    asleep, now = {0: "asleep", 1: "asleep"}, time.time()
-    assert judge(records, asleep, 2, now) == Verdict([], "all ranks wait in all_reduce 1 of step 20 for 0 s")
+    now = time.time()
+    assert judge(records, 2, now) == Verdict([], "all ranks wait in collective 1 of step 20 for 0 s")
     unmarked = [dataclasses.replace(record, phase=phase) for record in records]
-    assert judge(unmarked, asleep, 2, now).culprits == unmarked  # as if both were busy
+    assert judge(unmarked, 2, now).culprits == unmarked  # as if both were busy
 
 
 @pytest.mark.parametrize("phase", ["data", "forward_backward"])
@@ -93,15 +78,15 @@ def test_rank_that_is_behind_on_the_host_is_blamed_by_one_that_waits_for_its_dev
     ahead, behind = on_gpus(world), Clock()
     for clock in (ahead.clock, behind):
         clock.step = 12
-        clock.announce("all_reduce")
+        clock.announce()
     behind.enter(phase)
     ahead.clock.step = 20  # its host ran ahead
     for _ in range(16):
-        ahead.clock.announce("all_reduce")
+        ahead.clock.announce()
     waiting, stuck = record_in_wait(ahead, monkeypatch, 0, "log"), Record.unpack(1, bytes(behind.record))
-    verdict = judge([waiting, stuck], {0: "asleep", 1: "asleep"}, 2, time.time())
+    verdict = judge([waiting, stuck], 2, time.time())
     assert verdict.culprits == [stuck]
-    assert f"did not reach all_reduce 17 of step 20: it is in {phase}" in verdict.line
+    assert f"did not reach collective 17 of step 20: it is in {phase}" in verdict.line
 
 
 def test_only_one_of_several_gpus_waits_in_reduce_and_a_cpu_does_not_wait(
@@ -127,16 +112,22 @@ class Read:
         self.phases.append(self.clock.phase)
         return torch.zeros(self.value, dtype=torch.uint8)
 
+    def to(self, device: torch.device) -> "Read":
+        return self
+
+    def copy_(self, source: "Read") -> None:
+        self.phases.append(self.clock.phase)
+
 
 def test_results_of_collectives_are_read_in_reduce(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = dataclasses.replace(world, rank=1, world_size=2, clock=Clock())
-    number, content = Read(ranks.clock, 2), Read(ranks.clock, 2)
+    number, content, values = (Read(ranks.clock, 2) for _ in range(3))
     for name in ("all_reduce", "broadcast"):
         monkeypatch.setattr(torch.distributed, name, lambda *_: None)
     monkeypatch.setattr(torch, "tensor", lambda *_, **options: number)
     monkeypatch.setattr(torch, "empty", lambda *_, **options: content)
-    ranks.raise_on_all_ranks(None)
-    assert number.phases == ["reduce"]
+    ranks.all_reduce_sum_(values)  # type: ignore[arg-type]
+    assert values.phases == ["reduce"]
     assert ranks.broadcast_bytes(b"") == b"\0\0"
     assert {*number.phases, *content.phases} == {"reduce"}
     assert content.phases
@@ -169,7 +160,7 @@ def step(clock: Clock, device: Device, own: float, wait: float) -> float:
     clock.enter("forward_backward")
     clock.enter("optimizer")
     lap = clock.take_lap()
-    with clock.collective("all_reduce"):
+    with clock.collective():
         device.work(wait)
     device.work(1.0)
     clock.enter("log")
@@ -178,8 +169,8 @@ def step(clock: Clock, device: Device, own: float, wait: float) -> float:
 
 
 def test_own_work_is_the_seconds_of_the_device_without_waiting_and_comes_late() -> None:
-    device, clock = Device(), Clock()
-    clock.meter = DeviceMeter(device.record)
+    device = Device()
+    clock = Clock(DeviceMeter(device.record))
     laps = [step(clock, device, 5.0, 40.0) for _ in range(2)]
     device.done = device.queued
     laps += [step(clock, device, 9.0, 40.0) for _ in range(2)]
@@ -192,8 +183,8 @@ def test_own_work_is_the_seconds_of_the_device_without_waiting_and_comes_late() 
 
 def test_seconds_of_a_warm_up_are_forgotten() -> None:
     """The first steps, whose own seconds are not known yet, would report them and name a rank that is not slow."""
-    device, clock = Device(), Clock()
-    clock.meter = DeviceMeter(device.record)
+    device = Device()
+    clock = Clock(DeviceMeter(device.record))
     step(clock, device, 3000.0, 40.0)
     device.done = device.queued
     clock.forget()
@@ -209,18 +200,6 @@ def test_clock_without_a_meter_measures_the_host() -> None:
     assert clock.take_lap() >= 0.01
 
 
-def test_captured_events_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert meter.record_event() is None
-    events = iter([None, "end", "begin", None])
-    measured = DeviceMeter(lambda: next(events))
-    for _ in range(2):
-        measured.begin()
-        measured.end()
-    assert measured.stretches == []
-    assert measured.take_lap() == 0.0
-
-
 @pytest.fixture
 def opened_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Open a world with fake ranks and a fake device."""
@@ -228,6 +207,7 @@ def opened_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def open_world(world_size: int, device: torch.device, config: TrainConfig) -> World:
         found = SimpleNamespace(process_index=0, local_process_index=0, num_processes=world_size, device=device)
         monkeypatch.setattr(world, "choose_device", lambda *_: device)
+        monkeypatch.setattr(world, "join", lambda *_: None)
         monkeypatch.setattr(world, "make_accelerator", lambda *_: found)
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         return World.open(config)

@@ -1,5 +1,6 @@
 """A rank that hangs, dies or fails: all ranks end in time, and one line names the rank, step, operation and reason."""
 
+import dataclasses
 import os
 import re
 import socket
@@ -34,7 +35,7 @@ def hang(tmp_path: Path, accident: str, world_size: int, *flags: str) -> tuple[R
 def missed(tmp_path: Path) -> str:
     """Return the collective that rank 1 did not reach. Its record outlives it."""
     left = Record.unpack(1, (tmp_path / "run" / ".ranks" / "rank-1").read_bytes())
-    return f"all_reduce {left.sequence + 1} of step 13"
+    return f"collective {left.sequence + 1} of step 13"
 
 
 @pytest.mark.parametrize("mode", ["", "--train.exact true --train.num_micro_batches 4"])
@@ -51,7 +52,7 @@ def test_a_stopped_rank_is_named_by_the_others_and_ended(tmp_path: Path, mode: s
     assert max(row["step"] for row in rows(tmp_path / "run", "train")) == 12
 
 
-@pytest.mark.parametrize(("accident", "state", "code"), [("silent", "asleep", 1), ("deaf", "frozen", -6)])
+@pytest.mark.parametrize(("accident", "state", "code"), [("silent", "sleeping", 1), ("deaf", "frozen", -6)])
 def test_a_hanging_rank_is_named_and_all_ranks_print_stacks(
     tmp_path: Path, accident: str, state: str, code: int
 ) -> None:
@@ -59,7 +60,7 @@ def test_a_hanging_rank_is_named_and_all_ranks_print_stacks(
     assert codes == [1, code]
     (line,) = errors(ranks, 0)
     found = re.fullmatch(
-        rf"error: rank 1 on {HOST} did not reach all_reduce \d+ of step 13: it is in augment, (\w+) for \d+ s", line
+        rf"error: rank 1 on {HOST} did not reach collective \d+ of step 13: it is in augment, (\w+) for \d+ s", line
     )
     assert found, line
     assert found[1] == state
@@ -72,7 +73,7 @@ def test_a_single_process_that_hangs_ends(tmp_path: Path) -> None:
     ranks = Ranks(1, arguments(tmp_path / "run", SHORT), tmp_path / "logs", MUTANT="accidents.hangs_alone")
     assert ranks.wait(60) == [1]
     line = re.sub(r"\d+ s$", "N s", errors(ranks, 0)[0])
-    assert line == f"error: rank 0 on {HOST} did not finish step 13: it is in augment, asleep for N s"
+    assert line == f"error: rank 0 on {HOST} did not finish step 13: it is in augment, sleeping for N s"
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -115,7 +116,6 @@ def test_nothing_is_left_of_the_watchdog_after_a_run(tmp_path: Path) -> None:
 def record(rank: int, sequence: int, phase: str = "reduce", **values: Any) -> Record:
     found: dict[str, Any] = {
         "step": 613,
-        "operation": "all_reduce",
         "since": 59.0,
         "heartbeat": 100.0,
         "pid": 77,
@@ -125,23 +125,23 @@ def record(rank: int, sequence: int, phase: str = "reduce", **values: Any) -> Re
 
 
 WAITS, DATA = record(0, 1842, host="node1"), record(1, 1841, "data", heartbeat=59.0)
-RANK_1, STEP = "rank 1 on node2", "all_reduce 1842 of step 613"
+RANK_1, STEP = "rank 1 on node2", "collective 1842 of step 613"
 VERDICTS = {
     # name: (records, states by rank, world size, ranks to blame, line)
     "stopped": (
-        [WAITS, DATA], ["asleep", "stopped"], 2,
+        [WAITS, DATA], ["sleeping", "stopped"], 2,
         [1], f"{RANK_1} did not reach {STEP}: it is in data, stopped for 41 s",
     ),
     "frozen": (
-        [WAITS, record(1, 1842, heartbeat=90.0)], ["asleep", "frozen"], 2,
+        [WAITS, record(1, 1842, heartbeat=90.0)], ["sleeping", "frozen"], 2,
         [1], f"{RANK_1} did not finish {STEP}: it is in reduce, frozen for 10 s",
     ),
     "ended": (
-        [WAITS, record(1, 1842)], ["asleep", "ended"], 2,
+        [WAITS, record(1, 1842)], ["sleeping", "ended"], 2,
         [1], f"{RANK_1} did not finish {STEP}: its process 77 ended in reduce",
     ),
     "failed": (
-        [WAITS, record(1, 1841, "failed")], ["asleep", "ended"], 2,
+        [WAITS, record(1, 1841, "failed")], ["sleeping", "ended"], 2,
         [1], f"{RANK_1} did not reach {STEP}: it failed with an error of its own",
     ),
     "one killed, and another failed for that reason": (
@@ -149,20 +149,20 @@ VERDICTS = {
         [1], f"{RANK_1} did not reach {STEP}: its process 77 ended in data",
     ),
     "two behind": (
-        [WAITS, DATA, record(2, 1841, "augment")], ["asleep", "stopped", "asleep"], 3,
+        [WAITS, DATA, record(2, 1841, "augment")], ["sleeping", "stopped", "sleeping"], 3,
         [1, 2], f"{RANK_1} did not reach {STEP}: it is in data, stopped for 41 s (nor did rank 2)",
     ),
     "one further behind than another": (
-        [WAITS, record(1, 1840, "log"), record(2, 1841, "augment")], ["asleep"] * 3, 3,
-        [1], f"{RANK_1} did not reach {STEP}: it is in log, asleep for 41 s",
+        [WAITS, record(1, 1840, "log"), record(2, 1841, "augment")], ["sleeping"] * 3, 3,
+        [1], f"{RANK_1} did not reach {STEP}: it is in log, sleeping for 41 s",
     ),
     "two without a record": (
-        [WAITS, DATA], ["asleep", "running"], 4,
+        [WAITS, DATA], ["sleeping", "running"], 4,
         [1], f"{RANK_1} did not reach {STEP}: it is in data, running for 41 s; no record of rank 2, 3",
     ),
-    "all wait": ([WAITS, record(1, 1842)], ["asleep", "asleep"], 2, [], f"all ranks wait in {STEP} for 41 s"),
+    "all wait": ([WAITS, record(1, 1842)], ["sleeping", "sleeping"], 2, [], f"all ranks wait in {STEP} for 41 s"),
     "one waits for one without a record": (
-        [WAITS], ["asleep"], 2,
+        [WAITS], ["sleeping"], 2,
         [], f"rank 0 waits in {STEP} for 41 s; no record of rank 1",
     ),
     "alone": (
@@ -178,7 +178,8 @@ VERDICTS = {
 def test_verdict_names_the_rank_to_blame_and_why(
     records: list[Record], states: list[str], world_size: int, to_blame: list[int], line: str
 ) -> None:
-    verdict = judge(records, dict(enumerate(states)), world_size, now=100.0)
+    seen = [dataclasses.replace(each, state=state) for each, state in zip(records, states, strict=True)]
+    verdict = judge(seen, world_size, now=100.0)
     assert [culprit.rank for culprit in verdict.culprits] == to_blame
     assert verdict.line == line
     assert verdict.is_certain == any(word in line for word in ("ended", "failed"))
@@ -189,15 +190,16 @@ def test_phases_of_a_clock_add_up_and_other_ranks_can_read_its_record(tmp_path: 
     with Watchdog(clock, tmp_path / ".ranks", 3, 4) as watchdog:
         clock.step = 9
         clock.enter("data")
-        with clock.collective("broadcast"):
+        with clock.collective():
             time.sleep(0.05)
         clock.enter("log")
         (found,) = [found for found in watchdog.records() if found.rank == 3]
-        assert (found.step, found.sequence, found.phase, found.operation) == (9, 1, "log", "broadcast")
+        assert (found.step, found.sequence, found.phase) == (9, 1, "log")
         assert (found.pid, found.host) == (os.getpid(), HOST)
         assert abs(found.since - time.time()) < 5
-        assert process_state(found.pid) in ("running", "asleep")
-        assert Record.unpack(3, (tmp_path / ".ranks" / "rank-3").read_bytes()) == found
+        assert found.state == process_state(found.pid) in ("running", "sleeping")
+        read = Record.unpack(3, (tmp_path / ".ranks" / "rank-3").read_bytes())
+        assert dataclasses.replace(read, state=found.state) == found
         assert (tmp_path / ".ranks" / "rank-3").stat().st_size == SIZE
     assert clock.seconds["reduce"] >= 0.05
     clock.enter("finish")

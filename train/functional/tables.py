@@ -70,14 +70,17 @@ class StepTables:
         rank: int,
         world_size: int,
         device: torch.device,
+        *,
+        loss_scale: float,
+        has_scaler: bool,
     ) -> None:
         self.config, self.sampler, self.total_steps, self.device = config, sampler, total_steps, device
         self.rank, self.world_size = rank, world_size
         num_micro_batches = sampler.num_micro_batches
         self.statistics = StepStatistics(num_micro_batches, num_channels, world_size, device)
         self.has_keys = config.augment.is_on or config.model.dropout > 0
-        self.has_scaler = False  # whether fp16's scaler checks the gradients
-        self.loss_scale = 1.0  # undoes DDP's division by the world size
+        self.loss_scale = loss_scale  # undoes DDP's division by the world size
+        self.has_scaler = has_scaler  # whether fp16's scaler checks the gradients
         self._loss_weights: dict[int, tuple[Tensor, Tensor]] = {}  # by batch size; CUDA graphs hold their addresses
 
         # The same on all ranks, which wait for each other at the end of a stretch.
@@ -87,8 +90,8 @@ class StepTables:
         start, stop = sampler.rank_rows(0, rank, world_size)
 
         self.row_index = torch.zeros(1, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(size, max(stop - start, 1), dtype=torch.int64, device=device)  # examples of full steps
-        self.short_rows = torch.zeros(1, dtype=torch.int64, device=device)  # examples of an epoch's shorter last batch
+        # Examples. Only the last step of an epoch may have fewer. A rank without any computes one, with weight 0.
+        self.rows = torch.zeros(size, max(stop - start, 1), dtype=torch.int64, device=device)
         self.keys = torch.zeros(size, 2, dtype=torch.int64, device=device)  # of augmentation and dropout
         self.lrs = torch.zeros(size, device=device)
         self.lr: Tensor | None = None  # float32 [1], of the current step; None if the host sets the optimizer's
@@ -131,14 +134,10 @@ class StepTables:
         self.start, self.stop = step, min(epoch_end, step + len(self.rows), self.total_steps)
         steps = range(self.start, self.stop)
         self.examples = [sampler.rank_examples(each, self.rank, self.world_size) for each in steps]
-        full = [examples for each, examples in zip(steps, self.examples, strict=True) if sampler.is_whole(each)]
-        if full:
-            self._send(self.rows, np.stack(full))
-        if len(full) < len(steps):
-            # A rank without examples computes one anyway, with weight 0.
-            last = self.examples[-1] if len(self.examples[-1]) else np.zeros(1, np.int64)
-            self.short_rows = torch.zeros(len(last), dtype=torch.int64, device=self.device)
-            self._send(self.short_rows, last)
+        rows = np.zeros((len(steps), self.rows.shape[1]), np.int64)
+        for row, examples in zip(rows, self.examples, strict=True):
+            row[: len(examples)] = examples
+        self._send(self.rows, rows)
         if self.has_keys:
             keys = [[key(config.seed, purpose, each) for purpose in ("augment", "dropout")] for each in steps]
             self._send(self.keys, np.array(keys, np.uint64).view(np.int64))

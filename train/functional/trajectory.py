@@ -33,6 +33,6 @@ def trajectory(config: Config | dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What differs between two flat mappings, as `name before -> after`."""
+    """Return what differs between two flat mappings, as `name before -> after`."""
     names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
     return [f"{name} {before.get(name)!r} -> {after.get(name)!r}" for name in names]

@@ -1,20 +1,15 @@
 """Where a rank computes and in which arithmetic: its device, its collectives' backend, TF32, deterministic kernels.
 
-Invariant: a rank gets the device and the arithmetic that the config asks for, or a UserError. torch is imported inside
-functions, as in world.py.
+Invariant: a rank gets the device and the arithmetic that the config asks for, or a UserError.
 """
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
+
+import torch
 
 from train.config import TrainConfig
 from train.errors import UserError
 from train.world.launcher import tasks_on_node
-
-if TYPE_CHECKING:
-    import torch
 
 SHARE_GPU = "LOCKSTEP_SHARE_GPU"  # for tests: ranks share one GPU and exchange by gloo or nccl (2.30 or newer)
 NATIVE_CAPABILITY = (8, 0)  # of the first GPUs with bf16 and TF32; older ones emulate bf16 or fail
@@ -34,8 +29,6 @@ def num_gpus_for(num_visible: int, local_rank: int, local_world_size: int) -> in
 
 def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -> torch.device:
     """Return this rank's device. Raises UserError if the machine lacks what the config asks for."""
-    import torch
-
     use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     num_visible = 0 if use_cpu else torch.cuda.device_count()
     if not num_visible:
@@ -60,18 +53,16 @@ def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -
 
 def choose_backend(device: torch.device) -> str:
     """Return the backend of torch.distributed for ranks on a kind of device."""
-    if device.type == "cpu":
-        return "gloo"
-    backend = os.environ.get(SHARE_GPU, "nccl")
-    if backend not in ("gloo", "nccl"):
-        raise UserError(f"{SHARE_GPU} is {backend}. Use gloo or nccl, or unset it.")
-    return backend
+    return "gloo" if device.type == "cpu" else os.environ.get(SHARE_GPU, "nccl")
 
 
-def set_arithmetic(is_exact: bool, tf32: tuple[bool, bool]) -> tuple[bool, bool]:
-    """Switch deterministic algorithms on or off, and TF32 as `set_tf32` does. Return the TF32 switches from before."""
-    import torch
+def set_arithmetic(*, is_exact: bool, is_tf32: bool) -> None:
+    """Switch deterministic algorithms on or off, and TF32 in a GPU's convolutions and matrix products.
 
+    By default, torch has TF32 on in convolutions. Its newer `fp32_precision` settings are not used: code that still
+    reads these ones, such as Inductor, would raise. Neither affects the CPU.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = is_tf32
     if is_exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
@@ -79,18 +70,3 @@ def set_arithmetic(is_exact: bool, tf32: tuple[bool, bool]) -> tuple[bool, bool]
         torch.use_deterministic_algorithms(is_exact)  # Inductor's too: it then tunes nothing by timing
         # torch would fill new tensors with NaN, which finds bugs but takes time
         torch.utils.deterministic.fill_uninitialized_memory = not is_exact  # type: ignore[attr-defined]
-    return set_tf32(*tf32)
-
-
-def set_tf32(in_convolutions: bool, in_products: bool) -> tuple[bool, bool]:
-    """Switch TF32 on or off in a GPU's convolutions and matrix products. Return the two switches from before.
-
-    By default, torch has it on in convolutions. Its newer `fp32_precision` settings are not used: code that still reads
-    these ones, such as Inductor, would raise. Neither affects the CPU.
-    """
-    import torch
-
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, products.allow_tf32
-    cudnn.allow_tf32, products.allow_tf32 = in_convolutions, in_products
-    return before

@@ -51,13 +51,9 @@ def environment_differences(before: dict[str, Any], after: dict[str, Any]) -> li
 
 def git_commit() -> str | None:
     """Return the commit of the code that runs, with `+` if files differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(Path(__file__).parent), *arguments), capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()  # fmt: skip
-
+    git = ("git", "-C", str(Path(__file__).parent))
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+")
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run((*git, *describe), capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

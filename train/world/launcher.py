@@ -40,14 +40,28 @@ def store_address() -> tuple[str, int]:
 def accept_placement(config: TrainConfig) -> Placement:
     """Return the placement, and set the environment variables that torch reads to match it.
 
-    Raises UserError if the launcher would silently start another world size or precision than it was asked for.
+    Raises UserError if accelerate would silently start another world size or precision than it was asked for.
     """
-    os.environ.update(slurm_variables(os.environ))
-    check_launcher(config)
+    env = os.environ
+    env.update(slurm_variables(env))
+    if "WORLD_SIZE" not in env and "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one, as its CPU launcher does. "
+            "Use `accelerate launch --multi_gpu --num_processes N` with ACCELERATE_USE_CPU=1, "
+            "or `torchrun --nproc-per-node N`."
+        )
+    asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", config.precision):
+        raise UserError(
+            f"accelerate launch asks for mixed precision {asked}, train.precision is {config.precision}. "
+            f"Use --train.precision {asked}, or leave mixed precision out of accelerate's config."
+        )
+    if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise UserError("Set train.max_micro_batch_size instead of accelerate's gradient_accumulation_steps.")
     placement = read_placement()
     if placement.world_size == 1:  # else accelerate wraps the model in DDP, which gives other gradients
         for name in SINGLE:
-            os.environ.pop(name, None)
+            env.pop(name, None)
     return placement
 
 
@@ -106,22 +120,3 @@ def run_suffix() -> str:
             "torchrun --max-restarts needs --run.name (or its --rdzv-id): a restart must find the same run."
         )
     return time.strftime("%Y%m%d-%H%M%S")
-
-
-def check_launcher(config: TrainConfig) -> None:
-    """Raise UserError if accelerate would silently start another world size or precision than it was asked for."""
-    env = os.environ
-    if "WORLD_SIZE" not in env and "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
-        raise UserError(
-            "accelerate launch was asked for several processes and started one, as its CPU launcher does. "
-            "Use `accelerate launch --multi_gpu --num_processes N` with ACCELERATE_USE_CPU=1, "
-            "or `torchrun --nproc-per-node N`."
-        )
-    asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", config.precision):
-        raise UserError(
-            f"accelerate launch asks for mixed precision {asked}, train.precision is {config.precision}. "
-            f"Use --train.precision {asked}, or leave mixed precision out of accelerate's config."
-        )
-    if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-        raise UserError("Set train.max_micro_batch_size instead of accelerate's gradient_accumulation_steps.")

@@ -20,7 +20,6 @@ bit. So every rank ends with the bits of one process that has all leaves. The id
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -78,6 +77,8 @@ class Allreduce:
     def micro_batch(self, index: int, own: range) -> Iterator[None]:
         """Run one forward and backward inside. Collective in a rank's last micro-batch: every rank must call it."""
         is_last = index == own[-1]
+        if is_last and self.world.world_size > 1:
+            self.world.clock.announce()
         with nullcontext() if is_last else self.world.accelerator.no_sync(self.model):
             yield
 
@@ -85,130 +86,78 @@ class Allreduce:
 class ExactTree:
     """Exact mode: gradients are summed in the order of `Tree`, on any world size.
 
-    1. `micro_batch` runs all micro-batches but the last under no_sync. It keeps their gradients on a stack of subtrees,
-       and adds two of them as soon as they are siblings.
-    2. The last backward pass calls `_reduce_bucket`, DDP's communication hook, with a bucket of gradients at a time. It
-       adds the stack's sums of these parameters.
-    3. A thread exchanges the sums with the other ranks while the backward pass computes the next bucket. It has one
-       queue, and DDP fixes the order of the buckets, so the exchanges have the same order on all ranks.
+    All micro-batches run under no_sync. Their gradients are kept on a stack of subtrees, and two of them are added as
+    soon as they are siblings. After the last one the ranks exchange their subtrees' sums, each as one flat tensor.
     """
 
     loss_scale = 1.0
 
     def __init__(self, model: nn.Module, world: World, num_leaves: int, owners: list[range]) -> None:
-        self.model, self.world, self.owners = model, world, owners
+        self.model, self.world = model, world
         self.tree = Tree(num_leaves)
         self.subtrees = [self.tree.subtrees(own.start, own.stop) for own in owners]  # of each rank
         # powers of two on both sides: every rank owns one subtree, and all of these have the same shape
         self.is_perfect = num_leaves.bit_count() == 1 and world.world_size.bit_count() == 1
-        on_gpu = world.device.type == "cuda"
-        if world.world_size > 1 and on_gpu and dist.get_backend() == "gloo":
+        if world.world_size > 1 and world.device.type == "cuda" and dist.get_backend() == "gloo":
             self.is_perfect = False  # gloo gathers tensors of a GPU, but cannot send them
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.stack: list[tuple[Node, dict[Tensor, Tensor]]] = []  # subtrees of this step and {parameter: their sum}
-        if world.world_size > 1:
-            # a new thread's device is GPU 0: without this, every rank's thread would open a context there
-            initializer = (torch.cuda.set_device, (world.device,)) if on_gpu else ()
-            self.thread = ThreadPoolExecutor(1, "exact-tree", *initializer)
-            model.register_comm_hook(None, self._reduce_bucket)  # type: ignore[operator]
+        self.stack: list[tuple[Node, list[Tensor]]] = []  # subtrees of this step, and their sum for each parameter
 
     @contextmanager
     def micro_batch(self, index: int, own: range) -> Iterator[None]:
         """Run one forward and backward inside. Collective in a rank's last micro-batch: every rank must call it."""
-        is_last = index == own[-1]
         if index == own[0]:
             self.stack.clear()  # an error may have left something of the step before
-        if is_last and self.world.world_size > 1:
-            yield
-            self.stack.clear()
-            return
         with self.world.accelerator.no_sync(self.model):
             yield
-        self._push(index)
-        if is_last:
-            for parameter, gradient in self.stack.pop()[1].items():
-                parameter.grad = gradient
-
-    def _push(self, leaf: int) -> None:
-        """Move the parameters' gradients, of one leaf, to the stack, and add what has become siblings there."""
-        sums: dict[Tensor, Tensor] = {p: p.grad for p in self.parameters if p.grad is not None}
+        self._push(self.stack, Node(index, index + 1), [p.grad for p in self.parameters if p.grad is not None])
         for parameter in self.parameters:
             parameter.grad = None
-        node = Node(leaf, leaf + 1)
-        while self.stack and (self.stack[-1][0], node) in self.tree.parents:
-            left_node, left = self.stack.pop()
-            torch._foreach_add_(list(left.values()), list(sums.values()))
+        if index == own[-1]:
+            _, gradients = self.stack[0]
+            if self.world.world_size > 1:
+                with self.world.clock.collective():
+                    self._add_up_over_ranks(gradients)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.stack.clear()
+
+    def _push(self, stack: list[tuple[Node, list[Tensor]]], node: Node, sums: list[Tensor]) -> None:
+        """Put the sums of the next subtree, from left to right, on a stack, and add what has become siblings there."""
+        while stack and (stack[-1][0], node) in self.tree.parents:
+            left_node, left = stack.pop()
+            torch._foreach_add_(left, sums)
             node, sums = self.tree.parents[left_node, node], left
-        self.stack.append((node, sums))
+        stack.append((node, sums))
 
-    def _reduce_bucket(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Add the stack to a bucket, which holds the last micro-batch's gradients, and start the exchange."""
-        buffer = bucket.buffer()
-        last = self.owners[self.world.rank][-1]
-        node, sums = Node(last, last + 1), [buffer]  # of this rank's subtrees, from left to right
-        for left_node, left in reversed(self.stack):
-            flat = self._flatten(left, bucket)
-            if (left_node, node) in self.tree.parents:
-                buffer.add_(flat)
-                node = self.tree.parents[left_node, node]
-            else:
-                sums.insert(0, flat)
-        on_gpu = buffer.is_cuda
-        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if on_gpu else None)
-        ready = torch.cuda.current_stream(buffer.device).record_event() if on_gpu else None
-        self.thread.submit(self._exchange, future, sums, buffer, ready)
-        return future
+    def _add_up_over_ranks(self, gradients: list[Tensor]) -> None:
+        """Put the sum over all leaves into `gradients`. Collective: every rank must call it."""
+        rows = [torch.cat([part.flatten() for part in sums]) for _, sums in self.stack]
+        total = self._recursive_doubling(rows[0]) if self.is_perfect else self._all_gather(rows)
+        parts = total.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
-    def _flatten(self, gradients: dict[Tensor, Tensor], bucket: dist.GradBucket) -> Tensor:
-        """Return the gradients of a bucket's parameters, laid out as in the bucket."""
-        flat = torch.empty_like(bucket.buffer())
-        for parameter, view in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            # the view's strides are contiguous, but the bucket has the parameter's own order (channels_last)
-            place = flat.as_strided(parameter.size(), parameter.stride(), view.storage_offset())
-            place.copy_(gradients[parameter])
-        return flat
-
-    def _exchange(self, future: torch.futures.Future, sums: list[Tensor], buffer: Tensor, ready: object) -> None:
-        """Exchange sums in the thread, and hand the bucket, which then holds the sum over all leaves, to DDP."""
-        try:
-            if ready is not None:
-                torch.cuda.current_stream(buffer.device).wait_event(ready)  # type: ignore[arg-type]
-            if self.is_perfect:
-                self._recursive_doubling(buffer)
-            else:
-                self._all_gather(sums, buffer)
-            future.set_result(buffer)
-        except Exception as error:  # DDP raises it in the backward pass that waits
-            future.set_exception(error)
-
-    def _recursive_doubling(self, buffer: Tensor) -> None:
+    def _recursive_doubling(self, total: Tensor) -> Tensor:
         """Add up by log2(world_size) exchanges with rank XOR 2^i. Collective: every rank must call it."""
         distance = 1
         while distance < self.world.world_size:
             partner = self.world.rank ^ distance
-            other = torch.empty_like(buffer)
-            exchange = [dist.P2POp(dist.isend, buffer, partner), dist.P2POp(dist.irecv, other, partner)]
+            other = torch.empty_like(total)
+            exchange = [dist.P2POp(dist.isend, total, partner), dist.P2POp(dist.irecv, other, partner)]
             for work in dist.batch_isend_irecv(exchange):
                 work.wait()
-            buffer.add_(other)
+            total += other
             distance *= 2
+        return total
 
-    def _all_gather(self, sums: list[Tensor], buffer: Tensor) -> None:
+    def _all_gather(self, rows: list[Tensor]) -> Tensor:
         """Gather the sums of every rank's subtrees, and add up the tree above. Collective: every rank must call it."""
         width = max(len(nodes) for nodes in self.subtrees)  # ranks must send the same size
-        own = buffer.new_zeros(width, buffer.numel())
-        for row, part in zip(own, sums, strict=False):
-            row.copy_(part)
+        own = torch.stack(rows + rows[:1] * (width - len(rows)))
         gathered = [torch.empty_like(own) for _ in self.subtrees]
         dist.all_gather(gathered, own)
-        known: dict[Node, Tensor] = {}
-        for nodes, rows in zip(self.subtrees, gathered, strict=True):
-            known.update(zip(nodes, rows, strict=False))
-
-        def total(node: Node) -> Tensor:
-            if node in known:
-                return known[node]
-            left, right = self.tree.children[node]
-            return total(left) + total(right)
-
-        buffer.copy_(total(self.tree.root))
+        stack: list[tuple[Node, list[Tensor]]] = []
+        for nodes, sums in zip(self.subtrees, gathered, strict=True):
+            for node, row in zip(nodes, sums, strict=False):
+                self._push(stack, node, [row])
+        return stack[0][1][0]

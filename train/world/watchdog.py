@@ -21,20 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 from train.errors import RunError, UserError
 from train.world.clock import SIZE, Clock, Record
 
 TICK_SECONDS = 0.25
 FROZEN_SECONDS = 5.0  # no heartbeat for this long means that the process is frozen
 DYING_SECONDS = 2.0  # a dying process closes its connections first and leaves the process table later
-PROCESS_STATES = {
-    "T": "stopped",
-    "t": "stopped",
-    "S": "asleep",
-    "D": "waiting for a device",
-    "Z": "ended",
-    "X": "ended",
-}
 # How to end a process that cannot end itself. SIGABRT prints the stacks; a stopped process would not handle it.
 ENDED_BY = {"stopped": signal.SIGKILL, "frozen": signal.SIGABRT}
 
@@ -49,63 +43,60 @@ class Verdict:
 
 
 def process_state(pid: int) -> str:
-    """Return the state of a process on this host, in a word; `ended` if there is none."""
+    """Return the state of a process on this host in a word, such as `sleeping`; `ended` if there is none."""
     try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return PROCESS_STATES.get(letter, "running")
-    except (OSError, IndexError):
-        return "ended" if Path("/proc/self/stat").exists() else "running"
+        status = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return "ended"
+    return {"zombie": "ended", "dead": "ended", "tracing-stop": "stopped"}.get(status, status)
 
 
-def state_of(record: Record, now: float) -> str:
-    """Return the state of a rank's process. On another host only its heartbeat shows: it is `running` or `frozen`."""
+def with_state(record: Record, now: float) -> Record:
+    """Return a record with its process's state. On another host only the heartbeat shows: it is running or frozen."""
     state = process_state(record.pid) if record.host == socket.gethostname() else "running"
     is_frozen = now - record.heartbeat > FROZEN_SECONDS and state not in ("stopped", "ended")
-    return "frozen" if is_frozen else state
+    return replace(record, state="frozen" if is_frozen else state)
 
 
-def find_culprits(records: list[Record], states: dict[int, str]) -> list[Record]:
+def find_culprits(records: list[Record]) -> list[Record]:
     """Return the records of the ranks to blame, by the first rule that finds any.
 
     1. The process ended. An error of its own excuses it: often it failed because another rank was gone.
-    2. The rank has begun the fewest collectives.
+    2. The rank has begun fewer collectives than others, and none has begun fewer.
     3. It does not wait for other ranks.
     """
+    ended = [record for record in records if record.state == "ended" and record.phase != "failed"]
     lowest, highest = min(record.sequence for record in records), max(record.sequence for record in records)
-    ended = [record for record in records if states[record.rank] == "ended" and record.phase != "failed"]
-    behind = [record for record in records if record.sequence == lowest] if lowest < highest else []
-    waiting = [r for r in records if r.phase in ("reduce", "failed") and states[r.rank] not in ("stopped", "frozen")]
-    return ended or behind or [record for record in records if record not in waiting]
+    behind = [record for record in records if record.sequence == lowest < highest]
+    busy = [r for r in records if r.phase not in ("reduce", "failed") or r.state in ("stopped", "frozen")]
+    return ended or behind or busy
 
 
-def describe(culprit: Record, state: str, now: float) -> str:
+def describe(culprit: Record, now: float) -> str:
     """Return why a rank is to blame."""
     if culprit.phase == "failed":
         return "it failed with an error of its own"
-    if state == "ended":
+    if culprit.state == "ended":
         return f"its process {culprit.pid} ended in {culprit.phase}"
-    since = culprit.heartbeat if state in ("stopped", "frozen") else culprit.since
-    return f"it is in {culprit.phase}, {state} for {now - since:.0f} s"
+    since = culprit.heartbeat if culprit.state in ("stopped", "frozen") else culprit.since
+    return f"it is in {culprit.phase}, {culprit.state} for {now - since:.0f} s"
 
 
-def judge(records: list[Record], states: dict[int, str], world_size: int, now: float) -> Verdict:
-    """Return who is to blame, from the records that could be read and the states of their ranks' processes."""
+def judge(records: list[Record], world_size: int, now: float) -> Verdict:
+    """Return who is to blame, from the records that could be read."""
     furthest = max(records, key=lambda record: record.sequence)
     missing = sorted(set(range(world_size)) - {record.rank for record in records})
     unknown = f"; no record of rank {', '.join(map(str, missing))}" if missing else ""
-    where = f"{furthest.operation} {furthest.sequence} of step {furthest.step}"
-    culprits = find_culprits(records, states)
+    where = f"collective {furthest.sequence} of step {furthest.step}" if world_size > 1 else f"step {furthest.step}"
+    culprits = find_culprits(records)
     if not culprits:
         who = f"rank {furthest.rank} waits" if missing else "all ranks wait"
         return Verdict([], f"{who} in {where} for {now - furthest.since:.0f} s{unknown}")
     first, *others = culprits
-    if world_size == 1:
-        where = f"step {first.step}"
     verb = "did not reach" if first.sequence < furthest.sequence else "did not finish"
     also = f" (nor did rank {', '.join(str(record.rank) for record in others)})" if others else ""
-    reason = describe(first, states[first.rank], now)
-    is_certain = any(states[record.rank] == "ended" or record.phase == "failed" for record in culprits)
-    return Verdict(culprits, f"rank {first.rank} on {first.host} {verb} {where}: {reason}{also}{unknown}", is_certain)
+    line = f"rank {first.rank} on {first.host} {verb} {where}: {describe(first, now)}{also}{unknown}"
+    return Verdict(culprits, line, any(r.state == "ended" or r.phase == "failed" for r in culprits))
 
 
 class Watchdog:
@@ -151,34 +142,28 @@ class Watchdog:
         """Return the records of all ranks that can be read, in the order of the ranks."""
         found = []
         for rank in range(self.world_size):
-            if rank == self.rank:
-                found.append(Record.unpack(rank, bytes(self.clock.record)))
-                continue
-            with contextlib.suppress(OSError, ValueError, LookupError, ArithmeticError):
-                found.append(Record.unpack(rank, (self.directory / f"rank-{rank}").read_bytes()))
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                is_own = rank == self.rank
+                content = bytes(self.clock.record) if is_own else (self.directory / f"rank-{rank}").read_bytes()
+                found.append(with_state(Record.unpack(rank, content), time.time()))
         return found
 
     def reach_verdict(self, patience_seconds: float = 0.0) -> Verdict:
-        """Return the verdict; wait for one that is certain while patience lasts."""
-        deadline = time.monotonic() + patience_seconds
-        while True:
-            now, records = time.time(), self.records()
-            states = {record.rank: state_of(record, now) for record in records}
-            verdict = judge(records, states, self.world_size, now)
-            if verdict.is_certain or time.monotonic() >= deadline:
-                return replace(verdict, line=self._first_line(verdict.line))
-            time.sleep(TICK_SECONDS / 5)
+        """Return the verdict; wait for one that is certain while patience lasts.
 
-    def _first_line(self, line: str) -> str:
-        """Return the line of the first rank with a verdict: all ranks that share the directory print the same one."""
-        path = self.directory / "verdict"
-        try:
-            with open(path, "x") as file:
-                file.write(line)
-        except OSError:
-            with contextlib.suppress(OSError):
-                return path.read_text() or line
-        return line
+        Its line is that of the first rank with a verdict, so that all ranks that share the directory print the same.
+        """
+        deadline = time.monotonic() + patience_seconds
+        verdict = judge(self.records(), self.world_size, time.time())
+        while not verdict.is_certain and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS / 5)
+            verdict = judge(self.records(), self.world_size, time.time())
+        path, line = self.directory / "verdict", ""
+        with contextlib.suppress(OSError), open(path, "x") as file:
+            file.write(verdict.line)
+        with contextlib.suppress(OSError):
+            line = path.read_text()
+        return replace(verdict, line=line or verdict.line)
 
     def _watch(self) -> None:
         """End this process if it stays in one phase for too long.
@@ -199,9 +184,8 @@ class Watchdog:
         print(f"error: {verdict.line}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         for record in verdict.culprits:
-            state = state_of(record, time.time())
-            if record.rank != self.rank and record.host == socket.gethostname() and state in ENDED_BY:
+            if record.rank != self.rank and record.host == socket.gethostname() and record.state in ENDED_BY:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(record.pid, ENDED_BY[state])
+                    os.kill(record.pid, ENDED_BY[record.state])
         self.clock.enter("failed")
         os._exit(1)

@@ -1,70 +1,62 @@
 """This process among the others: its rank and device, the Accelerator, and the collectives that other modules use.
 
 Invariant: the world size is the one that the launcher asked for, or the run stops. With reduce.py this is the only home
-of torch.distributed. torch is imported inside functions, so that a bad config is refused before the seconds that torch
-costs.
+of torch.distributed.
 """
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 
 from train.config import TrainConfig
 from train.errors import RunError, UserError
-from train.world.clock import START_TIMEOUT_SECONDS, Clock
+from train.world.clock import START_TIMEOUT_SECONDS, Clock, DeviceMeter
 from train.world.device import choose_backend, choose_device, set_arithmetic
 from train.world.launcher import Placement, accept_placement, store_address
 from train.world.process import tune_malloc
 
-if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
-    from torch import Tensor, nn
-
 T = TypeVar("T")
 STORE_FD = "LOCKSTEP_STORE_FD"  # the listening socket that `launch run` hands to rank 0
-BACKSTOP_SECONDS = 60  # torch's own timeouts come that much after the watchdog's, which names the rank to blame
+BACKSTOP_SECONDS = (
+    60  # torch's own timeout comes at least that much after the watchdog's, which names the rank to blame
+)
 
 
-def make_accelerator(config: TrainConfig, device: torch.device, world_size: int, timeout: timedelta) -> Accelerator:
-    """Join the process group unless that is done; set precision and DDP. Collective: every rank must call it."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+def join(device: torch.device, place: Placement, timeout: timedelta) -> None:
+    """Join the process group. Collective: every rank must call it.
 
-    backend = {"backend": choose_backend(device)} if world_size > 1 else {}  # a single process has no group
+    By default, torch's store listens on all interfaces. `launch run` therefore opens the socket, on the loopback
+    interface alone, and rank 0 serves the store on it.
+    """
+    store = None
+    if STORE_FD in os.environ:
+        is_server = place.rank == 0
+        listener = int(os.environ[STORE_FD]) if is_server else None
+        store = dist.TCPStore(*store_address(), place.world_size, is_server, timeout, master_listen_fd=listener)
+    dist.init_process_group(
+        choose_backend(device), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+    )
+
+
+def make_accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
+    """Return the Accelerator of the process group that this process has joined, or of this process alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # accelerate explains OMP_NUM_THREADS, which we set
         return Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timeout, **backend),
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
             step_scheduler_with_optimizer=False,
         )
-
-
-def join_on_loopback(device: torch.device, place: Placement, timeout: timedelta) -> None:
-    """Join the process group of `launch run`. Collective: every rank must call it.
-
-    By default, torch's store listens on all interfaces. The launcher therefore opens the socket, on the loopback
-    interface alone, and rank 0 serves the store on it.
-    """
-    import torch.distributed as dist
-
-    is_server = place.rank == 0
-    listener = int(os.environ[STORE_FD]) if is_server else None
-    store = dist.TCPStore(*store_address(), place.world_size, is_server, timeout, master_listen_fd=listener)
-    dist.init_process_group(
-        choose_backend(device), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
-    )
 
 
 def choose_num_threads(config: TrainConfig, local_world_size: int) -> int:
@@ -73,72 +65,50 @@ def choose_num_threads(config: TrainConfig, local_world_size: int) -> int:
     return config.num_threads or (1 if config.exact else max(1, cores // local_world_size))
 
 
-@dataclasses.dataclass
-class World:
+@dataclasses.dataclass(frozen=True)
+class World(Placement):
     """One process's place among all, and its Accelerator."""
 
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
     device: torch.device
     num_threads: int
     accelerator: Accelerator
-    tf32_before: tuple[bool, bool]
-    clock: Clock = dataclasses.field(default_factory=Clock)
+    clock: Clock
 
     @classmethod
-    def open(cls, config: TrainConfig) -> World:
+    def open(cls, config: TrainConfig) -> "World":
         """Join the process group. Collective: every rank must call it. Close it in a `finally`."""
         place = accept_placement(config)
-        import torch
-
         device = choose_device(config, place.local_rank, place.local_world_size)
         if device.type == "cpu":
             tune_malloc()
         elif device.index != place.local_rank:
             os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # accelerate would give DDP the GPU number LOCAL_RANK
-        num_threads = choose_num_threads(config, place.local_world_size)
-        is_tf32 = config.precision == "tf32"
-        tf32_before = set_arithmetic(config.exact, (is_tf32, is_tf32))
+        set_arithmetic(is_exact=config.exact, is_tf32=config.precision == "tf32")
         limit = max(START_TIMEOUT_SECONDS, config.timeout)
-        timeout = timedelta(seconds=limit + BACKSTOP_SECONDS)
-        if STORE_FD in os.environ:
-            join_on_loopback(device, place, timeout)
-        accelerator = make_accelerator(config, device, place.world_size, timeout)
+        if place.world_size > 1:
+            join(device, place, timedelta(seconds=limit + BACKSTOP_SECONDS))
+        accelerator = make_accelerator(config, device)
+        num_threads = choose_num_threads(config, place.local_world_size)
         torch.set_num_threads(num_threads)  # after Accelerator(), which sets a number of its own on several ranks
+        clock = Clock(DeviceMeter() if place.world_size > 1 and device.type == "cuda" else None)
+        clock.limit = limit
         world = cls(
-            rank=accelerator.process_index,
-            local_rank=accelerator.local_process_index,
-            world_size=accelerator.num_processes,
-            local_world_size=place.local_world_size,
-            device=device,
-            num_threads=num_threads,
-            accelerator=accelerator,
-            tf32_before=tf32_before,
+            **dataclasses.asdict(place), device=device, num_threads=num_threads, accelerator=accelerator, clock=clock
         )
-        world.clock.limit = limit
-        if world.world_size != place.world_size:
+        if accelerator.num_processes != place.world_size:
             world.close()
             raise UserError(
-                f"The launcher asked for {place.world_size} processes, but {world.world_size} joined. "
+                f"The launcher asked for {place.world_size} processes, but {accelerator.num_processes} joined. "
                 "Start with `python -m launch run`."
             )
-        if world.world_size > 1 and device.type == "cuda":
-            from train.world.meter import DeviceMeter
-
-            world.clock.meter = DeviceMeter()
         return world
 
     def close(self) -> None:
         """Leave the process group (otherwise some exits end in SIGABRT) and reset accelerate's global state."""
-        import torch.distributed as dist
-        from accelerate.state import AcceleratorState
-
         if dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(True)
-        set_arithmetic(False, self.tf32_before)
+        set_arithmetic(is_exact=False, is_tf32=False)
 
     @property
     def is_main(self) -> bool:
@@ -160,16 +130,6 @@ class World:
             warnings.simplefilter("ignore", FutureWarning)
             return self.accelerator.prepare(model, optimizer)
 
-    def set_timeout(self, seconds: int) -> None:
-        """Set how long the watchdog waits for progress, and how long a collective waits for all ranks."""
-        import torch.distributed as dist
-
-        self.clock.limit = seconds
-        if dist.is_initialized():
-            # public since torch 2.13; we support 2.11
-            set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)
-            set_timeout(timedelta(seconds=seconds + BACKSTOP_SECONDS))
-
     def wait(self, event: torch.cuda.Event | None = None) -> None:
         """Wait until the GPU has done all work so far, or until `event`. Return at once on a CPU.
 
@@ -178,28 +138,27 @@ class World:
         own work.
         """
         if self.device.type == "cuda":
-            import torch
-
             before = self.clock.enter("reduce" if self.world_size > 1 else self.clock.phase)
-            event.synchronize() if event is not None else torch.cuda.synchronize(self.device)
+            if event is not None:
+                event.synchronize()
+            else:
+                torch.cuda.synchronize(self.device)
             self.clock.enter(before)
 
     def all_reduce_sum_(self, values: Tensor) -> Tensor:
         """Add `values` over all ranks, in place; int64 sums wrap. Collective: every rank must call it."""
         if self.world_size > 1:
-            import torch.distributed as dist
-
             on_device = values.to(self.device)
-            with self.clock.collective("all_reduce"):
+            with self.clock.collective():
                 dist.all_reduce(on_device)
                 values.copy_(on_device)
         return values
 
-    def broadcast(self, value: T) -> T:
-        """Return rank 0's value, of JSON's types, on every rank. Collective: every rank must call it."""
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return the value of rank `source`, of JSON's types, on every rank. Collective: every rank must call it."""
         if self.world_size == 1:
             return value
-        return json.loads(self.broadcast_bytes(json.dumps(value).encode()))
+        return json.loads(self.broadcast_bytes(json.dumps(value).encode(), source))
 
     def broadcast_bytes(self, content: bytes, source: int = 0) -> bytes:
         """Return the bytes of rank `source` on every rank. Collective: every rank must call it.
@@ -208,10 +167,7 @@ class World:
         """
         if self.world_size == 1:
             return content
-        import torch
-        import torch.distributed as dist
-
-        with self.clock.collective("broadcast"):
+        with self.clock.collective():
             size = torch.tensor([len(content)], device=self.device)
             dist.broadcast(size, source)
             if not size:
@@ -222,33 +178,14 @@ class World:
             dist.broadcast(buffer, source)
             return buffer.cpu().numpy().tobytes()
 
-    @contextlib.contextmanager
-    def raising_together(self) -> Iterator[None]:
-        """Raise the first UserError or RunError of the block on every rank. Collective: every rank must call it."""
-        error = None
-        try:
-            yield
-        except (UserError, RunError) as problem:
-            error = problem
-        self.raise_on_all_ranks(error)
-
     def raise_on_all_ranks(self, error: UserError | RunError | None) -> None:
         """Raise the first rank's error on every rank, if any has one. Collective: every rank must call it."""
-        if self.world_size == 1:
-            if error is not None:
-                raise error
+        has_error = torch.zeros(self.world_size, dtype=torch.int64)
+        has_error[self.rank] = error is not None
+        sources = self.all_reduce_sum_(has_error).nonzero()
+        if not len(sources):
             return
-        import torch
-        import torch.distributed as dist
-
-        first = torch.tensor([self.world_size if error is None else self.rank], device=self.device)
-        with self.clock.collective("all_reduce"):
-            dist.all_reduce(first, dist.ReduceOp.MIN)
-            source = int(first)  # on a GPU, this waits for the other ranks
-        if source == self.world_size:
-            return
+        name, message = self.broadcast([type(error).__name__, str(error)], int(sources[0]))
         classes: list[type[UserError | RunError]] = [UserError, RunError, *UserError.__subclasses__()]
         kinds = {kind.__name__: kind for kind in classes}
-        names = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in kinds]  # the nearest one first
-        name, message = json.loads(self.broadcast_bytes(json.dumps([names[:1], str(error)]).encode(), source))
-        raise kinds[name[0]](message)
+        raise kinds.get(name, UserError)(message) from error
