@@ -255,12 +255,8 @@ def prepare_on_all_ranks(config: DataConfig, world: World) -> Prepared:
     """Prepare the data in one process of each machine, then in the others. Collective: every rank must call it."""
     prepared = None
     for is_my_turn in (world.local_rank == 0, world.local_rank != 0):
-        error = None
-        try:
+        with world.raising_together():
             prepared = prepare(config) if is_my_turn else prepared
-        except UserError as found:
-            error = found
-        world.raise_on_all_ranks(error)
     assert prepared is not None
     return prepared
 

@@ -4,10 +4,12 @@ Invariant: the world size is the one that the launcher asked for, or the run sto
 of torch.distributed.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -178,14 +180,19 @@ class World(Placement):
             dist.broadcast(buffer, source)
             return buffer.cpu().numpy().tobytes()
 
-    def raise_on_all_ranks(self, error: UserError | RunError | None) -> None:
-        """Raise the first rank's error on every rank, if any has one. Collective: every rank must call it."""
+    @contextlib.contextmanager
+    def raising_together(self) -> Iterator[None]:
+        """Raise the first UserError or RunError of the block on every rank. Collective: every rank must call it."""
+        error: UserError | RunError | None = None
+        try:
+            yield
+        except (UserError, RunError) as problem:
+            error = problem
         has_error = torch.zeros(self.world_size, dtype=torch.int64)
         has_error[self.rank] = error is not None
         sources = self.all_reduce_sum_(has_error).nonzero()
-        if not len(sources):
-            return
-        name, message = self.broadcast([type(error).__name__, str(error)], int(sources[0]))
-        classes: list[type[UserError | RunError]] = [UserError, RunError, *UserError.__subclasses__()]
-        kinds = {kind.__name__: kind for kind in classes}
-        raise kinds.get(name, UserError)(message) from error
+        if len(sources):
+            name, message = self.broadcast([type(error).__name__, str(error)], int(sources[0]))
+            classes: list[type[UserError | RunError]] = [UserError, RunError, *UserError.__subclasses__()]
+            kinds = {kind.__name__: kind for kind in classes}
+            raise kinds.get(name, UserError)(message) from error
