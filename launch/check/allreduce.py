@@ -33,7 +33,7 @@ def measure(sizes: list[int], repeats: int, timeout: timedelta, *, on_cpu: bool)
     import torch
     import torch.distributed as dist
 
-    from train.world.device import choose_backend, choose_device
+    from train.world.device import choose_device
     from train.world.world import join
 
     os.environ.update(ALONE | os.environ | slurm_variables(os.environ))

@@ -62,7 +62,7 @@ def load_data(run: RunDir, config: DataConfig) -> "Data":
     recorded = records.read(run.path, run.name).data
     if recorded.get("is_fallback"):  # the config names the data that were missing
         config = dataclasses.replace(config, name=recorded["name"])
-    source = data.split(config, config.name, data.prepare(config), torch.device("cpu"), is_fallback=False)
+    source = data.split(config, config.name, data.prepare(config), torch.device("cpu"))
     if (trained := recorded.get("sha256", source.sha256)) != source.sha256:
         change = f"SHA-256 {trained[:12]} -> {source.sha256[:12]} ({source.name})"
         raise UserError(f"The data are not the run's: {change}. Pass its --data.root after `--`.")
