@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import ROOT, TORCH
 from ranks.processes import Ranks
-from runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runs import Run
 from train.cli import parse
 from train.evaluate import predict
 from train.step import prepare_step, train_step

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
-from runs import Run
 from safetensors.torch import load_file
 
+from runs import Run
 from train.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
 from train.errors import RunError
 from train.functional import optim

@@ -110,7 +110,8 @@ class ExactTree:
             self.stack.clear()  # an error may have left something of the step before
         with self.world.accelerator.no_sync(self.model):
             yield
-        self._push(self.stack, Node(index, index + 1), [p.grad for p in self.parameters if p.grad is not None])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]  # None if not used
+        self._push(self.stack, Node(index, index + 1), gradients)
         for parameter in self.parameters:
             parameter.grad = None
         if index == own[-1]:

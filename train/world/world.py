@@ -28,9 +28,7 @@ from train.world.process import tune_malloc
 
 T = TypeVar("T")
 STORE_FD = "LOCKSTEP_STORE_FD"  # the listening socket that `launch run` hands to rank 0
-BACKSTOP_SECONDS = (
-    60  # torch's own timeout comes at least that much after the watchdog's, which names the rank to blame
-)
+BACKSTOP_SECONDS = 60  # torch's own timeout comes at least that long after the watchdog's, which names the culprit
 
 
 def join(device: torch.device, place: Placement, timeout: timedelta) -> None:
@@ -193,6 +191,5 @@ class World(Placement):
         sources = self.all_reduce_sum_(has_error).nonzero()
         if len(sources):
             name, message = self.broadcast([type(error).__name__, str(error)], int(sources[0]))
-            classes: list[type[UserError | RunError]] = [UserError, RunError, *UserError.__subclasses__()]
-            kinds = {kind.__name__: kind for kind in classes}
-            raise kinds.get(name, UserError)(message) from error
+            kinds = {kind.__name__: kind for base in (UserError, RunError) for kind in (base, *base.__subclasses__())}
+            raise kinds[name](message) from error
