@@ -163,9 +163,8 @@ def _no_field(wrong: str, names: Sequence[str], source: str = "") -> UserError:
     renamed = [new for old, new in RENAMED.items() if wrong in (old, old.partition(".")[2])]
     if renamed:
         return UserError(f"{wrong}{source} is now {renamed[0]}.")
-    return UserError(
-        f"There is no config field {wrong[:80]}{source}. {did_you_mean(wrong, names, 'See --help for the names.')}"
-    )
+    name, hint = " ".join(wrong.split())[:80], did_you_mean(wrong, names, "See --help for the names.")
+    return UserError(f"There is no config field {name}{source}. {hint}")
 
 
 def check_file(path: Path, names: Sequence[str]) -> None:
