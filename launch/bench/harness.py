@@ -7,7 +7,6 @@ import platform
 import shlex
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from launch.bench import measures, peers
@@ -70,24 +69,6 @@ def table(rows: list[Row], about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], about: dict[str, Any], output: Path) -> None:
-    """Draw the medians as bars, with lines from the smallest to the largest figure, of the last row's unit."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in rows if row.unit == rows[-1].unit]
-    names, medians = [row.name for row in rows], [statistics.median(row.values) for row in rows]
-    figure = Figure(figsize=(9, 1 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    axes.bar_label(
-        axes.barh(names, medians), [number(median) for median in medians], label_type="center", color="white"
-    )
-    axes.hlines(names, [min(row.values) for row in rows], [max(row.values) for row in rows], color="black")
-    axes.invert_yaxis()
-    axes.set_xlabel(rows[-1].unit)
-    axes.set_title(f"{about['command']}, n = {about['n']}, {about['cpu']}, {about['cores']} cores", fontsize=9)
-    figure.savefig(output)
-
-
 def main(argv: list[str]) -> int:
     """Measure and print; return the exit code."""
     listed = "\n".join(f"  {name:17} {text}" for name, (_, _, text) in MEASURES.items())
@@ -101,18 +82,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, help="turns (or seeds); default depends on WHAT")
     parser.add_argument("--recipe", default="configs/quickstart.yaml", help=recipe)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures too, .svg or .png")
     options = parser.parse_args(argv)
     measure, default, _ = MEASURES[options.what]
     repeats = default if options.repeats is None else options.repeats
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}. Use 1 or more.")
-    if options.plot and options.plot.suffix not in (".svg", ".png"):
-        raise UserError(f"--plot is {options.plot}. Expected a name that ends in .svg or .png.")
     rows = measure(repeats, *([options.recipe] if options.what == "time-to-accuracy" else []))
     about = facts(argv, repeats)
-    if options.plot:
-        plot(rows, about, options.plot)
     shown = {"about": about, "rows": [dataclasses.asdict(row) for row in rows]}
     print(json.dumps(shown, indent=1) if options.json else table(rows, about))
     return FINISHED

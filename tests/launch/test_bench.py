@@ -144,7 +144,6 @@ REFUSALS = {
     "exact --repeats 0": "--repeats is 0",
     "nothing": "WHAT is nothing",
     "time-to-accuracy --recipe /no.yaml": "/no.yaml does not exist",
-    "exact --plot x.gif": "--plot is x.gif",
 }
 
 
