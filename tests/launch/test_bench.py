@@ -33,14 +33,6 @@ def test_ratio_is_the_median_of_ratios_within_a_turn() -> None:
         assert fact in text
 
 
-def test_plot_shows_every_row_of_one_unit(tmp_path: Path) -> None:
-    harness.plot([Row("size", "MB", [3.0, 3.0, 3.0]), *ROWS], ABOUT, tmp_path / "plot.svg")
-    text = (tmp_path / "plot.svg").read_text()
-    for shown in ("fast", "exact", "images/s", "python -m launch bench exact"):
-        assert f"<!-- {shown}" in text  # matplotlib draws letters as paths, each text behind a comment
-    assert "size" not in text
-
-
 def test_facts_name_hardware_versions_commit_and_command() -> None:
     about = harness.facts(["exact", "--repeats", "3"], 3)
     assert about["command"] == "python -m launch bench exact --repeats 3"
