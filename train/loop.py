@@ -44,7 +44,7 @@ def train(config: Config, world: World, run_dir: RunDir, argv: list[str]) -> Sum
         lease = Lease(run_dir.path, is_main=world.is_main)
     with (
         lease,
-        Metrics(config, run_dir.path, is_main=world.is_main, total_steps=0) as metrics,
+        Metrics(config.log, config.wandb, run_dir, is_main=world.is_main) as metrics,
         Watchdog(world.clock, run_dir.heartbeats, world.rank, world.world_size),  # not for a run that the lease refused
     ):
         plan, state, rows = open_run(config, world, lease, metrics, argv)
@@ -85,7 +85,6 @@ def open_run(
     """
     source = data.load(config.data, world, metrics.say)
     plan, state = set_up(config, world, source)
-    metrics.total_steps = plan.total_steps
     found = find_checkpoint(config.run.resume, lease.checkpoints, metrics, world)
     resumed_from = found[0] if found else None
     warnings = restore(plan, state, found[1], found[0]) if found else []
@@ -93,7 +92,7 @@ def open_run(
     def open_records() -> list[Row]:
         lease.write(lease.run_dir.config, to_yaml(config).encode())
         with lease.writing() as staging:
-            return metrics.open(state.step, staging)
+            return metrics.open(state.step, plan.total_steps, staging)
 
     rows = on_main_rank(world, lease.run_dir.path, UserError, open_records) or []
     seconds = [row["train_seconds"] for row in rows if row["event"] == "train" and "train_seconds" in row]

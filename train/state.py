@@ -173,13 +173,6 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     sampler = Sampler(len(data.train), config.train.global_batch_size, num_micro_batches, config.seed)
     ema = optim.Ema(module, config.optim.ema) if config.optim.ema else None
     model, optimizer = world.prepare(module, optim.build(config.optim, module))
-    if world.world_size > 1:
-
-        def begin_waiting(_: object) -> None:
-            world.clock.enter("reduce")
-
-        # The first layer's gradient is the last to arrive. What is left of the backward pass then is waiting.
-        next(module.parameters()).register_post_accumulate_grad_hook(begin_waiting)
     owners = [sampler.own_micro_batches(rank, world.world_size) for rank in range(world.world_size)]
     reducer = ExactTree(model, world, num_micro_batches, owners) if config.train.exact else Allreduce(model, world)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from train.config import Config, LogConfig
+from train.config import LogConfig, WandbConfig
 from train.rundir import RunDir
 from train.tracking.metrics import Metrics, histogram
 
@@ -16,7 +16,7 @@ EVAL = {"split": "test", "ema": False, "accuracy": 0.9912, "loss": 0.03, "correc
 
 
 def opened(run_dir: Path, *, is_main: bool = True, progress: bool = True) -> Metrics:
-    return Metrics(Config(log=LogConfig(progress=progress)), run_dir, is_main=is_main, total_steps=100)
+    return Metrics(LogConfig(progress=progress), WandbConfig(), RunDir(run_dir), is_main=is_main)
 
 
 def rows_of(steps: list[tuple[str, int]]) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]], tail: str = "") -> None:
 
 def test_record_writes_one_row_per_event_at_once(tmp_path: Path) -> None:
     with opened(tmp_path) as metrics:
-        assert metrics.open(0) == []
+        assert metrics.open(0, 100) == []
         metrics.record("start", 0, world_size=1, command=["--seed", "1"])
         metrics.record("train", 10, **TRAIN)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before anything is closed
@@ -46,7 +46,7 @@ def test_record_writes_one_row_per_event_at_once(tmp_path: Path) -> None:
 
 def test_other_ranks_are_silent_and_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with opened(tmp_path / "nowhere", is_main=False) as metrics:
-        assert metrics.open(0) == []
+        assert metrics.open(0, 100) == []
         metrics.say("hello")
         metrics.record("train", 10, **TRAIN)
         metrics.record("eval", 10, **EVAL)
@@ -59,7 +59,7 @@ def test_console_shows_evaluations_always_and_steps_if_wanted(
     progress: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with opened(tmp_path, progress=progress) as metrics:
-        metrics.open(0)
+        metrics.open(0, 100)
         metrics.record("train", 100, **TRAIN)
         metrics.record("eval", 100, **EVAL)
         metrics.record("eval", 100, **{**EVAL, "ema": True})
@@ -103,7 +103,7 @@ def test_remove_rows_after_removes_exactly_the_later_steps(
 def test_resume_after_a_torn_line_goes_on_in_a_new_one(tmp_path: Path) -> None:
     write_rows(tmp_path / "metrics.jsonl", rows_of(EVENTS), '{"event": "train", "st')
     with opened(tmp_path) as metrics:
-        assert len(metrics.open(10)) == 6
+        assert len(metrics.open(10, 100)) == 6
         metrics.record("train", 20, **TRAIN)
     rows = RunDir(tmp_path).read_rows()
     assert len(rows) == len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 7

@@ -19,7 +19,7 @@ import pytest
 from ranks.processes import Ranks, arguments, launch, rows, train, wait_for_step
 from wandb_server import PATIENT, SHORT, Server, expected, is_end, numbers, sync
 
-from train.config import Config, WandbConfig
+from train.config import WandbConfig
 from train.rundir import Evaluation, RunDir, Summary, Tail
 from train.tracking.wandb import Follower, Mirror, mode_of, wandb_id
 
@@ -189,7 +189,7 @@ def test_mode(config: Any, environment: str | None, mode: str, monkeypatch: pyte
     monkeypatch.delenv("WANDB_MODE")
     if environment is not None:
         monkeypatch.setenv("WANDB_MODE", environment)
-    assert mode_of(Config(wandb=WandbConfig(mode=config))) == mode
+    assert mode_of(WandbConfig(mode=config)) == mode
 
 
 def test_wandb_id_is_made_once_or_by_the_agent_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ def test_sync_refuses_a_run_of_another_version(tmp_path: Path) -> None:
 
 def test_a_follower_that_cannot_start_says_so(tmp_path: Path) -> None:
     said: list[str] = []
-    follower = Follower(Config(), tmp_path, said.append)  # ends at once: there is no run
+    follower = Follower(WandbConfig(), tmp_path, said.append)  # ends at once: there is no run
     follower.close()
     assert follower.process.stdout
     follower.process.stdout.close()

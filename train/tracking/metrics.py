@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
-from train.config import Config
+from train.config import LogConfig, WandbConfig
 from train.rundir import Row, RunDir
 from train.tracking.wandb import Follower, mode_of
 
@@ -35,10 +35,10 @@ def histogram(values: Tensor) -> list[Any] | None:
 class Metrics:
     """Where the rows of one process go: nowhere on ranks other than 0. A context manager."""
 
-    def __init__(self, config: Config, run_dir: Path, *, is_main: bool, total_steps: int) -> None:
-        self.config, self.run_dir, self.is_main, self.total_steps = config, RunDir(run_dir), is_main, total_steps
+    def __init__(self, log: LogConfig, wandb: WandbConfig, run_dir: RunDir, *, is_main: bool) -> None:
+        self.wandb, self.run_dir, self.is_main, self.total_steps = wandb, run_dir, is_main, 0
         self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
-        self.should_show_progress = config.log.progress and is_main
+        self.should_show_progress = log.progress and is_main
         self.file: Any = None
         self.unwritten = b""  # rows for which a full disk had no room yet
         self.follower: Follower | None = None
@@ -57,16 +57,17 @@ class Metrics:
         if self.follower:
             self.follower.close()
 
-    def open(self, step: int, staging: Path | None = None) -> list[Row]:
+    def open(self, step: int, total_steps: int, staging: Path | None = None) -> list[Row]:
         """Open metrics.jsonl without the rows after `step`; return the rows that it keeps."""
         if not self.is_main:
             return []
+        self.total_steps = total_steps
         rows = self.run_dir.remove_rows_after(step, staging)
         self.file = open(self.run_dir.metrics, "ab", buffering=0)  # noqa: SIM115
         if self.should_show_progress and self.console.is_terminal:
             columns = ("step", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", TimeRemainingColumn())
             self.progress = Progress(*columns, console=self.console)
-            self.task = self.progress.add_task("train", total=self.total_steps, completed=step, text="")
+            self.task = self.progress.add_task("train", total=total_steps, completed=step, text="")
             self.progress.start()
         return rows
 
@@ -93,8 +94,8 @@ class Metrics:
         self.unwritten += (json.dumps(row) + "\n").encode()
         with contextlib.suppress(OSError):  # the next row tries again, and a checkpoint requires it
             self.flush()
-        if event == "start" and mode_of(self.config) != "disabled":
-            self.follower = Follower(self.config, self.run_dir.path, self.say)
+        if event == "start" and mode_of(self.wandb) != "disabled":
+            self.follower = Follower(self.wandb, self.run_dir.path, self.say)
         if event == "eval":
             split = f"{'averaged weights, ' if values.get('ema') else ''}{values['split']}"
             self.say(f"step {step}: {split} accuracy {values['accuracy']:.2%}, loss {values['loss']:.4f}")
@@ -103,7 +104,7 @@ class Metrics:
 
     def record_weights(self, step: int, model: nn.Module) -> None:
         """Write the histograms of a model's parameters, if W&B shows them."""
-        if self.follower and self.config.wandb.media:
+        if self.follower and self.wandb.media:
             found = {name: histogram(tensor) for name, tensor in model.named_parameters()}
             self.record("weights", step, **{name: bins for name, bins in found.items() if bins})
 

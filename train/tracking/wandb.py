@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, WandbConfig, class_names
+from train.config import WandbConfig, class_names
 from train.errors import CRASHED, FINISHED, PREEMPTED, UserError, one_line
 from train.rundir import Row, RunDir, Summary, Tail
 from train.world import signals
@@ -29,9 +29,9 @@ POLL_SECONDS, SYNC_SECONDS, FINISH_SECONDS = 0.5, 10, 120
 MAX_MISTAKES = 24  # each is a file to upload
 
 
-def mode_of(config: Config) -> str:
+def mode_of(config: WandbConfig) -> str:
     """Return wandb.mode, or in mode auto that of $WANDB_MODE."""
-    return os.environ.get("WANDB_MODE") or "auto" if config.wandb.mode == "auto" else config.wandb.mode
+    return os.environ.get("WANDB_MODE") or "auto" if config.mode == "auto" else config.mode
 
 
 def wandb_id(run_dir: RunDir) -> str:
@@ -49,9 +49,9 @@ def remedy(run_dir: Path) -> str:
 class Follower:
     """Training's side: start the process that follows the run, print its lines, and end it."""
 
-    def __init__(self, config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, config: WandbConfig, run_dir: Path, say: Callable[[str], None]) -> None:
         """Start it. metrics.jsonl must have the `start` row of this attempt."""
-        self.seconds, self.run_dir, self.say = config.wandb.timeout, run_dir, say
+        self.seconds, self.run_dir, self.say = config.timeout, run_dir, say
         self.process = subprocess.Popen(
             (sys.executable, "-m", "train.tracking.wandb", str(run_dir.resolve()), mode_of(config)),
             cwd=Path(__file__).parents[2],  # W&B stores the state of git in the working directory

@@ -72,6 +72,12 @@ class Allreduce:
     def __init__(self, model: nn.Module, world: World) -> None:
         self.model, self.world = model, world
         self.loss_scale = float(world.world_size)  # undoes DDP's division: the loss is divided by the examples alone
+        if world.world_size > 1:
+            # The first layer's gradient is the last to arrive. What is left of the backward pass then is waiting.
+            next(model.parameters()).register_post_accumulate_grad_hook(self._begin_waiting)
+
+    def _begin_waiting(self, _: Tensor) -> None:
+        self.world.clock.enter("reduce")
 
     @contextmanager
     def micro_batch(self, index: int, own: range) -> Iterator[None]:
