@@ -131,7 +131,7 @@ def small_state(step: int = 10) -> "Snapshot":
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished run on the digits, about 98 % right, averaged weights, its best step before its last."""
+    """Return a finished run on the digits: about 98 % right, averaged weights, its best step before its last."""
     from ranks.processes import train
 
     run = tmp_path_factory.mktemp("runs") / "digits"
@@ -143,7 +143,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Start a training that must be refused -> the one line on stderr. Under 5 s of CPU, so that load decides nothing."""
+    """Start a training that must be refused within 5 s of CPU time; return the one line on stderr."""
     from train.__main__ import main
 
     began = time.process_time()

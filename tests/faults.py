@@ -1,10 +1,14 @@
-"""`python tests/faults.py WHAT`: the long fault campaigns, from a seed; a table and --json. A sample runs in test_faults.py.
+"""Run the long fault campaigns from a seed: `python tests/faults.py WHAT` prints a table, or --json.
 
-kills         kill -9 a random rank at a random moment, in the save, in the evaluation, at the start; single processes, two
-              ranks, torchrun, launch run; each resumed to its end and compared with the undisturbed run
-elastic       workers under torchrun --max-restarts: how long until they train again; agents: how long until no orphan is left
-crash-points  the process killed at every system call of a checkpoint's writing
-long          many steps on two ranks: slopes of memory, descriptors, threads, step time and disk
+test_faults.py runs a sample of them.
+
+kills         kill -9 a random rank at a random moment, in a save, in an evaluation or at the start: of single
+              processes, two ranks, torchrun and launch run. Each is resumed to its end and compared with the
+              undisturbed run
+elastic       kill workers under torchrun --max-restarts and measure how long until they train again; kill agents and
+              measure how long until no orphan is left
+crash-points  kill a process at every system call that writes a checkpoint
+long          train many steps on two ranks and measure slopes of memory, descriptors, threads, step time and disk
 """
 
 import argparse
@@ -32,8 +36,8 @@ from train.world.clock import Record  # noqa: E402
 
 EVERY_STEPS = 5  # checkpoint.every_steps
 FLAGS = (
-    "--model.name tiny_bn --train.num_micro_batches 2 --model.dropout 0.2 --augment.shift 2 --optim.ema 0.9 --log.every_steps 1 "
-    f"--checkpoint.every_steps {EVERY_STEPS} --eval.every_steps 10 --optim.lr 0.05"
+    "--model.name tiny_bn --train.num_micro_batches 2 --model.dropout 0.2 --augment.shift 2 --optim.ema 0.9 "
+    f"--log.every_steps 1 --checkpoint.every_steps {EVERY_STEPS} --eval.every_steps 10 --optim.lr 0.05"
 )
 STEPS = {"one process": 150, "two ranks": 150, "torchrun": 600, "launch run": 600}
 SHARES = {"one process": 0.4, "two ranks": 0.3, "torchrun": 0.15, "launch run": 0.15}

@@ -23,7 +23,7 @@ VOID = {"meta", "link", "img", "br"}
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags with attributes, and its text with one blank between elements; checks that all are closed."""
+    """A page's tags with attributes, and its text with one blank between elements. Every tag must be closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def confusion(correct: int, mistakes: dict[tuple[int, int], int]) -> list[list[i
 def make_rows(
     *, restarts: tuple[int, ...] = (), final_loss: float = 0.01, data: dict[str, Any] = DATA, **start: Any
 ) -> list[dict[str, Any]]:
-    """Rows as metrics.jsonl has them: training every 10 steps, evaluations at 30 and 60, preempted and started again."""
+    """Return rows of metrics.jsonl: training every 10 steps, evaluations at 30 and 60, a preemption and a restart."""
     start = {"event": "start", "world_size": 4, "total_steps": STEPS, "command": ["--seed", "1"], "data": data, **start}
     rows: list[dict[str, Any]] = [{**start, "step": 0, "time": 1e9}]
     for step in range(10, STEPS + 1, 10):

@@ -1,4 +1,4 @@
-"""Whatever is written in a config, a flag or a launcher's option: one line, exit code 2, no traceback, on every rank."""
+"""A bad config, flag or launcher's option gives one line, exit code 2 and no traceback, on every rank."""
 
 import os
 from pathlib import Path
@@ -125,7 +125,8 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "name with a NUL": (["--run.name", "a\0b"], "run.name is"),
     "contradiction": (["--train.exact", "true"], "train.exact needs train.num_micro_batches"),
     "more micro-batches than examples": (
-        ["--train.num_micro_batches", "8", "--train.global_batch_size", "4"], "more than train.global_batch_size, 4 examples",
+        ["--train.num_micro_batches", "8", "--train.global_batch_size", "4"],
+        "more than train.global_batch_size, 4 examples",
     ),
 }  # fmt: skip
 

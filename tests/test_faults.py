@@ -1,4 +1,4 @@
-"""A sample of the fault campaigns of tests/faults.py, and that they would see what is wrong. No clock is judged here."""
+"""Run a sample of the fault campaigns of tests/faults.py, and check that they find faults. No clock is judged here."""
 
 import argparse
 import json

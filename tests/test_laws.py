@@ -1,4 +1,4 @@
-"""The promise, on real processes: (config, step) determines everything; ranks, kills and resumes only decide who computes."""
+"""On real processes (config, step) determines everything. Ranks, kills and resumes decide only who computes."""
 
 import itertools
 import json

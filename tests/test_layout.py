@@ -1,4 +1,4 @@
-"""The house: imports go one way, machinery is named where it lives, files stay short, everything public is explained."""
+"""Imports go one way, a package is imported where it belongs, files stay short, and everything public is explained."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Any bytes and any values: a config, an IDX file, or one line that says why not; and one safe reader of each format."""
+"""Any bytes and values give a config, an IDX file or one line with the reason. Each format has one safe reader."""
 
 import ast
 import dataclasses
@@ -78,13 +78,16 @@ def test_any_flag_is_a_config_or_refused(name: str, value: str) -> None:
     values=st.fixed_dictionaries(
         {},
         optional={
-            "seed": st.integers(0, 10**40), "run.name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,50}", fullmatch=True),
+            "seed": st.integers(0, 10**40),
+            "run.name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,50}", fullmatch=True),
             "wandb.notes": st.text(st.characters(codec="utf-8"), max_size=40),
             "wandb.tags": st.lists(st.text(max_size=9), max_size=4),
-            "optim.lr": st.floats(1e-12, 999), "optim.momentum": st.floats(0, 0.999), "train.epochs": st.integers(1, 10**7),
+            "optim.lr": st.floats(1e-12, 999),
+            "optim.momentum": st.floats(0, 0.999),
+            "train.epochs": st.integers(1, 10**7),
         },
     )
-)  # fmt: skip
+)
 @settings(deadline=None, max_examples=60)
 def test_any_config_that_was_written_is_read_back(
     values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory

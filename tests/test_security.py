@@ -1,4 +1,4 @@
-"""What a run leaves on the disk and opens on the network: no secret, nothing that others may change, nothing they can reach."""
+"""A run leaves no secret on the disk, nothing that others may change, and nothing that they can reach by network."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def run_everything(place: Path, **env: str) -> Path:
 
 
 def test_no_file_of_a_run_holds_a_secret_or_can_be_changed_by_others(tmp_path: Path) -> None:
-    """The environment's secrets are in no file, W&B's own included; nothing is writable by others although the mask allows it."""
+    """No file holds a secret of the environment, W&B's own included. None is writable by others, whatever the mask."""
     run = run_everything(tmp_path, **SECRETS, WANDB_MODE="offline")
     assert rows(run, "preempted")[0]["signal"] == "SIGALRM"
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]

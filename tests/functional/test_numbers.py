@@ -1,4 +1,4 @@
-"""NaN and infinity: found on all ranks at one step, never in the weights; the run stops, or skips as part of the mathematics."""
+"""All ranks find NaN and infinity at the same step, before they reach the weights. The run stops or skips the step."""
 
 import math
 import signal
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
+from runs import Run
 from safetensors.torch import load_file
 
-from runs import Run
 from train.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
 from train.errors import RunError
 from train.functional import optim
@@ -150,7 +150,7 @@ def test_the_update_is_left_out_on_the_device(name: Any) -> None:
 
 
 def test_steps_that_the_fp16_scaler_leaves_out_are_not_mistaken_for_it(world: World) -> None:
-    """Gradients overflow while the loss scale is being found: the scaler leaves those updates out, and no step is broken."""
+    """Gradients overflow while the scaler searches for its scale. It leaves those updates out; no step is broken."""
     config = Config(data=DataConfig(name="digits"), model=ModelConfig(name="tiny"), train=TrainConfig(device="cpu"))
     scaler = world.accelerator.scaler = torch.amp.GradScaler("cpu")
     run = Run.open(config, world)

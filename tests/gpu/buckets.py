@@ -59,7 +59,7 @@ def alignment(lab: Lab, name: str) -> dict[str, Any]:
 
 
 def unmended(lab: Lab) -> dict[str, Any]:
-    """Whether torch's norm has other bits where gradients are misaligned: why align_gradients is needed, for information."""
+    """Count the norms whose bits change when gradients are misaligned: the reason for align_gradients."""
     with lab.open("--model.name cnn") as (_, state, _):
         gradients = [torch.randn_like(p) for p in state.parameters]
         alone, moved = (torch._foreach_norm([place(g) for g in gradients]) for place in (apart, in_bucket))
@@ -87,7 +87,7 @@ class TwoRanks:
 
 
 class SelfExchange(ExactTree):
-    """The exact tree whose exchange is a message to itself: the mean of what was sent and what came back is what was sent."""
+    """An exact tree that sends its exchange to itself: the mean of what it sent and what came back is what it sent."""
 
     def _recursive_doubling(self, total: Tensor) -> Tensor:
         if total.is_cuda:  # gloo does not send to itself

@@ -1,7 +1,8 @@
-"""`bash tests/gpu/check.sh [--device cpu] [--output DIR] [STAGE ...]`: what a GPU shows in nine minutes, in one receipt.
+"""Check a GPU in nine minutes and write one receipt: `tests/gpu/check.sh [--device cpu] [--output DIR] [STAGE ...]`.
 
 Stages: correct (does every mode run, with the right bits), speed (alone on the card), ranks (several ranks over NCCL).
---device cpu is the dry run, so that these checks do not rot where there is no GPU. Exit codes: 0 no row failed, 1 one did.
+--device cpu is the dry run, so that these checks do not rot where there is no GPU.
+Exit codes: 0 if no row failed, 1 if one did.
 """
 
 import argparse

@@ -19,7 +19,8 @@ EVERYTHING = (
     "--model.name tiny_bn --model.dropout 0.3 --train.num_micro_batches 2 --augment.shift 2 --augment.rotate 10 "
     "--augment.erase 0.5 --optim.ema 0.9 --optim.clip_norm 1 --optim.label_smoothing 0.1"
 )
-FAST = "--model.name cnn --optim.name adamw --optim.label_smoothing 0.05 --train.precision bf16"  # a step of configs/fast.yaml
+# A step of configs/fast.yaml
+FAST = "--model.name cnn --optim.name adamw --optim.label_smoothing 0.05 --train.precision bf16"
 FAST_995 = (
     "--model.name vgg --augment.shift 1 --augment.rotate 8 --augment.scale 0.07 --augment.shear 6 --optim.name adamw "
     "--optim.weight_decay 0.01 --optim.label_smoothing 0.05 --train.num_micro_batches 2 --train.precision bf16"

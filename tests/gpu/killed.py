@@ -1,4 +1,7 @@
-"""`python -m gpu.killed DEVICE DIRECTORY`: one of two ranks is killed; the other one ends too, and `launch run` says 1."""
+"""Kill one of two ranks: the other one must end too, and `launch run` must exit with 1.
+
+Usage: `python -m gpu.killed DEVICE DIRECTORY`.
+"""
 
 import signal
 import sys
@@ -8,8 +11,9 @@ from pathlib import Path
 from launch.run import Ranks
 
 FLAGS = (
-    "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_micro_batches 2 --train.max_steps 1000000 "
-    "--train.timeout 15 --log.every_steps 20 --log.progress false --wandb.mode disabled --run.name killed"
+    "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_micro_batches 2 "
+    "--train.max_steps 1000000 --train.timeout 15 --log.every_steps 20 --log.progress false "
+    "--wandb.mode disabled --run.name killed"
 )
 START_SECONDS = 45
 END_SECONDS = 40  # train.timeout, the launcher's patience, and some

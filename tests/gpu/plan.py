@@ -24,8 +24,8 @@ SMALL = (
 )
 PLAIN = f"{SMALL} --model.name cnn --train.precision bf16 --train.max_steps"
 EVERY = (
-    f"{SMALL} --model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.3 --optim.ema 0.9 "
-    "--optim.clip_norm 0.5 --optim.lr 0.05 --train.precision bf16 --train.max_steps"
+    f"{SMALL} --model.name tiny_bn --model.dropout 0.2 --augment.shift 2 --augment.rotate 10 --augment.erase 0.3 "
+    "--optim.ema 0.9 --optim.clip_norm 0.5 --optim.lr 0.05 --train.precision bf16 --train.max_steps"
 )
 
 

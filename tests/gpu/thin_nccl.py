@@ -1,7 +1,8 @@
-"""`python tests/gpu/thin_nccl.py IN OUT [SM]`: keep the device code of one architecture in libnccl.so, so that it packs small.
+"""Keep the device code of one architecture in libnccl.so, so that it packs small.
 
-The fat binaries stay where they are and keep their headers; the code of other architectures becomes zeros. The driver picks
-the entry of its own architecture. SM is 90 for an H100.
+Usage: `python tests/gpu/thin_nccl.py IN OUT [SM]`. SM is 90 for an H100.
+The fat binaries stay where they are and keep their headers. The code of other architectures becomes zeros.
+The driver picks the entry of its own architecture.
 """
 
 import mmap

@@ -93,7 +93,8 @@ def modes(lab: Lab, name: str) -> list[Check]:
 def parity(lab: Lab, flags: str) -> dict[str, Any]:
     """The GPU computes in fp32 what the CPU computes, to round-off.
 
-    With seed 0 the pooling of `cnn` has a tie that round-off breaks: a CPU differs from itself by 1.5e-3 in another layout.
+    With seed 0 the pooling of `cnn` has a tie that round-off breaks. In another memory layout even a CPU differs
+    from itself by 1.5e-3.
     """
     flags, steps = f"{flags} --seed 1", 8 if lab.on_gpu else 2
     here, there = lab.train(flags, steps), lab.train(f"{flags} --train.device cpu", steps)

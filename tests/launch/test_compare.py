@@ -1,4 +1,4 @@
-"""launch compare on real runs: equal ones are equal, another seed or rate is named at its first step; and the fingerprints."""
+"""`launch compare` finds equal runs equal, and names the first step at which another seed or rate differs."""
 
 import json
 import math
@@ -77,8 +77,13 @@ def test_summary_is_a_receipt(runs: Path) -> None:
 def test_equal_runs_are_equal(runs: Path) -> None:
     code, said = compare(runs, "one", "two", "--assert-equal")
     assert code == 0, said
-    for line in ("config +the same trajectory", "loss +the same bits at 30 of 30 rec", "grad_norm +the same bits at 30 of",
-                 "final weights +the same bits after step 30: [0-9a-f]{64}", "last common step +30"):  # fmt: skip
+    for line in (
+        "config +the same trajectory",
+        "loss +the same bits at 30 of 30 rec",
+        "grad_norm +the same bits at 30 of",
+        "final weights +the same bits after step 30: [0-9a-f]{64}",
+        "last common step +30",
+    ):
         assert re.search(f"^{line}", said, re.MULTILINE), (line, said)
 
 

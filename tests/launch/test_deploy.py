@@ -1,4 +1,4 @@
-"""launch.deploy: a file says what it is, gives the checkpoint's logits, unpickles nothing, and is refused when damaged."""
+"""An exported file describes itself, gives the checkpoint's logits, unpickles nothing and is refused when damaged."""
 
 import json
 import pickle  # noqa: TID251  to show that it is never used
@@ -96,32 +96,41 @@ def metadata(**changes: str | None) -> Callable[[Path], None]:
     return damage
 
 
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 64
     path.write_bytes(bytes(content))
 
 
+def huge_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
 def weights_of(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
     return lambda path: save_file(tensors, path, {"weights_sha256": checkpoint.tensors_sha256(tensors)})
 
 
+NINE_CLASSES = "[" + ", ".join('"a"' for _ in range(9)) + "]"
 DAMAGES: list[tuple[str, str, Callable[[Path], Any], str]] = [
     *[(kind, "empty", lambda path: path.write_bytes(b""), "model") for kind in KINDS],
-    *[(kind, "half", lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "model") for kind in KINDS],
+    *[(kind, "half", halve, "model") for kind in KINDS],
     *[(kind, "text", lambda path: path.write_text("<html>404</html>"), "model") for kind in KINDS],
     *[(kind, "zeros", lambda path: path.write_bytes(bytes(4096)), "model") for kind in KINDS],
     *[(kind, "pickle", lambda path: path.write_bytes(pickle.dumps({"a": 1})), "model") for kind in KINDS],
     *[(kind, "directory", lambda path: (path.unlink(), path.mkdir()), "") for kind in KINDS],
     ("safetensors", "flipped weight", lambda path: flip(path, -5), "damaged: its weights have SHA-256"),
-    ("safetensors", "huge header", lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "not a whole safetensors"),
+    ("safetensors", "huge header", huge_header, "not a whole safetensors"),
     ("safetensors", "no metadata", lambda path: save_file(load_file(path), path), "lack: 'model'"),
     ("safetensors", "unknown model", metadata(model="resnet"), "lack: a known model"),
     ("safetensors", "no mean", metadata(mean=None), "lack: 'mean'"),
     ("safetensors", "mean of words", metadata(mean="many"), "lack"),
     ("safetensors", "std 0", metadata(std="0"), "lack: mean and std"),
     ("safetensors", "std NaN", metadata(std="NaN"), "lack: mean and std"),
-    ("safetensors", "nine classes", metadata(class_names="[" + ", ".join('"a"' for _ in range(9)) + "]"), "lack: 10 class_names"),
+    ("safetensors", "nine classes", metadata(class_names=NINE_CLASSES), "lack: 10 class_names"),
     ("safetensors", "classes are numbers", metadata(class_names=str(list(range(10)))), "lack: 10 class_names"),
     ("safetensors", "deep config", metadata(config="[" * 100_000), "lack"),
     ("safetensors", "another model", metadata(model="cnn"), "do not fit this model"),

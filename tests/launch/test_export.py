@@ -50,10 +50,18 @@ def test_card_says_data_accuracy_commit_and_config(kind: str, exported: dict[str
     summary = json.loads((digits_run / "summary.json").read_text())
     correct = round(summary["best"]["accuracy"] * 359)
     words = (
-        f"({correct} of 359)", f"computed in\nfp32 and recorded {correct} right ones", summary["data"]["sha256"], formats.read(exported[kind]).facts.weights_sha256, "3,786 parameters",
-        f"step {summary['best']['step']} of run `digits`", str(summary["git_commit"] or "unknown"), "optim.lr: 0.05",
-        exported[kind].name, "gives the checkpoint's prediction for each of 359", f"{exported[kind].stat().st_size:,} bytes",
-    )  # fmt: skip
+        f"({correct} of 359)",
+        f"computed in\nfp32 and recorded {correct} right ones",
+        summary["data"]["sha256"],
+        formats.read(exported[kind]).facts.weights_sha256,
+        "3,786 parameters",
+        f"step {summary['best']['step']} of run `digits`",
+        str(summary["git_commit"] or "unknown"),
+        "optim.lr: 0.05",
+        exported[kind].name,
+        "gives the checkpoint's prediction for each of 359",
+        f"{exported[kind].stat().st_size:,} bytes",
+    )
     assert [word for word in words if word not in card] == []
     assert "{" not in card.split("## Use")[0]
 

@@ -1,4 +1,4 @@
-"""Every way to start a run: the same run comes up, of the size that was asked for, with the exit code that it deserves."""
+"""Every way to start a run starts the same run, with as many ranks as were asked for, and the right exit code."""
 
 import json
 import os
@@ -82,6 +82,10 @@ def wait_for_none(run: Path, seconds: float) -> None:
     assert not ranks_of(run)
 
 
+EXACT = (
+    "--train.exact true --train.num_micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 "
+    "--eval.every_steps 500"
+)
 LAUNCHERS = {
     "python": (1, (sys.executable, "-m", "train")),
     "torchrun": (2, (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "train")),
@@ -131,7 +135,8 @@ def test_two_precisions_that_disagree_are_an_error(tmp_path: Path) -> None:
 def test_an_abort_in_the_interpreters_clean_up_does_not_reach_a_rank(tmp_path: Path) -> None:
     """Now and then a thread of gloo aborts there, after correct work."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import atexit, os, sys\natexit.register(lambda: os.abort() if sys.argv[0].endswith('train/__main__.py') else None)\n"
+        "import atexit, os, sys\n"
+        "atexit.register(lambda: os.abort() if sys.argv[0].endswith('train/__main__.py') else None)\n"
     )
     code, output = finish(
         start(tmp_path / "run", *launch_run(2), PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
@@ -258,12 +263,11 @@ def agent(port: int, run: Path) -> subprocess.Popen:
         f"{BIN / 'torchrun'} --nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-id elastic --rdzv-backend c10d"
     )
     command += f" --rdzv-endpoint 127.0.0.1:{port} --rdzv-conf last_call_timeout=1 --local-addr 127.0.0.1 -m train"
-    flags = "--train.exact true --train.num_micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
-    return start(run, *command.split(), flags=flags, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", GLOO_SOCKET_IFNAME="lo")
+    return start(run, *command.split(), flags=EXACT, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", GLOO_SOCKET_IFNAME="lo")
 
 
 def test_torchrun_goes_on_with_the_nodes_that_are_left(tmp_path: Path) -> None:
-    """One of two elastic nodes dies: the other goes on alone and ends with the bits of a run that was never disturbed."""
+    """One of two elastic nodes dies. The other continues alone and ends with the bits of an undisturbed run."""
     port, run = free_port(), tmp_path / "elastic"
     first = agent(port, run)
     wait_for_port(port)  # the first agent hosts the rendezvous and must survive
@@ -280,8 +284,7 @@ def test_torchrun_goes_on_with_the_nodes_that_are_left(tmp_path: Path) -> None:
     starts = rows(run, "start")
     assert [row["world_size"] for row in starts][-2:] == [2, 1]
     assert starts[-1]["step"] > 0
-    flags = "--train.exact true --train.num_micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
-    assert finish(start(tmp_path / "alone", sys.executable, "-m", "train", flags=flags))[0] == 0
+    assert finish(start(tmp_path / "alone", sys.executable, "-m", "train", flags=EXACT))[0] == 0
     hit, alone = (json.loads((path / "summary.json").read_text()) for path in (run, tmp_path / "alone"))
     assert hit["weights_sha256"] == alone["weights_sha256"]
 
@@ -296,8 +299,7 @@ def test_torchrun_with_one_process_gives_the_bits_of_none(tmp_path: Path) -> Non
 
 
 def test_launch_run_goes_on_with_fewer_processes_and_the_same_bits(tmp_path: Path) -> None:
-    flags = "--train.exact true --train.num_micro_batches 4 --train.epochs 16 --checkpoint.every_steps 20 --eval.every_steps 500"
-    process = start(tmp_path / "hit", *launch_run(3, "--max-restarts", "2", "--min-nproc", "1"), flags=flags)
+    process = start(tmp_path / "hit", *launch_run(3, "--max-restarts", "2", "--min-nproc", "1"), flags=EXACT)
     for world_size in (3, 2):
         deadline = time.monotonic() + 200
         while len(rows(tmp_path / "hit", "start")) < 4 - world_size and time.monotonic() < deadline:
@@ -307,7 +309,7 @@ def test_launch_run_goes_on_with_fewer_processes_and_the_same_bits(tmp_path: Pat
     code, output = finish(process)
     assert code == 0, output
     assert [row["world_size"] for row in rows(tmp_path / "hit", "start")] == [3, 2, 1]
-    assert finish(start(tmp_path / "alone", sys.executable, "-m", "train", flags=flags))[0] == 0
+    assert finish(start(tmp_path / "alone", sys.executable, "-m", "train", flags=EXACT))[0] == 0
     hit, alone = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("hit", "alone"))
     assert hit["weights_sha256"] == alone["weights_sha256"]
 

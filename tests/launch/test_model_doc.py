@@ -1,4 +1,4 @@
-"""The table of docs/model.md is the network that `--model.name cnn` trains: hooks on the real layers find its numbers."""
+"""The table of docs/model.md describes the network that `--model.name cnn` trains, as hooks on its layers see it."""
 
 from collections.abc import Iterator
 

@@ -85,7 +85,8 @@ def test_checkpoint_steps_and_lr_are_those_of_a_real_run(tmp_path: Path, flags: 
     [
         "--model.name tiny --train.global_batch_size 11",
         "--model.name vgg_wide --train.num_micro_batches 2 --train.global_batch_size 10 --optim.momentum 0",
-        "--train.exact true --model.name tiny_bn --train.num_micro_batches 4 --train.global_batch_size 8 --optim.name adamw",
+        "--train.exact true --model.name tiny_bn --train.num_micro_batches 4 --train.global_batch_size 8 "
+        "--optim.name adamw",
         "--train.exact true --model.name tiny --train.num_micro_batches 5 --train.global_batch_size 10",
     ],
 )

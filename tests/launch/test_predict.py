@@ -150,7 +150,7 @@ def test_exif_orientation_is_undone(orientation: int, digits: tuple) -> None:
 
 @pytest.mark.mnist
 def test_mnist_images_come_out_as_they_went_in(mnist_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The preprocessing is MNIST's own: cropped to its faintest pixel, each image is put back where it was, bit for bit."""
+    """The preprocessing is MNIST's own. An image cropped to its faintest pixel returns to its place, bit for bit."""
     images = data.prepare(DataConfig(root=str(mnist_root)))[0]["t10k_images"][:2000].numpy()
     monkeypatch.setattr(image, "IN_BOX", 0.0)
     assert [
@@ -212,10 +212,14 @@ BAD_IMAGES: dict[str, tuple[bytes, str]] = {
     "PNG with too few rows": (png(28, 28, zlib.compress(bytes(29 * 3))), ""),
     "PNG of no width": (png(0, 28, zlib.compress(bytes(28))), ""),
     "PNG of impossible depth": (png(28, 28, zlib.compress(bytes(29 * 28)), depth=3), ""),
-    "PNG bomb by its header": (png(60000, 60000, zlib.compress(bytes(1000))), "too many pixels. Expected at most 50,000,000"),
+    "PNG bomb by its header": (
+        png(60000, 60000, zlib.compress(bytes(1000))),
+        "too many pixels. Expected at most 50,000,000",
+    ),
     "PNG bomb, a real one": (png(8000, 8000, zlib.compress(bytes(8001 * 8000))), "too many pixels"),
     "PNG with a text bomb": (
-        png(28, 28, zlib.compress(bytes(29 * 28)), extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))), "damaged",
+        png(28, 28, zlib.compress(bytes(29 * 28)), extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
+        "damaged",
     ),
     "half a JPEG": (GOOD_JPEG[: len(GOOD_JPEG) // 2], "damaged"),
     "JPEG magic only": (GOOD_JPEG[:3], ""),
@@ -226,7 +230,7 @@ BAD_IMAGES: dict[str, tuple[bytes, str]] = {
     "one pixel": (saved(Image.new("L", (1, 1))), "is blank"),
     "transparent": (saved(Image.new("RGBA", (50, 50), (0, 0, 0, 0))), "is blank"),
     "hardly any contrast": (saved(drawn(np.asarray(Image.new("L", (28, 28))), paper=100, pen=105)), "is blank"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_IMAGES)

@@ -1,4 +1,4 @@
-"""launch replay: a run's steps computed again agree; whatever was changed in its config, data or checkpoints is named."""
+"""`launch replay` computes a run's steps again with the same bits, and names what was changed in its files."""
 
 import json
 import math
@@ -14,8 +14,9 @@ from launch.check.replay import parse_steps
 from train.errors import UserError
 
 FLAGS = (
-    "--model.name tiny_bn --train.exact true --train.num_micro_batches 4 --optim.ema 0.9 --model.dropout 0.2 --optim.lr 0.02 "
-    "--optim.clip_norm 2 --augment.shift 2 --train.max_steps 30 --checkpoint.every_steps 5 --checkpoint.keep 2"
+    "--model.name tiny_bn --train.exact true --train.num_micro_batches 4 --optim.ema 0.9 --model.dropout 0.2 "
+    "--optim.lr 0.02 --optim.clip_norm 2 --augment.shift 2 --train.max_steps 30 --checkpoint.every_steps 5 "
+    "--checkpoint.keep 2"
 )
 
 

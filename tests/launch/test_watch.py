@@ -1,4 +1,4 @@
-"""The live view: from metrics.jsonl alone, through torn lines, replaced files and directories that come later, to the end."""
+"""The live view reads metrics.jsonl alone and survives torn lines, replaced files and directories that appear later."""
 
 import json
 import os

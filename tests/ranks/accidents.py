@@ -1,4 +1,4 @@
-"""What happens to ranks: put into one before it trains, by MUTANT=accidents.NAME. STEP is the update in which it happens."""
+"""Accidents that can happen to a rank. MUTANT=accidents.NAME arranges one before training; STEP is its update."""
 
 import ctypes
 import importlib

@@ -1,4 +1,4 @@
-"""A rank that makes three steps under DDP and prints which operations of the update got a gradient at an odd address."""
+"""Make three steps under DDP and print which operations of the update got a gradient at an odd address."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ ELEMENTWISE = ("_foreach_mul.Scalar",)  # may look at an address: no element dep
 
 
 class Addresses(TorchDispatchMode):
-    """Writes down the operations on gradients, and those of them that got one at an address that is no multiple of 16."""
+    """Record the operations on gradients, and those that got one at an address that is no multiple of 16."""
 
     def __init__(self, sizes: set[torch.Size]) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""A checkpoint's writing, killed at each of its system calls by strace's fault injection.
+"""Kill the writing of a checkpoint at each of its system calls, by strace's fault injection.
 
-A child of the fork server encodes a state, waits, is traced, and then writes and prunes; strace delivers SIGKILL at the n-th
-call of a name. Whatever the moment: the older checkpoint or the newer one is whole, and the next writing succeeds.
+A child of the fork server encodes a state, waits until it is traced, and then writes and prunes. strace delivers
+SIGKILL at the n-th call of a name. The older or the newer checkpoint must always be whole, and the next save must
+succeed.
 """
 
 import os
@@ -103,4 +104,5 @@ def campaign(options: object, place: Path) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """One sentence."""
     problems = result["problems"]
-    return f"killed at {result['points']} system calls of a save: {len(problems)} left no whole checkpoint {problems or ''}"
+    killed = f"killed at {result['points']} system calls of a save"
+    return f"{killed}: {len(problems)} left no whole checkpoint {problems or ''}"

@@ -12,8 +12,8 @@ from typing import Any
 from ranks.processes import Ranks, arguments, rows
 
 FLAGS = (
-    "--model.name tiny_bn --train.num_micro_batches 2 --model.dropout 0.2 --augment.shift 2 --optim.ema 0.9 --log.every_steps 20 "
-    "--checkpoint.every_steps 500 --eval.every_steps 500"
+    "--model.name tiny_bn --train.num_micro_batches 2 --model.dropout 0.2 --augment.shift 2 --optim.ema 0.9 "
+    "--log.every_steps 20 --checkpoint.every_steps 500 --eval.every_steps 500"
 )
 
 

@@ -1,6 +1,6 @@
 """Real ranks for tests: processes with their own process group, from a fork server that has torch imported already.
 
-A start costs a fraction of a second instead of seconds; each rank runs `train.__main__.main` as `python -m train` would.
+A start takes a fraction of a second instead of seconds. Each rank runs `train.__main__.main` as `python -m train` does.
 """
 
 import importlib
@@ -21,7 +21,7 @@ _context.set_forkserver_preload(["torch", "torch._dynamo", "accelerate", "train.
 
 
 def _gpus() -> dict[str, str | None]:
-    """What a rank gets explicitly, since the fork server keeps the environment of its start: the GPUs that the test sees."""
+    """Return the test's GPUs as variables for a rank, because the fork server keeps the environment of its start."""
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 

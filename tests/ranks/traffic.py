@@ -1,4 +1,4 @@
-"""A rank of a real gloo group that makes one step and prints what it computed and what it handed to torch.distributed."""
+"""Make one step as a rank of a real gloo group; print what it computed and what it handed to torch.distributed."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The page in a real browser, headless Chromium: nothing on the console, nothing wider than a phone, nothing blank, and dark."""
+"""In headless Chromium the page prints nothing on the console, fits a phone, has nothing blank and can be dark."""
 
 import html
 import json
@@ -17,19 +17,28 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
 PHONE, DESK = 390, 1280
 # A page around the page, which reads what the browser made of it; the page itself may run no script.
-PROBE = """<iframe src="{page}" style="width: {width}px; height: 900px; border: 0" onload="probe(this.contentDocument)"></iframe>
+PROBE = """
+<iframe src="{page}" style="width: {width}px; height: 900px; border: 0" onload="probe(this.contentDocument)"></iframe>
 <pre id="found"></pre><script>
 function probe(page) {{
-  const inside = [...page.querySelectorAll("body *")].filter(each => !each.closest(".scroll > *, svg, details:not([open])"));
-  const wide = inside.filter(each => each.getBoundingClientRect().right > {width} + 0.5).map(each => each.outerHTML.slice(0, 80));
-  const size = name => {{ const box = page.querySelector(name)?.getBoundingClientRect(); return box?.width * box?.height || 0; }};
-  const names = "h1, #figures, #charts svg, .matrix, .bars, .mistakes img, .filters img, #attempts, #config, #environment";
+  const scrolled = ".scroll > *, svg, details:not([open])";
+  const inside = [...page.querySelectorAll("body *")].filter(each => !each.closest(scrolled));
+  const wide = inside.filter(each => each.getBoundingClientRect().right > {width} + 0.5)
+    .map(each => each.outerHTML.slice(0, 80));
+  const size = name => {{
+    const box = page.querySelector(name)?.getBoundingClientRect();
+    return box?.width * box?.height || 0;
+  }};
+  const names = "h1, #figures, #charts svg, .matrix, .bars, .mistakes img, .filters img, #attempts, #config,"
+    + " #environment";
   const images = [...page.images].filter(each => !each.closest("details:not([open])"));
   document.getElementById("found").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth, wide,
     small: names.split(",").filter(name => size(name) < 400),
     scripts: page.scripts.length,
-    broken: images.filter(each => !each.naturalWidth).length, images: images.length, charts: page.querySelectorAll("svg").length,
+    broken: images.filter(each => !each.naturalWidth).length,
+    images: images.length,
+    charts: page.querySelectorAll("svg").length,
   }});
 }}</script>"""
 

@@ -1,9 +1,10 @@
-"""A real Slurm cluster of several nodes on one Linux machine, for tests and for trying out: needs root and Debian's packages
+"""Run a real Slurm cluster of several nodes on one Linux machine. This needs root and Debian's packages:
 
     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins iproute2
 
-Each node and the head has its own network, host name, mounts and processes (Linux namespaces); nothing of the machine itself is
-changed. `python tests/slurm/lab.py DIRECTORY` starts one and opens a shell on its head; the cluster ends with the shell.
+Each node and the head has its own network, host name, mounts and processes (Linux namespaces). The machine itself is
+not changed. `python tests/slurm/lab.py DIRECTORY` starts a cluster and opens a shell on its head. The cluster ends with
+the shell.
 """
 
 import os

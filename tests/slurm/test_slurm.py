@@ -1,5 +1,7 @@
-"""slurm/*.sbatch and `launch slurm` on a real Slurm of several nodes: whatever happens to a job, its run ends with the bits of an
-undisturbed one. Exact mode gives all world sizes the same bits, so one undisturbed run is the reference for every test."""
+"""Jobs of slurm/*.sbatch and `launch slurm` on a real Slurm end with the bits of an undisturbed run, whatever happens.
+
+Exact mode gives all world sizes the same bits, so one undisturbed run is the reference for every test.
+"""
 
 import json
 import os
@@ -33,7 +35,7 @@ if [ "$2" = train ]; then exec {python} {root}/tests/slurm/rank.py "${{@:3}}"; f
 exec {python} "$@"
 """
 
-# What a task of a step would do with the GPUs that Slurm shows it; the lab's are fakes, so torch gets their number from us.
+# Print the GPU that a task would choose. The lab's GPUs are fakes, so this sets the number that torch reports.
 CHOOSE = """
 import os, torch
 from train.config import TrainConfig
@@ -226,7 +228,7 @@ def test_node_dies(cluster: Cluster, undisturbed: str, which: str) -> None:
 
 
 def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
-    """A node is cut off and its rank trains on; the job's next life, elsewhere, takes over, and the old one cannot write."""
+    """A node is cut off and its rank keeps training. The job's next attempt takes over; the old one cannot write."""
     job = cluster.submit("silent", SECONDS_PER_STEP="2")
     wait_for_step(cluster.path("silent"), 3)
     cluster.lab.netdown("node1")

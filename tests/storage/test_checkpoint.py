@@ -94,7 +94,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     **{f"no {name}": (name, remove(name)) for name in FILES},
     "empty model": ("model.safetensors", edit("model.safetensors", lambda content: b"")),
     "longer model": ("model.safetensors", edit("model.safetensors", lambda content: content + b"\0")),
-    "other step's model": ("model.safetensors", edit("model.safetensors", lambda _: encode(state(9))["model.safetensors"])),
+    "other step's model": (
+        "model.safetensors",
+        edit("model.safetensors", lambda _: encode(state(9))["model.safetensors"]),
+    ),
     "directory for a file": ("ema.safetensors", replace_by_directory("ema.safetensors")),
     "no manifest": ("manifest.json", remove("manifest.json")),
     "empty manifest": ("", edit("manifest.json", lambda content: b"")),
@@ -110,18 +113,30 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "sums are a list": ("", manifest(lambda parsed: parsed.update(sha256=["model.safetensors"]))),
     "sums are empty": ("state.json", manifest(lambda parsed: parsed.update(sha256={}))),
     "sum is null": ("model.safetensors", manifest(lambda parsed: parsed["sha256"].update({"model.safetensors": None}))),
-    "sum is a number": ("model.safetensors", manifest(lambda parsed: parsed["sha256"].update({"model.safetensors": 3}))),
-    "sum of another file": ("ema.safetensors", manifest(lambda parsed: parsed["sha256"].update({"ema.safetensors": "0" * 64}))),
-    "unlisted model": ("model.safetensors", manifest(lambda parsed: parsed["sha256"].pop("model.safetensors") and None)),
+    "sum is a number": (
+        "model.safetensors",
+        manifest(lambda parsed: parsed["sha256"].update({"model.safetensors": 3})),
+    ),
+    "sum of another file": (
+        "ema.safetensors",
+        manifest(lambda parsed: parsed["sha256"].update({"ema.safetensors": "0" * 64})),
+    ),
+    "unlisted model": (
+        "model.safetensors",
+        manifest(lambda parsed: parsed["sha256"].pop("model.safetensors") and None),
+    ),
     "listed file is not there": ("extra", manifest(lambda parsed: parsed["sha256"].update(extra="0" * 64))),
-    "file outside": ("state.json", manifest(lambda p: p["sha256"].update({"../state.json": p["sha256"].pop("state.json")}))),
+    "file outside": (
+        "state.json",
+        manifest(lambda parsed: parsed["sha256"].update({"../state.json": parsed["sha256"].pop("state.json")})),
+    ),
     "name with NUL": ("", manifest(lambda parsed: parsed["sha256"].update({"a\0b": "0" * 64}))),
     "state is no JSON": ("", with_checksum("state.json", b"{")),
     "state is a list": ("", with_checksum("state.json", b"[]")),
     "state without step": ("step", with_checksum("state.json", b"{}")),
     "model is no safetensors": ("SafetensorError", with_checksum("model.safetensors", b"garbage")),
     "model of zeros": ("SafetensorError", with_checksum("model.safetensors", bytes(100))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGES)

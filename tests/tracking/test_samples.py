@@ -1,4 +1,4 @@
-"""What a run leaves to be shown: the mistakes of the evaluation that counts, the most confident first, and the first filters."""
+"""A run's samples are the first filters and the mistakes of the evaluation that counts, the most confident first."""
 
 import json
 from pathlib import Path

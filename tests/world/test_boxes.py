@@ -1,4 +1,4 @@
-"""The launcher's commands on boxes with none, one, two and eight GPUs, which are mocked; and that no GPU disturbs the tests."""
+"""The launcher's commands work with none, one, two and eight GPUs (mocked), and no GPU disturbs the tests."""
 
 import json
 import os

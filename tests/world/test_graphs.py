@@ -1,4 +1,4 @@
-"""The device's work in a step: the same in every step, waiting for nothing, on one device; and CUDA graphs made of it."""
+"""Every step does the same work on one device and waits for nothing, so that CUDA graphs can record it."""
 
 import dataclasses
 from pathlib import Path
@@ -51,7 +51,7 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("mode", MODES)
 def test_device_work_is_the_same_in_every_step_and_waits_for_nothing(world: World, name: str, mode: str) -> None:
-    """A graph repeats each operation with the arguments of the step that was recorded: none may hold a number of that step."""
+    """A graph repeats each operation with the arguments of the recorded step, so none may depend on that step."""
     run = opened(world, f"{ALL} {mode} --optim.name {name}")
     run.plan.tables.keep_lr_on_device(run.state.optimizer)  # as on a GPU
     seen: list[list[tuple[Any, ...]]] = []
@@ -76,7 +76,7 @@ def test_device_work_is_the_same_in_every_step_and_waits_for_nothing(world: Worl
 def test_replayed_steps_are_the_ordinary_ones(
     world: World, monkeypatch: pytest.MonkeyPatch, name: str, mode: str
 ) -> None:
-    """A replay gets nothing from the host. Here it computes the recorded step; whatever differs must come from the tables."""
+    """A replay gets nothing from the host and computes the recorded step. What differs must come from the tables."""
     flags = f"{ALL} {mode} --optim.name {name} --train.epochs 2"
     ordinary, replayed = opened(world, flags), opened(world, flags)
     for run in (ordinary, replayed):
