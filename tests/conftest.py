@@ -1,4 +1,4 @@
-"""What the in-process tests share: a quiet environment, a cache of their own, and a world of one process."""
+"""Give in-process tests a quiet environment, a cache of their own and a world of one process."""
 
 import os
 import subprocess
@@ -32,14 +32,14 @@ LAUNCHER_VARIABLES = (
     "SLURM_RESTART_COUNT",
     "ACCELERATE_MIXED_PRECISION",
 )
-# The caller's MNIST directory and GPUs, for the tests that are marked so; all others must not depend on them.
+# The caller's MNIST directory and GPUs, for marked tests. All others must not depend on them.
 MNIST_ROOT = os.environ.get("MNIST_ROOT")
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else the first question for GPUs fixes the answer for this process
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise torch keeps its first count of GPUs for this process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one worker, where they share their fixtures, and so all tests that start Slurm."""
+    """Keep the tests of a file in one worker, where they share fixtures. All tests that start Slurm share one, too."""
     for item in items:
         is_slurm = item.path.parent.name == "slurm"
         item.add_marker(pytest.mark.xdist_group("slurm" if is_slurm else item.path.name))
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """W&B off, the data cache in a temporary directory, no GPU and no launcher's variables, for the whole session."""
+    """Set up the session: W&B off, the data cache in a temporary directory, no GPU and no launcher's variables."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -69,7 +69,7 @@ def gpus_of_marked_tests(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    """A world of one process on the CPU."""
+    """Open a world of one process on the CPU."""
     opened = World.open(TrainConfig(device="cpu"))
     yield opened
     opened.close()
@@ -90,7 +90,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture
 def mnist_root() -> Path:
-    """The caller's directory with the original MNIST files; skips without one."""
+    """Return the caller's directory with the original MNIST files; skip the test without one."""
     if not MNIST_ROOT:
         pytest.skip("MNIST_ROOT is not set: the original MNIST files are needed")
     return Path(MNIST_ROOT)
@@ -98,7 +98,7 @@ def mnist_root() -> Path:
 
 @pytest.fixture
 def server() -> Iterator["Server"]:
-    """A local W&B server that gets nothing wrong."""
+    """Start a local W&B server; fail if it recorded a fault."""
     from wandb_server import Server
 
     with Server() as running:
@@ -108,7 +108,7 @@ def server() -> Iterator["Server"]:
 
 @pytest.fixture
 def env(tmp_path: Path, server: "Server") -> dict[str, str]:
-    """The environment of a person with a key and a server, and with a home directory of their own."""
+    """Return the environment of a user with a key, a server and a home directory of their own."""
     from wandb_server import KEY
 
     (tmp_path / "home").mkdir()
@@ -116,7 +116,7 @@ def env(tmp_path: Path, server: "Server") -> dict[str, str]:
 
 
 def small_state(step: int = 10) -> "Snapshot":
-    """A small state whose tensors depend on its step."""
+    """Return a small state whose tensors depend on its step."""
     import torch
 
     from train.storage.checkpoint import SCHEMA, Snapshot
@@ -158,7 +158,7 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture(scope="session")
 def exported(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The run of the fixture, exported to each format."""
+    """Export the run of `digits_run` to each format."""
     from launch.__main__ import main
     from launch.deploy import formats
 

@@ -47,12 +47,12 @@ WAIT_SECONDS = 120
 
 
 def world_size(way: str) -> int:
-    """How many ranks a way of starting has here."""
+    """Return the number of ranks for a way of starting."""
     return 1 if way == "one process" else 2
 
 
 class Training:
-    """A training that can be started again: ranks of the fork server, or a launcher that starts them again itself."""
+    """A training that can be started again: ranks of the fork server, or a launcher that restarts them itself."""
 
     def __init__(self, way: str, run: Path, steps: int) -> None:
         self.way, self.run, self.logs = way, run, run.parent / f"{run.name}-logs"
@@ -81,7 +81,7 @@ class Training:
             self.launcher = subprocess.Popen(line, env=environment, stdout=log, stderr=log, cwd=ROOT)
 
     def records(self) -> list[Record]:
-        """Where the living ranks are, as they say themselves."""
+        """Return where the running ranks are, from their own records."""
         found = []
         for rank in range(world_size(self.way)):
             with suppress(OSError, ValueError, LookupError):
@@ -91,14 +91,14 @@ class Training:
         return found
 
     def is_over(self) -> bool:
-        """Whether nothing runs any more."""
+        """Return whether all processes have ended."""
         if self.launcher:
             return self.launcher.poll() is not None
         assert self.ranks
         return not any(process.is_alive() for process in self.ranks.processes)
 
     def wait(self) -> None:
-        """Wait until nothing runs; whatever is left then is killed."""
+        """Wait until all processes have ended; kill those that have not."""
         if self.launcher:
             try:
                 self.launcher.wait(WAIT_SECONDS * 5)
@@ -108,11 +108,11 @@ class Training:
             self.ranks.wait(WAIT_SECONDS)
 
     def output(self) -> str:
-        """What its processes printed, the end of it."""
+        """Return the end of what its processes printed."""
         return "".join(path.read_text()[-3000:] for path in sorted(self.logs.glob("*.log")))
 
     def pids(self) -> set[int]:
-        """The processes that train this run: by their command line, or those of the fork server."""
+        """Return the processes that train this run: by their command line, or those of the fork server."""
         if self.ranks:
             return {process.pid for process in self.ranks.processes if process.is_alive() and process.pid}
         name = self.run.name.encode()
@@ -127,12 +127,12 @@ class Training:
 
 
 def last_step(run: Path) -> int:
-    """The last step that a run has logged."""
+    """Return the last step that a run has logged."""
     return max((row["step"] for row in rows(run, "train")), default=0)
 
 
 def reach(training: Training, moment: str, rng: random.Random, killed: set[int]) -> list[Record]:
-    """Wait for a moment of a life; return where its ranks are, or nothing if it ended before."""
+    """Wait for a moment of an attempt; return where its ranks are, or nothing if it ended before."""
     step = last_step(training.run) + rng.randint(1, 40)
     pause = rng.uniform(0, 0.03) if moment != "any" else rng.uniform(0, 0.5)
     deadline = time.monotonic() + WAIT_SECONDS
@@ -216,7 +216,7 @@ def examine(training: Training, expected: dict[str, Any], steps: int) -> dict[st
 
 
 def kills(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """The kill campaign."""
+    """Run the kill campaign."""
     rng, done, totals, per_kill = random.Random(options.seed), Counter[str](), Counter[str](), []
     expected: dict[str, dict[str, Any]] = {}
     for way in options.ways or SHARES:
@@ -241,7 +241,7 @@ def kills(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def kills_table(result: dict[str, Any]) -> str:
-    """One line per way and moment, and the totals."""
+    """Return one line per way and moment, and the totals."""
     groups = defaultdict(list)
     for row in result["kills"]:
         groups[row["way"], row["moment"]].append(row)
@@ -265,7 +265,7 @@ def kills_table(result: dict[str, Any]) -> str:
 
 
 def elastic(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Workers and agents of torchrun killed."""
+    """Kill workers and agents of torchrun."""
     rng = random.Random(options.seed)
     found, number = [], 0
     while len(found) < options.kills:
@@ -292,7 +292,7 @@ def elastic(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def elastic_table(result: dict[str, Any]) -> str:
-    """Two sentences."""
+    """Return the outcome in two sentences."""
     seconds, ends = [row["seconds"] for row in result["kills"]], [row["seconds"] for row in result["agents"]]
     lines = [f"{sum(s <= 10 for s in seconds)} of {len(seconds)} killed workers: training again within 10 s "
              f"(median {statistics.median(seconds):.1f} s, most {max(seconds):.1f} s)"]  # fmt: skip
@@ -304,7 +304,7 @@ def elastic_table(result: dict[str, Any]) -> str:
 
 
 def is_good(what: str, result: dict[str, Any]) -> bool:
-    """Whether a campaign found nothing wrong."""
+    """Return whether a campaign found nothing wrong."""
     if what == "kills":
         wrong = sum(count for name, count in result["totals"].items() if name != "runs")
         return not wrong and all(row["recomputed"] <= EVERY_STEPS for row in result["kills"])

@@ -1,4 +1,4 @@
-"""Made-up runs, for the tests of what reads run directories: their files, their pages, and what a page holds."""
+"""Make up runs and their pages, for tests of programs that read run directories."""
 
 import json
 import re
@@ -83,12 +83,12 @@ def make_rows(
 
 
 def make_evaluation(correct: int = 96, mistakes: dict[tuple[int, int], int] = MISTAKES) -> Evaluation:
-    """An evaluation of 1,000 images, of which 40 are wrong; the mistakes are only those that the page can name."""
+    """Return an evaluation of 1,000 images with 40 wrong. The mistakes are only those that the page can name."""
     return Evaluation(0.96, 0.02, 960, "p" * 64, confusion(correct, mistakes))
 
 
 def make_summary(**changes: Any) -> Summary:
-    """The summary of a run that has finished."""
+    """Return the summary of a finished run."""
     values: dict[str, Any] = {
         "outcome": "finished",
         "step": STEPS,
@@ -150,7 +150,7 @@ def make_run(
 
 
 def make_pages(directory: Path) -> dict[str, Path]:
-    """Three kinds of pages: of one run with everything, of several with seeds, of one whose every text is an attack."""
+    """Make three pages: of a run with everything, of runs with several seeds, and of one whose texts are attacks."""
     one = make_run(directory / "one", make_rows(restarts=(30,)), make_summary(), mistakes=100)
     seeds = [
         make_run(

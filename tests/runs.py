@@ -1,4 +1,4 @@
-"""A run inside this process, one step at a time."""
+"""Train inside this process, one step at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from train.storage.data import Data, load
 
 @dataclass
 class Run:
-    """A plan and a state, and how a step is taken: ordinary, or replayed."""
+    """A plan, a state and a function that makes a step, ordinary or replayed."""
 
     plan: Plan
     state: State
@@ -21,16 +21,16 @@ class Run:
 
     @classmethod
     def open(cls, config: Config, world: Any, source: Data | None = None) -> "Run":
-        """Set up a fresh run on a world that is open."""
+        """Set up a fresh run on an open world."""
         return cls(*set_up(config, world, source or load(config.data, world)))
 
     def steps(self, count: int = 1) -> None:
-        """Take some steps."""
+        """Make some steps."""
         for _ in range(count):
             prepare_step(self.plan, self.state)
             self.take_step(self.plan, self.state)
             self.state.step += 1
 
     def sha256(self) -> str:
-        """The hash of the weights."""
+        """Return the hash of the weights."""
         return checkpoint.tensors_sha256(self.state.module.state_dict())

@@ -17,7 +17,7 @@ FLOW = "[&a [x,x,x,x,x,x,x,x,x], " + ", ".join(
     f"&{name} [{','.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 ) + "]"  # fmt: skip
 
-# content of a config file -> what the one line must say
+# content of a config file -> what the one line must contain
 FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "expected config fields"),
     "spaces": (b"  \n\n", "expected config fields"),
@@ -84,7 +84,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "name leaves the directory": (b"run: {name: ../../etc}\n", "run.name is '../../etc'"),
     "absolute name": (b"run: {name: /etc/x}\n", "run.name is '/etc/x'"),
 }  # fmt: skip
-# flags, {} is a directory with the files made below -> what the one line must say
+# flags, {} is a directory with the files made below -> what the one line must contain
 FLAGS: dict[str, tuple[list[str], str]] = {
     "config missing": (["--config", "{}/absent.yaml"], "absent.yaml does not exist"),
     "config is a directory": (["--config", "{}"], "is not a file"),
@@ -106,7 +106,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "epochs of e": (["--train.epochs", "1e2"], "train.epochs: Expected an int"),
     "epochs too many": (["--train.epochs", "10000000000"], "to 10,000,000."),
     "threads too many": (["--train.num_threads", "100000"], "Use 0 (automatic) to 4,096"),
-    "batch and portions too large": (
+    "batch and micro-batches too large": (
         ["--train.num_micro_batches", "999999999", "--train.global_batch_size", "1000000007"], "to 10,000,000.",
     ),
     "lr overflows": (["--optim.lr", "1e400"], "optim.lr is inf"),
@@ -167,7 +167,7 @@ def test_malformed_config_ends_two_ranks(case: str, place: Path, tmp_path: Path)
     assert words in ranks.output()
 
 
-# The launcher's own words
+# The launcher's own options
 
 LAUNCH = {
     "rum": "Did you mean run?",

@@ -1,4 +1,4 @@
-"""train.config and train.cli: the rules, the command line, and one line for each mistake."""
+"""The config has rules, a command line, and one line for each mistake."""
 
 import ast
 import dataclasses
@@ -87,7 +87,7 @@ PAIRS = [
 
 
 def with_value(path: str, value: Any) -> Config:
-    """A Config whose one field has a value."""
+    """Return a Config with one field set to a value."""
     section, _, name = path.rpartition(".")
     return Config(**{section: SECTIONS[section](**{name: value})}) if section else Config(**{name: value})  # type: ignore
 
@@ -194,7 +194,7 @@ def test_parse_reads_back_what_print_config_wrote(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("text", ["on", "off", "auto", "'on'", "true", "false"])
 def test_graphs_are_switched_on_and_off_by_yaml_too(text: str, tmp_path: Path) -> None:
-    """To YAML on and off are booleans, and the configs of earlier runs hold true or false."""
+    """YAML reads on and off as booleans, and the configs of earlier runs contain true or false."""
     file = tmp_path / "recipe.yaml"
     file.write_text(f"train: {{cuda_graphs: {text}}}\n")
     wanted = {"true": "on", "false": "off"}.get(text, text.strip("'"))
@@ -217,7 +217,7 @@ def test_to_yaml_is_read_back_to_an_equal_config(text: str, tmp_path: Path) -> N
     assert parse(["--config", str(file)]) == config
 
 
-# command line or YAML -> what the one line must say
+# command line or YAML -> what the one line must contain
 FLAG_MISTAKES = [
     (["--optim.lrr", "1"], ["optim.lrr", "optim.lr?"]),
     (["--optim.momentm=1"], ["optim.momentm", "optim.momentum?"]),

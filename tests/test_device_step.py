@@ -40,7 +40,7 @@ EXACT = "--train.exact true --train.num_micro_batches 4"
 
 
 class Seen(TorchDispatchMode):
-    """Counts operations, and those that made a tensor on another device than meta."""
+    """Count operations, and those that made a tensor on another device than meta."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).split(".")[1]
-        # the fused optimizers have no meta kernel: nothing they would return is used
+        # the fused optimizers have no meta kernel, and nothing uses what they would return
         out = None if name.startswith("_fused_") else func(*args, **(kwargs or {}))
         if name not in VIEWS and not str(func).startswith(("profiler.", "prim.")):
             self.kernels[name] += 1
@@ -80,7 +80,7 @@ class MetaWorld:
 
 @contextlib.contextmanager
 def opened(flags: str) -> Iterator[Run]:
-    """A run on the meta device, whose optimizer believes that it has fused kernels there."""
+    """Set up a run on the meta device. Its optimizer accepts fused kernels there."""
     config = parse(f"--data.name random --data.random_examples 1000 --wandb.mode disabled {flags}".split())
 
     def split(num: int) -> data.Split:
@@ -97,7 +97,7 @@ def opened(flags: str) -> Iterator[Run]:
 
 
 def seen_step(run: Run) -> Seen:
-    """Make a step and return what was seen of it; what the host fills the tables with is not part of it."""
+    """Make a step and return its operations, without those of the host that fill the tables."""
     prepare_step(run.plan, run.state)
     with Seen() as seen:
         train_step(run.plan, run.state)
@@ -168,14 +168,14 @@ def test_optimizers_that_graphs_record_are_capturable() -> None:
 
 @pytest.mark.parametrize("mode", ["", EXACT])
 def test_nothing_that_reduces_over_a_gradient_sees_an_odd_address(tmp_path: Any, mode: str) -> None:
-    """CUDA's kernels add up in another order where an address is no multiple of 16, as in DDP's rebuilt buckets."""
+    """CUDA's kernels add in another order if an address is no multiple of 16, as in DDP's rebuilt buckets."""
     flags = f"--data.name digits --model.name cnn --train.device cpu --train.num_threads 1 --wandb.mode disabled {mode}"
     ranks = Ranks(2, flags.split(), tmp_path, "ranks.addresses")
     assert ranks.wait() == [0, 0], ranks.output()
     for log in ranks.logs:
         steps = ast.literal_eval(log.read_text().splitlines()[-1])
         assert [step["odd operations"] for step in steps] == [[]] * 3
-        # Of 8, without align_gradients the norm would see them. In exact mode each gradient has its own allocation.
+        # Of 8, and without align_gradients the norm would get them. In exact mode each gradient has its own allocation.
         assert (steps[-1]["odd in buckets"] >= 5) == (not mode)
         assert steps[-1]["operations"] >= 3
 
@@ -209,7 +209,7 @@ DEVICE_CODE = {  # functions of each module that work on the host
 
 
 def offences(source: str, allowed: set[str]) -> list[str]:
-    """Calls that read a tensor's number on the host, or make a tensor without saying where."""
+    """Return calls that read a tensor's number on the host, or make a tensor without a device."""
     found = []
     for function in (
         node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name not in allowed

@@ -1,4 +1,4 @@
-"""What a person sees or switches on: the progress bar, compilation, silence of other ranks, and what a run writes."""
+"""A user gets a progress bar, silence from other ranks, compilation if wanted, and a complete run directory."""
 
 import gzip
 import json
@@ -138,7 +138,7 @@ def test_quickstart_reaches_99_percent_on_mnist(tmp_path: Path, mnist_root: Path
 
 
 def test_profiled_steps_are_a_trace(tmp_path: Path) -> None:
-    """The steps after A until B of rank 0, no others; it changes no bit; the run may end before B."""
+    """The trace has the steps after A until B of rank 0 and no others. It changes no bit. The run may end before B."""
     plain = train(2, tmp_path / "plain", "--train.max_steps 8")
     traced = train(2, tmp_path / "run", "--train.max_steps 8", "--train.profile_steps 3:5 --log.progress true")
     assert traced["weights_sha256"] == plain["weights_sha256"]

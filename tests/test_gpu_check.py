@@ -1,4 +1,4 @@
-"""tests/gpu/: the dry run of a visit to a GPU, and what becomes of commands that fail, hang or find no time left."""
+"""The dry run of tests/gpu works, and commands that fail, hang or have no time left are handled."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def test_function_is_a_row_too(tmp_path: Path) -> None:
 
 
 def stages(monkeypatch: pytest.MonkeyPatch, work: Any) -> None:
-    """Let check.main run one job, and nothing that needs torch."""
+    """Make check.main run one job, and nothing that needs torch."""
     monkeypatch.setattr(check, "examine", lambda found, options: Machine("cpu", found.work))
     monkeypatch.setattr(check, "waves", lambda machine, parts: [("correct", [Job("only", 30, work)]), ("speed", [])])
     for name in ("XDG_CACHE_HOME", "TMPDIR"):  # main sets them
@@ -200,7 +200,7 @@ def test_ranks_share_the_only_gpu_and_otherwise_have_one_each() -> None:
 
 
 def test_alignment_check_fails_without_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A norm that depends on the address, as CUDA's does, stands in for a GPU."""
+    """A norm that depends on the address, as CUDA's does, replaces a GPU."""
     norm, lab = torch._foreach_norm, Lab("cpu")
 
     def norm_by_address(tensors: list[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
@@ -230,7 +230,7 @@ def test_every_training_of_a_visit_has_flags_that_exist(monkeypatch: pytest.Monk
 
 
 def test_dry_run_on_a_cpu(tmp_path: Path) -> None:
-    """The whole script, as a person starts it."""
+    """This starts the whole script as a user does."""
     environment = {name: value for name, value in os.environ.items() if name not in ("OUT", "MNIST_ROOT")}
     command = ["bash", "tests/gpu/check.sh", "--device", "cpu", "--output", str(tmp_path)]
     done = subprocess.run(

@@ -18,7 +18,7 @@ EVERYTHING = (
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """The newest checkpoint's model."""
+    """Return the newest checkpoint's model."""
     return load_file(max((run / "checkpoints").glob("step-*")) / "model.safetensors")
 
 
@@ -32,7 +32,7 @@ def assert_close(run: Path, other: Path) -> None:
 
 
 def trajectory_of(run: Path) -> list[dict]:
-    """A run's rows without clocks: what must be the same on any path to the end."""
+    """Return a run's rows without clocks: what must be the same on any path to the end."""
     clocks = {"time", "images_per_second", "train_seconds", "seconds_left", "rank_seconds"}
     return [{k: v for k, v in row.items() if k not in clocks} for row in rows(run) if row["event"] in ("train", "eval")]
 
@@ -102,7 +102,7 @@ def test_signal_saves_at_an_agreed_step_and_exits_75(tmp_path: Path, world_size:
     undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
     ranks = Ranks(world_size, arguments(tmp_path / "told", *flags), tmp_path / "told-logs")
     wait_for_step(tmp_path / "told", 20)
-    ranks.signal(number, rank=world_size - 1)  # one rank is told, all leave
+    ranks.signal(number, rank=world_size - 1)  # one rank gets the signal, all leave
     ranks.signal(number, rank=world_size - 1)  # and a second signal changes nothing
     assert set(ranks.wait()) == {75}, ranks.output()
     summary = json.loads((tmp_path / "told" / "summary.json").read_text())
@@ -147,7 +147,7 @@ def test_evaluation_counts_each_example_once(tmp_path: Path, world_size: int, ex
 
 @pytest.mark.parametrize("resume", ["never", "path"])
 def test_restart_goes_on_from_its_own_checkpoints_whatever_run_resume_says(tmp_path: Path, resume: str) -> None:
-    """A launcher starts a rank that died with the same arguments: `never` would refuse them, a path would lead back."""
+    """A launcher restarts a dead rank with the same arguments. `never` would refuse them, a path would lead back."""
     flags = "--train.max_steps 8 --checkpoint.every_steps 2 --checkpoint.keep 9"
     first = train(1, tmp_path / "first", flags)
     path = tmp_path / "first" / "checkpoints" / "step-00000002"

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 # The rooms from the ground up: a module imports from its own room and from those before it.
-# BELOW has the modules of train/ that lie below the rest of it.
+# BELOW has the modules of train/ that are below the rest of it.
 BELOW = {f"train.{stem}": "ground" for stem in ("errors", "config", "cli", "rundir")}
 BELOW |= {"train.state": "state", "train.evaluate": "state"}
 ROOMS = ["ground", "train.functional", "train.world", "train.storage", "train.report", "state"]
@@ -24,7 +24,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(nodes: list[ast.AST]) -> Iterator[str]:
-    """The full names that import statements bind or load: `from train.world import signals` is train.world.signals."""
+    """Yield the full names that imports bind or load: `from train.world import signals` is train.world.signals."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -39,7 +39,7 @@ def every_import(path: Path) -> set[str]:
 
 
 def at_import(path: Path) -> set[str]:
-    """What a module imports when it is imported itself: outside of functions and of `if TYPE_CHECKING`."""
+    """Return what a module imports when it is imported itself: outside of functions and of `if TYPE_CHECKING`."""
 
     def reached(body: list[ast.stmt]) -> Iterator[ast.AST]:
         for node in body:
@@ -55,7 +55,7 @@ def at_import(path: Path) -> set[str]:
 
 
 def loads(names: set[str], package: str) -> set[str]:
-    """Those names that are a package or lie in it."""
+    """Return those names that are a package or are in it."""
     return {name for name in names if name == package or name.startswith(package + ".")}
 
 
@@ -79,7 +79,7 @@ def test_imports_go_one_way_between_rooms(path: Path) -> None:
 
 @pytest.mark.parametrize("room", [path.parent for path in [*TRAIN, *LAUNCH] if path.stem == "__init__"], ids=name_of)
 def test_room_is_small_enough_to_look_around_in(room: Path) -> None:
-    """About a dozen names on a screen."""
+    """About a dozen names fit on a screen."""
     names = [path for path in room.iterdir() if path.name not in ("__init__.py", "__pycache__")]
     assert len(names) <= 15
 
@@ -178,7 +178,7 @@ def test_function_has_at_most_50_lines(path: Path) -> None:
 
 
 def test_no_collective_lacks_its_warning() -> None:
-    """Every method of World that talks to other ranks says so."""
+    """The docstring of every method of World that needs other ranks warns of it."""
     (world,) = (
         node
         for node in ast.parse((ROOT / "train" / "world" / "world.py").read_text()).body

@@ -11,7 +11,7 @@ from ranks.processes import Ranks, arguments, rows, train
 
 from launch.check.selftest import BATCH, NUM_TRAIN, STEPS_PER_EPOCH
 
-# The weights stay as they are: the loss of a step depends on its examples and its random numbers, and on nothing else.
+# The weights do not change: the loss of a step depends only on its examples and its random numbers.
 FROZEN = "--optim.lr 1e-30 --eval.every_steps 1000 --checkpoint.every_steps 1000 --log.every_steps 1"
 ONE_EXAMPLE = f"{FROZEN} --data.validation 1437 --train.max_steps 12"
 TWO_EPOCHS = f"{FROZEN} --train.epochs 2 --train.num_micro_batches 5 --train.global_batch_size {BATCH}"

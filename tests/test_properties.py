@@ -103,13 +103,13 @@ def test_any_config_that_was_written_is_read_back(
     assert parse(["--config", str(file)]) == config
 
 
-# The house
+# The source code
 
 
 def test_nothing_reads_yaml_or_tensors_in_an_unsafe_way() -> None:
     """One safe loader reads all YAML, and nothing evaluates, executes or unpickles (ruff bans the imports).
 
-    torch.distributed's collectives of objects unpickle what another rank, or whoever has got into the group, has sent.
+    torch.distributed's collectives of objects unpickle what any process in the group has sent.
     """
     unsafe = {
         "yaml.load",

@@ -21,7 +21,7 @@ SECRETS = {
 
 
 def run_everything(place: Path, **env: str) -> Path:
-    """Train from a shell without a mask, be preempted, go on, export and report; return the run's directory."""
+    """Train from a shell without a mask, be preempted, resume, export and report; return the run's directory."""
     run = place / "run"
     flags = [*arguments(run, "--train.max_steps 40 --checkpoint.every_steps 10 --log.report true")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(place), "TMPDIR": str(place)} | env
@@ -59,7 +59,7 @@ def test_no_file_of_a_run_holds_a_secret_or_can_be_changed_by_others(tmp_path: P
 
 
 def test_launch_run_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
-    """torch's store listens on all interfaces by default, whatever address its clients are told."""
+    """torch's store listens on all interfaces by default, whatever address its clients use."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "launch", "run", "--nproc", "2", "--", *arguments(run, "--train.epochs 1000")]
     launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,7 +1,7 @@
 """A W&B server for tests: the part of its protocol that init, log, resume, rewind, artifacts and sweeps use.
 
-It keeps what it is sent, per run. After `awake.clear()` it accepts requests but does not answer. After `stop()` it
-refuses connections, and `start()` listens on the same port again with everything it kept. It checks no key.
+It keeps what it gets, per run. After `awake.clear()` it accepts requests but does not answer. After `stop()` it
+refuses connections. `start()` listens on the same port again, with everything it kept. It checks no key.
 """
 
 import json
@@ -29,7 +29,7 @@ class Refused(Exception):
 
 @dataclass
 class ServedRun:
-    """What the server keeps of a run."""
+    """The data that the server keeps of a run."""
 
     fields: dict[str, Any] = field(default_factory=dict)  # the last value of each field of its upserts
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class ServedRun:
         return {name: item["value"] for name, item in json.loads(self.fields["config"]).items()}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The history without wandb's own fields."""
+        """Return the history without wandb's own fields."""
         return [{name: value for name, value in row.items() if not name.startswith("_")} for row in self.history]
 
 

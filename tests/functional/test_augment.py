@@ -1,4 +1,4 @@
-"""Augmentation is a function of the rows' keys, and only normalizes when it is off."""
+"""Augmentation depends only on the rows' keys. When it is off, images are only normalized."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Models: sizes, initial weights from the seed alone, dropout by keys, BatchNorm merged over micro-batches."""
+"""Models have fixed sizes, initial weights from the seed, dropout by keys and BatchNorm merged over micro-batches."""
 
 import random
 

@@ -101,7 +101,7 @@ def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_s
     ranks = Ranks(1, arguments(tmp_path / "stopped", EXACT), tmp_path / "stopped-logs", **broken)
     assert ranks.wait() == [1]
     whole = train(1, tmp_path / "whole", *skip, **broken)
-    for run in ("run", "stopped"):  # neither field is mathematics: the steps before are the same under both
+    for run in ("run", "stopped"):  # neither field decides weights: the steps before are the same under both
         assert train(1, tmp_path / run, *skip, **broken)["weights_sha256"] == whole["weights_sha256"]
 
 
@@ -124,7 +124,7 @@ def skipped_steps(table: list[list[float]], **config: Any) -> list[int]:
 
 
 def test_a_late_look_finds_every_broken_step() -> None:
-    """On a GPU the numbers are looked at where the run waits anyway: several steps at once."""
+    """On a GPU the run checks the numbers of several steps at once, where it waits anyway."""
     table = [[0.0, 1.0, 2.0], [1.0, math.nan, 2.0], [0.0, 1.0, 1.0], [1.0, 1.0, math.inf]]
     assert skipped_steps(table, nonfinite="skip") == [12, 14]
     with pytest.raises(RunError, match="step 12 is not finite: loss nan in micro-batch 0 of 2"):
@@ -137,7 +137,7 @@ def test_a_late_look_finds_every_broken_step() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_update_is_left_out_on_the_device(name: Any) -> None:
-    """`found_inf` makes the fused optimizers leave weights and state as they are, without anybody reading it."""
+    """`found_inf` makes the fused optimizers leave weights and state as they are. The host does not read it."""
     model = torch.nn.Linear(3, 2)
     optimizer = optim.build(OptimConfig(name=name), model)
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ def test_steps_that_the_fp16_scaler_leaves_out_are_not_mistaken_for_it(world: Wo
 
 
 class Said:
-    """Stands for Metrics: remembers lines and rows."""
+    """A replacement for Metrics that keeps lines and rows."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -221,7 +221,7 @@ def test_slow_rank_is_named_once() -> None:
 
 
 def test_seconds_that_are_not_known_yet_slow_no_rank_and_hide_none() -> None:
-    """GPUs tell a step's seconds later, one rank sooner than another; 0 until then."""
+    """The seconds of a step on a GPU are available later, on one rank sooner than on another. Until then they are 0."""
     said = Said()
     watch = Alarms(LogConfig(), said, [])  # type: ignore[arg-type]
     assert watch.ranks(10, [[0.0, 0.0, 0.0]] * 2 + [[0.01, 0.0, 0.0]] * 8) == [0.01, 0.0, 0.0]

@@ -1,4 +1,4 @@
-"""What DDP's buckets change: where gradients lie. And the exact tree with a model that DDP has wrapped."""
+"""Check that results do not depend on where DDP's buckets put gradients, and that the exact tree works under DDP."""
 
 import warnings
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def apart(gradient: Tensor) -> Tensor:
 
 
 def in_bucket(gradient: Tensor) -> Tensor:
-    """Return a gradient 40 bytes into an allocation, as in a bucket behind the 10 biases of the last layer."""
+    """Return a gradient 40 bytes into an allocation, as in a bucket after the 10 biases of the last layer."""
     room = torch.empty(gradient.numel() + 10, dtype=gradient.dtype, device=gradient.device)
     return room.as_strided(gradient.size(), gradient.stride(), 10).copy_(gradient)
 
@@ -51,7 +51,7 @@ def outcome(state: State, gradients: list[Tensor], name: str, place: Callable[[T
 
 
 def alignment(lab: Lab, name: str) -> dict[str, Any]:
-    """Norm, clipping and update have the same bits wherever a gradient lies."""
+    """Check that norm, clipping and update have the same bits wherever a gradient is in memory."""
     with lab.open("--model.name cnn") as (_, state, _):
         gradients = [torch.randn_like(p) for p in state.parameters]
         alone, moved = (outcome(state, gradients, name, place) for place in (apart, in_bucket))
@@ -74,7 +74,7 @@ def alignment_checks(lab: Lab) -> list[Check]:
 
 
 class TwoRanks:
-    """What ExactTree asks of a world: this rank has all leaves, the other one has none."""
+    """A world for ExactTree: this rank has all leaves, and the other one has none."""
 
     rank, world_size = 0, 2
 
@@ -117,7 +117,7 @@ def all_leaves(plan: Plan, state: State, model: nn.Module, reducer: Any) -> list
 
 
 def hook(lab: Lab) -> dict[str, Any]:
-    """The tree behind DDP, with the backend's stream, has the bits of one process."""
+    """Check that the tree under DDP, with the backend's stream, has the bits of one process."""
     store = dist.HashStore()
     dist.init_process_group("nccl" if lab.on_gpu else "gloo", store=store, rank=0, world_size=1)
     try:

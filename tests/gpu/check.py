@@ -30,7 +30,7 @@ QUERY = "name,driver_version,power.limit,memory.total,clocks.max.sm"
 
 
 def cards() -> list[dict[str, str]]:
-    """Return what nvidia-smi prints of each GPU; nothing without one."""
+    """Return what nvidia-smi prints of each GPU; return nothing without a GPU."""
     command = ("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader")
     try:
         printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -40,7 +40,7 @@ def cards() -> list[dict[str, str]]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout, or the one that pack.sh wrote down where there is no git."""
+    """Return the commit of the checkout, or without git the one that pack.sh recorded."""
     command = ("git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*")
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
@@ -50,7 +50,7 @@ def commit() -> str | None:
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the outcome depends on, as far as it is known without torch."""
+    """Return what the outcome depends on, as far as it can be found without torch."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": options.device,
@@ -64,7 +64,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def examine(visit: Visit, options: argparse.Namespace) -> Machine:
-    """Ask torch what this machine has, and look for MNIST; both are rows of the visit."""
+    """Find what this machine has, by torch, and look for MNIST; both are rows of the visit."""
     machine = Machine(options.device, visit.work)
     mnist = Job("mnist", 60, module("launch", "data", "--name", "mnist"))
     if machine.is_dry:

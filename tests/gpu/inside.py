@@ -1,4 +1,4 @@
-"""What the checks inside one process share: flags, short trainings, and a line of JSON per check."""
+"""Flags, short trainings and reports for checks inside one process, which print a line of JSON each."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ Check = tuple[str, Callable[[], dict[str, Any]]]
 
 
 class Lab:
-    """Trainings on one device: on a CPU, in the dry run, of fewer and smaller steps."""
+    """Trainings on one device. On a CPU, in the dry run, they have fewer and smaller steps."""
 
     def __init__(self, device: str) -> None:
         self.device, self.on_gpu = device, device == "cuda"
@@ -38,7 +38,7 @@ class Lab:
         self.flags = f"{BASE} {self.batch} --train.device {device} {'' if self.on_gpu else '--train.num_threads 1'}"
 
     def open(self, flags: str) -> AbstractContextManager[tuple[Plan, State, Callable[[], None]]]:
-        """Set up a run, and what makes its next step; later flags win."""
+        """Set up a run and a function that makes its next step; later flags win."""
         examples = 15 * self.batch + self.batch // 2  # the last batch of an epoch is a short one
         return opened(f"{self.flags} --data.random_examples {examples} {flags}")
 
@@ -68,13 +68,13 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 
 def report(checks: list[Check]) -> int:
-    """Run each check and print what it found; one that raises does not stop the others. Return the exit code."""
+    """Run each check and print what it found, even after one has raised; return the exit code."""
     failed = 0
     for name, work in checks:
         began = time.perf_counter()
         try:
             found = work()
-        except Exception as error:  # whatever is wrong, the rest is wanted
+        except Exception as error:  # the other checks must still run
             found = {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         failed += found["ok"] is False
         print(json.dumps({"check": name, **found, "s": round(time.perf_counter() - began, 2)}), flush=True)

@@ -1,4 +1,4 @@
-"""What a visit does, stage by stage: which commands, on how many ranks, and why some cannot run on this machine."""
+"""Plan a visit stage by stage: its commands, their ranks, and why some cannot run on this machine."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ EVERY = (
 
 @dataclass
 class Machine:
-    """What decides which rows can run."""
+    """The facts about a machine that decide which rows can run."""
 
     device: str
     work: Path
@@ -48,7 +48,7 @@ class Machine:
         return self.device == "cpu"
 
     def spared(self, reason: str) -> str:
-        """Return why a row that a dry run can do without does not run in it, or nothing."""
+        """Return why a dry run leaves a row out, or nothing."""
         return f"not in the dry run: {reason}" if self.is_dry else ""
 
     def needs(self, *packages: str) -> str:
@@ -57,7 +57,7 @@ class Machine:
         return f"needs {' and '.join(absent)}: not installed" if absent else ""
 
     def nccl_env(self) -> dict[str, str]:
-        """Return the variables by which NCCL ranks share the only GPU; none where each rank has its own."""
+        """Return the variables that let NCCL ranks share the only GPU; none where each rank has its own."""
         if self.num_gpus != 1:
             return {}
         env = {
@@ -107,7 +107,7 @@ def accelerate(machine: Machine, name: str, ranks: int, **extra: Any) -> Job:
 
 
 def compare(work: Path, names: Iterable[str]) -> str:
-    """Return a line that says that trainings have the same bits; raise Failed if not."""
+    """Return a line that reports the same bits for all trainings; raise Failed if they differ."""
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         path = work / name / "summary.json"
@@ -131,7 +131,7 @@ def unit(name: str, limit: float, machine: Machine, *groups: str, **extra: Any) 
 
 
 def correct(machine: Machine) -> list[list[Job]]:
-    """Return the checks that time nothing and can run side by side, in waves."""
+    """Return, in waves, the checks that time nothing and can run side by side."""
     no_gpu = "needs a GPU" if machine.is_dry else ""
     no_gloo = f"this machine has {machine.num_gpus} GPUs: NCCL exchanges between them" if machine.num_gpus > 1 else ""
     share = {} if machine.is_dry else {"LOCKSTEP_SHARE_GPU": "gloo"}
@@ -193,9 +193,9 @@ def wait_for(library: str, seconds: float = 60) -> str:
 
 
 def ranks(machine: Machine, *, is_alone: bool) -> list[list[Job]]:
-    """Return the trainings on several ranks over NCCL, in waves of few: on one GPU they take turns.
+    """Return the trainings on several ranks over NCCL, in small waves, because on one GPU they take turns.
 
-    On a CPU only those that show the program's own behaviour, over gloo.
+    On a CPU return only those that show the program's own behaviour, over gloo.
     """
     env, why = machine.nccl_env(), machine.why_no_nccl
     library = partial(wait_for, machine.nccl_library)
@@ -249,7 +249,7 @@ def speed(machine: Machine) -> list[list[Job]]:
 
 
 def waves(machine: Machine, parts: list[str]) -> list[tuple[str, list[Job]]]:
-    """Return the stages that were asked for as (stage, jobs that may run side by side)."""
+    """Return the requested stages as (stage, jobs that may run side by side)."""
     made = {
         "correct": lambda: correct(machine),
         "speed": lambda: speed(machine),

@@ -1,6 +1,7 @@
-"""`python -m gpu.speed [--device cpu]`: microseconds per step, of the whole, of the host and of the GPU's kernels.
+"""Measure the microseconds per step: in total, of the host and of the GPU's kernels.
 
-Nothing else may run on the GPU. On a CPU a few steps of two cases, to see that it runs.
+Usage: `python -m gpu.speed [--device cpu]`. Nothing else may run on the GPU. On a CPU it makes a few steps of two cases
+to show that it works.
 """
 
 import sys
@@ -55,7 +56,7 @@ def timed(lab: Lab, step: Callable[[], object]) -> dict[str, Any]:
 
 
 def speed(lab: Lab, flags: str, *, is_bare: bool = False) -> dict[str, Any]:
-    """Time the program's step, or the bare loop's."""
+    """Time a step of the program, or of the bare loop."""
     began = time.perf_counter()
     with lab.open(f"--data.random_examples {EXAMPLES if lab.on_gpu else 2000} {flags}") as (plan, _, own_step):
         step = bare_step(plan.config, plan.data) if is_bare else own_step
@@ -66,7 +67,7 @@ def speed(lab: Lab, flags: str, *, is_bare: bool = False) -> dict[str, Any]:
 
 
 def cases(lab: Lab) -> list[Check]:
-    """Return what is timed, the most wanted first."""
+    """Return what is timed, the most important first."""
     on, off = "--train.cuda_graphs on", "--train.cuda_graphs off"
     if not lab.on_gpu:
         return [("bare", partial(speed, lab, CNN, is_bare=True)), ("fast ordinary", partial(speed, lab, FAST))]

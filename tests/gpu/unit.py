@@ -1,4 +1,4 @@
-"""`python -m gpu.unit [--device cpu] GROUP ...`: what the program does on one GPU, looked at in one process.
+"""Check what the program does on one GPU, in one process: `python -m gpu.unit [--device cpu] GROUP ...`.
 
 Nothing here needs a second GPU or a data set.
 """
@@ -30,19 +30,19 @@ MAX_DIFFERENCE = 2e-4  # of a loss or gradient norm in fp32, relative, between a
 
 
 def loaded_nccl() -> tuple[int, int, int]:
-    """Return the version of the loaded NCCL; `torch.cuda.nccl.version()` is the one that torch was compiled with."""
+    """Return the version of the loaded NCCL. `torch.cuda.nccl.version()` is the one that torch was compiled with."""
     number = ctypes.c_int()
     ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
     return number.value // 10000, number.value // 100 % 100, number.value % 100
 
 
 def nccl_version() -> str:
-    """Return the version of the NCCL that is loaded."""
+    """Report the version of the loaded NCCL."""
     return ".".join(map(str, loaded_nccl()))
 
 
 def facts(lab: Lab, packages: list[str]) -> dict[str, Any]:
-    """Versions, GPUs, and which packages are missing."""
+    """Report versions, GPUs and missing packages."""
     versions = {"torch": torch.__version__, "accelerate": importlib.metadata.version("accelerate")}
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if not lab.on_gpu:
@@ -58,12 +58,12 @@ def facts(lab: Lab, packages: list[str]) -> dict[str, Any]:
 
 
 def sharing_nccl() -> dict[str, Any]:
-    """The NCCL that is loaded lets several ranks share a GPU, or each rank has its own."""
+    """Check that the loaded NCCL lets several ranks share a GPU, or that each rank has its own."""
     return {"ok": torch.cuda.device_count() > 1 or loaded_nccl() >= (2, 30), "nccl": nccl_version()}
 
 
 def mode(lab: Lab, flags: str, *, exact: bool) -> dict[str, Any]:
-    """It runs and the numbers are finite; in exact mode a second run has the same bits."""
+    """Check that a mode runs with finite numbers, and in exact mode that a second run has the same bits."""
     steps = 6 if lab.on_gpu else 2
     flags = f"{flags} --train.num_micro_batches {4 if exact else 2} --train.exact {str(exact).lower()}"
     first = lab.train(flags, steps)
@@ -75,7 +75,7 @@ def mode(lab: Lab, flags: str, *, exact: bool) -> dict[str, Any]:
 
 
 def modes(lab: Lab, name: str) -> list[Check]:
-    """Return the checks of one model: every precision, exact and fast; of tiny_bn also everything at once."""
+    """Return the checks of one model: every precision, exact and fast. tiny_bn also has one with everything on."""
     checks: list[Check] = []
     for precision in PRECISIONS if lab.on_gpu else ("bf16", "fp32"):
         for exact in (True, False):
@@ -91,7 +91,7 @@ def modes(lab: Lab, name: str) -> list[Check]:
 
 
 def parity(lab: Lab, flags: str) -> dict[str, Any]:
-    """The GPU computes in fp32 what the CPU computes, to round-off.
+    """Check that the GPU computes in fp32 what the CPU computes, to round-off.
 
     With seed 0 the pooling of `cnn` has a tie that round-off breaks. In another memory layout even a CPU differs
     from itself by 1.5e-3.
@@ -103,7 +103,7 @@ def parity(lab: Lab, flags: str) -> dict[str, Any]:
 
 
 def graphs(lab: Lab, flags: str) -> dict[str, Any]:
-    """Graphs have the bits of ordinary steps, across an epoch's short batch and into the next epoch."""
+    """Check that graphs have the bits of ordinary steps, across an epoch's short batch and into the next epoch."""
     flags += " --train.exact true --train.num_micro_batches 2 --train.cuda_graphs"
     config = parse(f"{lab.flags} {flags} on".split())
     world = World.open(config.train)
@@ -122,7 +122,7 @@ def graphs(lab: Lab, flags: str) -> dict[str, Any]:
 
 
 def waits(lab: Lab, flags: str) -> dict[str, Any]:
-    """A step never waits for the GPU, at the end of an epoch neither: torch raises where one would."""
+    """Check that no step waits for the GPU, even at the end of an epoch. torch raises where one would."""
     with lab.open(flags) as (_, _, make_step):
         for _ in range(5):
             make_step()
@@ -165,7 +165,7 @@ def groups(lab: Lab, packages: list[str]) -> dict[str, Callable[[], list[Check]]
 
 
 def main(argv: list[str]) -> int:
-    """Run the groups; what follows the group `facts` are packages to look for."""
+    """Run the groups. Arguments after the group `facts` are packages to look for."""
     asked = options(argv)
     lab, names = Lab(asked.device), asked.groups
     packages = names[1:] if names[0] == "facts" else []

@@ -1,4 +1,4 @@
-"""Run commands, each with a limit and all with one deadline, and keep what came of them in one receipt."""
+"""Run commands, each with a time limit and all with one deadline, and keep their outcomes in one receipt."""
 
 import contextlib
 import functools
@@ -24,11 +24,11 @@ NO_TIME = "no time left"
 
 
 class CannotRun(Exception):
-    """A check that needs what is not there; the message says what."""
+    """A check needs something that is missing. The message names it."""
 
 
 class Failed(Exception):
-    """A check that does not hold; the message says why."""
+    """A check does not hold. The message gives the reason."""
 
 
 @dataclass
@@ -40,12 +40,12 @@ class Job:
     work: list[str] | Callable[[], str]
     env: dict[str, str] = field(default_factory=dict)
     why_not: str = ""  # why it cannot run on this machine
-    after: str = ""  # the job without which it makes no sense
+    after: str = ""  # the job that must succeed first
 
 
 @dataclass
 class Row:
-    """What came of a job."""
+    """The outcome of a job."""
 
     name: str
     stage: str
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class Started:
-    """A command that runs."""
+    """A running command."""
 
     process: subprocess.Popen
     row: Row
@@ -87,7 +87,7 @@ def read_log(path: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 class Visit:
-    """Rows in their order, and the files that the visit leaves in `output`."""
+    """The rows of a visit in their order, and its files in `output`."""
 
     def __init__(self, output: Path, work: Path, seconds: float, facts: dict[str, Any] | None = None) -> None:
         self.output, self.work, self.logs = output, work, work / "logs"
@@ -100,7 +100,7 @@ class Visit:
         self.write()
 
     def plan(self, stage: str, jobs: list[Job]) -> list[tuple[Job, Row]]:
-        """Enter a row per job, so that the receipt also names those that are not reached."""
+        """Add a row per job, so that the receipt also names jobs that are never reached."""
         planned = []
         for job in jobs:
             command = shlex.join(job.work) if isinstance(job.work, list) else ""
@@ -112,7 +112,7 @@ class Visit:
         return planned
 
     def run(self, planned: list[tuple[Job, Row]], at_once: int = 1) -> None:
-        """Run jobs side by side, at most `at_once`; return when none runs any more."""
+        """Run jobs side by side, at most `at_once`; return when all have ended."""
         waiting = [(job, row) for job, row in planned if not job.why_not]
         running: list[Started] = []
         try:
@@ -152,7 +152,7 @@ class Visit:
         return Started(process, row, path, now, min(now + job.limit, self.end))
 
     def _has_ended(self, started: Started) -> bool:
-        """Stop a command that is over its limit; once it has ended, fill in its row."""
+        """Stop a command that is over its limit. Once it has ended, fill in its row."""
         code, now, row = started.process.poll(), time.monotonic(), started.row
         if code is None:
             if now < started.stop_at:
@@ -162,7 +162,7 @@ class Visit:
                 started.signal(signal.SIGTERM)
             if now < min(started.stopped_at + GRACE_SECONDS, self.end):
                 return False
-        started.signal(signal.SIGKILL)  # also what a command that ended has left behind
+        started.signal(signal.SIGKILL)  # also processes that an ended command has left behind
         started.process.wait()
         last, row.checks = read_log(started.log)
         row.seconds = round(now - started.began, 1)
@@ -191,7 +191,7 @@ class Visit:
         return [row for row in self.rows if row.outcome == "FAIL"]
 
     def write(self, outcome: str = "interrupted") -> None:
-        """Write the receipt as it is now; `outcome` says whether the visit has ended."""
+        """Write the receipt as it is now. `outcome` is the state of the visit."""
         counts = {
             name: sum(row.outcome == mark for row in self.rows) for name, mark in (("ok", "ok"), ("failed", "FAIL"))
         }
@@ -221,7 +221,7 @@ BRIEF = [
 
 
 def trainings(work: Path) -> list[dict[str, Any]]:
-    """Return the summary of each training in `work`, in brief."""
+    """Return a short summary of each training in `work`."""
     found = []
     for path in sorted(work.glob("*/summary.json")):
         with contextlib.suppress(ValueError):
@@ -234,7 +234,7 @@ def trainings(work: Path) -> list[dict[str, Any]]:
 
 
 def table(receipt: dict[str, Any]) -> str:
-    """Return the receipt as a person reads it: rows, checks that failed or could not run, speeds, trainings."""
+    """Return the receipt as text: rows, checks that failed or could not run, speeds, trainings."""
     lines = []
     for row in receipt["rows"]:
         lines.append(f"{row['name']:16} {row['outcome']:4} {row['seconds']:6.1f} s  {row['note'][:110]}")

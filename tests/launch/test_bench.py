@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, its tables and its command line, and that each measure measures. No figure is judged."""
+"""The benchmark's arithmetic, tables and command line work, and each measure measures. No figure is judged."""
 
 import functools
 import json

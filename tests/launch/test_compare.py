@@ -25,7 +25,7 @@ SHORT = "--train.max_steps 30 --log.every_steps 7 --checkpoint.every_steps 5 --e
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same exact run on 1 and on 2 processes, one with another seed and one with another rate, and a fast one."""
+    """Make the same exact run on 1 and 2 processes, one with another seed, one with another rate, and a fast one."""
     directory = tmp_path_factory.mktemp("runs")
     train(1, directory / "one", EXACT, SHORT)
     train(2, directory / "two", EXACT, SHORT, "--log.every_steps 4 --checkpoint.every_steps 10")

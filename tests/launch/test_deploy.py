@@ -26,7 +26,7 @@ KINDS = list(SUFFIXES)
 
 @pytest.fixture
 def copies(exported: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
-    """Exported files that a test may damage."""
+    """Return exported files that a test may damage."""
     return {kind: Path(shutil.copy(path, tmp_path)) for kind, path in exported.items()}
 
 
@@ -46,7 +46,7 @@ def test_file_gives_the_checkpoints_logits(kind: str, exported: dict[str, Path],
 
 
 def test_files_are_read_by_others_with_what_they_say_of_themselves(exported: dict[str, Path], digits_run: Path) -> None:
-    """What the cards tell people to do, without this project's code."""
+    """This follows the cards' instructions, which need no code of this project."""
     with safetensors.safe_open(exported["safetensors"], "pt") as file:
         facts = file.metadata()
     images = images_of_the_test_split()
@@ -86,7 +86,7 @@ def test_writing_and_reading_never_unpickles(
 
 
 def metadata(**changes: str | None) -> Callable[[Path], None]:
-    """A damage of a safetensors file's metadata; None removes an entry."""
+    """Return a damage of a safetensors file's metadata. None removes an entry."""
 
     def damage(path: Path) -> None:
         with safetensors.safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""Each check of `launch doctor` made to fail on purpose, on this machine as it is; the Slurm ones are in slurm/."""
+"""Make each check of `launch doctor` fail on purpose, on this machine as it is. The Slurm checks are in slurm/."""
 
 import os
 import platform
@@ -175,7 +175,7 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No W&B key anywhere; returns the netrc file that would be read."""
+    """Remove every W&B key; return the netrc file that would be read."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -221,7 +221,7 @@ def test_report_has_one_line_each_and_no_key(
 
 
 def test_command_line_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The real thing: all checks, one line each. A caller's own place, such as srun's, disturbs none."""
+    """All checks print one line each. A caller's own rank variables, such as srun's, disturb none."""
     training = ("--data.name", "digits", "--run.dir", str(tmp_path / "runs"), "--train.device", "cpu")
     command = (sys.executable, "-m", "launch", "doctor", "--", *training)
     env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TMPDIR": str(tmp_path)}

@@ -1,4 +1,4 @@
-"""The doctor's checks of precision and of repeated trainings, made to fail on purpose."""
+"""Make the doctor's checks of precision and of repeated trainings fail on purpose."""
 
 import pytest
 from ranks.processes import Forked
@@ -26,7 +26,7 @@ def test_kernels_that_are_not_deterministic(mutant: str, expected: str, monkeypa
     config = f"{CPU} --train.precision bf16"
     monkeypatch.setattr(selftest, "Ranks", lambda *arguments, **options: Forked(mutant, *arguments, **options))
     finding = look(checks.deterministic, config)
-    assert finding.status == "warn"  # fast mode promises nothing
+    assert finding.status == "warn"  # fast mode guarantees nothing
     finding = look(checks.deterministic, config, "--train.exact true --train.num_micro_batches 2")
     assert finding.status == "fail"
     assert expected in finding.text

@@ -1,4 +1,4 @@
-"""Exported files: one file that says what it is, gives the checkpoint's predictions, and unpickles nothing."""
+"""An exported file describes itself, gives the checkpoint's predictions, and unpickles nothing."""
 
 import json
 import shutil
@@ -28,12 +28,12 @@ def export_to(run: Path, folder: Path, kind: str = "safetensors", *flags: str) -
 
 @pytest.fixture
 def run(digits_run: Path, tmp_path: Path) -> Path:
-    """A copy of the run that a test may damage."""
+    """Return a copy of the run that a test may damage."""
     return shutil.copytree(digits_run, tmp_path / "run")
 
 
 def refusal(argv: list[Any], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """Export what must be refused -> the one line."""
+    """Start an export that must be refused; return the one line."""
     assert main(["export", *map(str, argv)]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -75,7 +75,7 @@ def test_raw_weights_and_another_checkpoint_are_taken_when_asked(digits_run: Pat
 
 
 def change_states(run: Path, change: Callable[[checkpoint.Snapshot], checkpoint.Snapshot]) -> None:
-    """Write all checkpoints of a run anew, each a whole one."""
+    """Write all checkpoints of a run again, each a whole one."""
     for path in checkpoint.directories(run / "checkpoints"):
         state = change(checkpoint.decode(checkpoint.read(path)))
         shutil.rmtree(path)
@@ -142,7 +142,7 @@ def test_file_that_predicts_something_else_is_void(
 
 
 def test_other_numbers_than_the_run_recorded_are_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint that is whole, but of a run that counted otherwise, is exported with both numbers."""
+    """A whole checkpoint whose run recorded another count is exported with both numbers."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [row for row in rows if row["event"] == "eval"]
     correct = evaluations[-1]["correct"]
@@ -157,7 +157,7 @@ def test_other_numbers_than_the_run_recorded_are_reported(run: Path, capsys: pyt
 
 
 def test_run_on_the_fallback_data_is_verified_on_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The config of such a run names the data that were missing."""
+    """The config of such a run names the missing data."""
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("data:\n  name: digits", "data:\n  name: kmnist"))
     assert "kmnist" in refusal([run, "--", "--data.download", "false"], capsys)
@@ -215,7 +215,7 @@ def test_help_imports_neither_torch_nor_numpy(name: str, python: Callable) -> No
 
 
 def test_command_line_exports_and_predicts(digits_run: Path, tmp_path: Path, python: Callable) -> None:
-    """The two programs as a person starts them."""
+    """This starts both programs as a user does."""
     from PIL import Image
 
     Image.fromarray(images_of_the_test_split()[0, 0].numpy()).save(tmp_path / "0.png")

@@ -63,14 +63,14 @@ def launch_run(nproc: int, *options: str) -> tuple[str, ...]:
 
 
 def ranks_of(run: Path) -> list[int]:
-    """Process ids of the ranks that train this run now."""
+    """Return the process ids of the ranks that train this run now."""
     pattern = f"-m train .*--run.dir {re.escape(str(run.parent))} .*--run.name {run.name}( |$)"
     found = subprocess.run(["pgrep", "-f", "--", pattern], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
 
 def children_of(pid: int) -> list[int]:
-    """Process ids of a process's children."""
+    """Return the process ids of a process's children."""
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
@@ -99,7 +99,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of the run on one process."""
+    """Return the losses of the run on one process."""
     run = tmp_path_factory.mktemp("alone") / "run"
     code, output = finish(start(run, sys.executable, "-m", "train", flags="--train.max_steps 20 --log.every_steps 1"))
     assert code == 0, output
@@ -258,7 +258,7 @@ def wait_for_port(port: int) -> None:
 
 
 def agent(port: int, run: Path) -> subprocess.Popen:
-    """A torchrun agent with one worker, as on one of one to two nodes."""
+    """Start a torchrun agent with one worker, as on one of one to two nodes."""
     command = (
         f"{BIN / 'torchrun'} --nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-id elastic --rdzv-backend c10d"
     )

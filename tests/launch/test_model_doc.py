@@ -23,7 +23,7 @@ def table() -> Table:
 
 @pytest.fixture(scope="module")
 def volumes() -> dict[str, torch.Tensor]:
-    """What enters and leaves the layers in the forward pass of one image."""
+    """Return what enters and leaves the layers in the forward pass of one image."""
     model, found = MODELS["cnn"](0.0), {}
     for name, layer in model.named_children():
         layer.register_forward_hook(lambda _, given, out, name=name: found.update({f"{name} in": given[0], name: out}))
@@ -33,12 +33,12 @@ def volumes() -> dict[str, torch.Tensor]:
 
 
 def product(text: str) -> int:
-    """The value of a product such as `(3 x 3 x 24 + 1) x 32`."""
+    """Return the value of a product such as `(3 x 3 x 24 + 1) x 32`."""
     return eval(text.replace("x", "*").replace(",", ""), {})
 
 
 def total(cell: str) -> int:
-    """The number behind a cell's formula, which must give it."""
+    """Return the number after a cell's formula, which must give it."""
     formula, _, number = cell.rpartition(" = ")
     value = int(number.replace(",", "").strip("*"))
     assert not formula or product(formula) == value
@@ -72,7 +72,7 @@ def test_parameters_and_kernels_are_those_of_the_layers(table: Table) -> None:
 
 
 def multiply_adds(name: str) -> int:
-    """As torch counts them: two operations each, without BatchNorm."""
+    """Return the multiply-adds as torch counts them: two operations each, without BatchNorm."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         MODELS[name](0.0).eval()(torch.zeros(1, 1, 28, 28))
     return counter.get_total_flops() // 2
@@ -92,7 +92,7 @@ def test_vgg_has_one_percent_fewer_parameters_and_five_times_the_work() -> None:
 
 
 def test_receptive_fields_are_what_gradients_reach(table: Table) -> None:
-    """The pixels that a number in the middle of a volume has a gradient for, over many random images, are its field."""
+    """The field of a number in the middle of a volume is the pixels that have a gradient over many random images."""
     model = Cnn((4, 8), 16)
     inputs = torch.rand(256, 1, 28, 28, generator=torch.Generator().manual_seed(0), requires_grad=True)
     first = model.conv1(inputs)

@@ -1,4 +1,4 @@
-"""What `launch plan` prints is what a run does: shares, lr, bytes and refusals, compared with real runs."""
+"""`launch plan` prints what a run does: its shares, lr, bytes and refusals are those of real runs."""
 
 import itertools
 import json
@@ -164,7 +164,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cluster_commands_of_the_docs_name_trainings_that_so_many_ranks_can_share() -> None:
-    """Each `launch slurm`, `launch plan` and `sbatch` line of the docs and scripts, with its own ranks and config."""
+    """This checks each `launch slurm`, `launch plan` and `sbatch` line of the docs and scripts."""
     found = 0
     for name in ("README.md", "docs/scaling.md", "slurm/README.md", "slurm/train.sbatch", "slurm/sweep.sbatch"):
         for line in (ROOT / name).read_text().splitlines():

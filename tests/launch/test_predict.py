@@ -1,4 +1,4 @@
-"""launch predict: digits on any paper, in any size, are seen as the training images were; the rest is refused."""
+"""`launch predict` sees digits on any paper and in any size as the training images were, and refuses the rest."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def model(digits_run: Path) -> formats.Deployed:
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[NDArray[np.uint8], torch.Tensor]:
-    """Real handwritten digits that the model has not seen: images [N,28,28], light on black, and labels."""
+    """Return handwritten digits that the model has not seen: images [N,28,28], light on black, and labels."""
     tensors = data.prepare(DataConfig(name="digits"))[0]
     return tensors["t10k_images"][:NUM_EXAMPLES].numpy(), tensors["t10k_labels"][:NUM_EXAMPLES].long()
 
@@ -46,7 +46,7 @@ def digits() -> tuple[NDArray[np.uint8], torch.Tensor]:
 def drawn(
     digit: NDArray[np.uint8], *, factor: int = 4, paper: Any = 255, pen: Any = 0, noise: float = 0, seed: int = 0
 ) -> Image.Image:
-    """A digit upscaled, off the middle of a larger sheet of paper; RGB."""
+    """Draw an upscaled digit off the middle of a larger sheet of paper; RGB."""
     generator = np.random.default_rng([seed, int(digit.sum())])
     side = 28 * factor
     ink = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
@@ -66,7 +66,7 @@ def saved(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def glass(digit: NDArray[np.uint8], pen: int) -> Image.Image:
-    """A digit on a transparent sheet: all colour is the pen's, the shape is in the alpha channel."""
+    """Draw a digit on a transparent sheet: all colour is the pen's, and the shape is in the alpha channel."""
     alpha = drawn(digit, paper=0, pen=255).convert("L")
     found = Image.new("RGBA", alpha.size, (pen, pen, pen, 0))
     found.putalpha(alpha)
@@ -74,12 +74,12 @@ def glass(digit: NDArray[np.uint8], pen: int) -> Image.Image:
 
 
 def deep(digit: NDArray[np.uint8]) -> Image.Image:
-    """16 bit grey, dark on light."""
+    """Draw a digit in 16 bit grey, dark on light."""
     return Image.fromarray(np.asarray(drawn(digit).convert("L")).astype(np.uint16) * 257)
 
 
 def turned(digit: NDArray[np.uint8]) -> bytes:
-    """What a phone held sideways writes: rotated pixels, and EXIF that says so."""
+    """Return the file of a phone held sideways: rotated pixels, and EXIF with the rotation."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by 90 degrees
     return saved(drawn(digit).transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=90)
@@ -180,7 +180,7 @@ def test_other_data_sets_fill_the_frame() -> None:
     assert found.sum() == 255 * 28 * 14
 
 
-# Images that are none: content, and what the one line must say
+# Files that are no images: content, and what the one line must contain
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -256,7 +256,7 @@ def test_any_bytes_are_an_image_or_refused(content: Any) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, digits: tuple) -> Path:
-    """Three good images and what is none."""
+    """Make a folder with three good images and files that are no images."""
     for at, digit in enumerate(digits[0][:3]):
         (tmp_path / f"{at}.png").write_bytes(saved(drawn(digit)))
     (tmp_path / "text.png").write_text("no image")

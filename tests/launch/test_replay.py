@@ -22,7 +22,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run on 2 processes; checkpoints of steps 25 and 30, and the best."""
+    """Make an undisturbed run on 2 processes with the checkpoints of steps 25 and 30, and the best."""
     run = tmp_path_factory.mktemp("made") / "run"
     train(2, run, FLAGS)
     return run
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+    """Return a copy that a test may change."""
     return shutil.copytree(made, tmp_path / "run")
 
 
@@ -80,7 +80,7 @@ def test_damaged_checkpoint_is_named_and_not_used(run: Path) -> None:
 
 
 def test_checkpoint_that_was_signed_again_is_named(run: Path) -> None:
-    """Other weights with a manifest that fits them."""
+    """The checkpoint has other weights and a manifest that fits them."""
     from train.storage import checkpoint
 
     path = run / "checkpoints" / "step-00000025"

@@ -1,4 +1,4 @@
-"""The self-test holds on this machine, and each deliberate bug breaks the law that is there for it."""
+"""All laws of the self-test hold on this machine, and each deliberate bug breaks its law."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ CAUGHT_BY = {
 def judge(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], tuple[int, list[str]]]:
-    """Run the self-test on forked ranks with a mutant -> (exit code, its lines)."""
+    """Run the self-test on forked ranks with a mutant; return (exit code, its lines)."""
     cache = os.environ["XDG_CACHE_HOME"]
     for name in ("XDG_CACHE_HOME", "TMPDIR"):  # the self-test sets them for its process
         monkeypatch.setenv(name, cache)

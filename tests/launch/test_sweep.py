@@ -1,4 +1,4 @@
-"""`launch sweep`, and what `launch slurm` refuses or prints without a cluster (with one: tests/slurm)."""
+"""Test `launch sweep`, and what `launch slurm` refuses or prints without a cluster. tests/slurm has a cluster."""
 
 import os
 import shlex
@@ -94,7 +94,7 @@ def test_refusals_are_one_line(argv: list[str], words: str) -> None:
 
 
 def test_task_beyond_the_last_line_trains_nothing(tmp_path: Path) -> None:
-    """An empty line is a run without overrides; no line is a slip in --array."""
+    """An empty line is a run without overrides. A missing line is a mistake in --array."""
     (tmp_path / "overrides.txt").write_text("--seed 1\n\n--seed 3")
     command = ["bash", "slurm/sweep.sbatch", str(tmp_path / "overrides.txt")]
     env = os.environ | {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_JOB_ID": "1"}

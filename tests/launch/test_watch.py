@@ -27,7 +27,7 @@ NOW = 1e9  # when the made-up rows begin
 
 
 def once(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The single frame that is printed where there is no terminal."""
+    """Return the single frame that is printed without a terminal."""
     assert launch(["watch", str(run)]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
@@ -126,7 +126,7 @@ def test_what_is_no_run_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.Ca
 
 
 class Terminal:
-    """`python -m launch watch RUN` on a terminal; what it draws is collected."""
+    """Run `python -m launch watch RUN` on a terminal and collect what it draws."""
 
     def __init__(self, run: Path) -> None:
         self.drawn, (self.own, its) = "", pty.openpty()
@@ -151,7 +151,7 @@ class Terminal:
             select.select([self.own], [], [])
             try:
                 chunk = os.read(self.own, 65536)
-            except OSError:  # Linux's way to say that nobody holds the other side any more
+            except OSError:  # on Linux: the other side has closed
                 return
             self.drawn += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", chunk.decode(errors="replace"))
 
@@ -166,7 +166,7 @@ class Terminal:
 
 
 def write(run: Path, rows: list[dict], torn: str = "") -> None:
-    """Put a new file in the place of metrics.jsonl, as a resume does."""
+    """Replace metrics.jsonl by a new file, as a resume does."""
     (run / "new").write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
     os.replace(run / "new", run / "metrics.jsonl")
 
@@ -203,5 +203,5 @@ def test_leaving_is_no_failure(tmp_path: Path) -> None:
     terminal = Terminal(run)
     terminal.wait(lambda text: "step 30 of 60" in text)
     os.write(terminal.own, b"\x03")  # Ctrl-C
-    terminal.process.send_signal(2)  # a terminal that is nobody's controlling one sends none
+    terminal.process.send_signal(2)  # this terminal controls no process and sends no signal itself
     assert terminal.process.wait(100) == 0

@@ -36,7 +36,7 @@ def _in_micro_batch(change: Callable[[Any, nn.Module, int, torch.Tensor], torch.
 
 
 def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
-    """Let something happen in the augmentation of update STEP, on one rank."""
+    """Call a function in the augmentation of update STEP, on one rank."""
     own_rows, inner = train.step._own_rows, train.step.augment
     steps = [0]
 
@@ -93,12 +93,12 @@ def hangs_alone() -> None:
 
 
 def deaf() -> None:
-    """Rank 1 is lost in C code that holds the interpreter's lock."""
+    """Rank 1 hangs in C code that holds the interpreter's lock."""
     _in_augment(lambda: ctypes.PyDLL(None).sleep(1000))  # type: ignore[func-returns-value]
 
 
 def leaves() -> None:
-    """Rank 1 ends without a word and without an error."""
+    """Rank 1 ends without output and without an error."""
     _in_augment(lambda: os._exit(0))
 
 
@@ -112,7 +112,7 @@ def fails() -> None:
 
 
 def fails_and_cannot_close() -> None:
-    """The same, and leaving the process group waits for ever, as NCCL does for collectives that others never join."""
+    """As `fails`, but leaving the process group waits for ever, as NCCL does for collectives that others never join."""
     fails()
     torch.distributed.destroy_process_group = lambda *_: time.sleep(1000)
 
@@ -124,7 +124,7 @@ def slow_rank() -> None:
 
 
 def _announced(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that says in a file that it has begun, and then waits for the file to go."""
+    """Wrap a function: it writes a file when it begins, and then waits until the file is removed."""
 
     def waits(*arguments: Any, **options: Any) -> Any:
         marker = Path(os.environ["MARKER"])
@@ -140,35 +140,35 @@ def _announced(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def waits_in_evaluate() -> None:
-    """The first evaluation waits until it is told to go on."""
+    """The first evaluation waits for the test."""
     train.loop.evaluate = _announced(train.loop.evaluate)
 
 
 def waits_in_save() -> None:
-    """The first checkpoint's writing waits until it is told to go on."""
+    """The writing of the first checkpoint waits for the test."""
     checkpoint.write = _announced(checkpoint.write)
 
 
 def waits_in_start() -> None:
-    """The data are loaded only when they are told to."""
+    """The loading of the data waits for the test."""
     train.loop.data.load = _announced(train.loop.data.load)
 
 
 def nobody() -> None:
     """The rank runs as a user who owns nothing."""
-    importlib.import_module("psutil")  # accelerate will; this Python may lie where that user cannot read
+    importlib.import_module("psutil")  # accelerate imports it later, and that user may not be able to read this Python
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
 
 
 def nobody_and_slow() -> None:
-    """The same, with steps that leave time to do something to it."""
+    """As `nobody`, with steps slow enough to disturb it."""
     nobody()
     mutants.slow_steps()
 
 
-# One sleep for each phase, in a function that belongs to it; what was really slept is written down.
+# One sleep for each phase, in a function that belongs to it. The real duration is recorded.
 PLACES: dict[str, tuple[Any, str]] = {
     "data": (Sampler, "rank_examples"),
     "augment": (train.step, "augment"),
@@ -181,7 +181,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 
 
 def sleeps() -> None:
-    """Sleep 40 ms in every call of the function that stands for PHASE, on rank 1 if there is one for `reduce`."""
+    """Sleep 40 ms in every call of the function of PHASE. For `reduce` only rank 1 sleeps, if there is one."""
     phase = os.environ["PHASE"]
     if phase == "reduce" and RANK == 0:
         return  # waits for rank 1, which sleeps in augment
@@ -199,7 +199,7 @@ def sleeps() -> None:
 
 
 def slow_first_call() -> None:
-    """The first batch that is augmented costs three seconds: a library that is loaded and plans."""
+    """The first augmented batch takes three seconds, as when a library loads and plans."""
     inner, calls = train.step.augment, []
 
     def augment(*arguments: Any) -> torch.Tensor:
@@ -226,7 +226,7 @@ def runs_ahead() -> None:
 
 
 def runs_ahead_with_broken_loss() -> None:
-    """The same, and numbers that are not finite."""
+    """As `runs_ahead`, with numbers that are not finite."""
     runs_ahead()
     broken_loss()
 
@@ -249,7 +249,7 @@ def noisy_gradients() -> None:
 
 
 def noisy_bf16() -> None:
-    """Only a kernel for bf16 is noisy, which a check in another precision would not see."""
+    """Only a kernel for bf16 is noisy. A check in another precision would not find it."""
     _in_forward(lambda logits: logits * (1 + os.urandom(1)[0]) if logits.dtype == torch.bfloat16 else logits)
 
 

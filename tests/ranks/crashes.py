@@ -41,7 +41,7 @@ def _save(run: Path, step: int, files: checkpoint.Files) -> None:
 
 
 def _traced(directory: Path, *options: str) -> int | None:
-    """Write a newer checkpoint beside an older one under strace; return the exit code."""
+    """Write a newer checkpoint next to an older one under strace; return the exit code."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     _save(directory, OLDER, checkpoint.encode(small_state(OLDER)))
@@ -63,7 +63,7 @@ def _traced(directory: Path, *options: str) -> int | None:
 
 
 def points(directory: Path) -> list[tuple[str, int]]:
-    """The system calls of an undisturbed writing, as (name, how many of that name so far)."""
+    """Return the system calls of an undisturbed save, as (name, how many of that name so far)."""
     assert _traced(directory) == 0
     count: Counter[str] = Counter()
     found = []
@@ -75,7 +75,7 @@ def points(directory: Path) -> list[tuple[str, int]]:
 
 
 def crash(directory: Path, name: str, number: int) -> str | None:
-    """Kill a writing at a system call; return what is wrong with the disk then, or None."""
+    """Kill a save at a system call; return what is then wrong with the disk, or None."""
     code = _traced(directory, "-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={number}")
     if code != -signal.SIGKILL:
         return f"exit code {code}"
@@ -95,14 +95,14 @@ def crash(directory: Path, name: str, number: int) -> str | None:
 
 
 def campaign(options: object, place: Path) -> dict[str, Any]:
-    """Every system call of a checkpoint's writing."""
+    """Kill a save at each of its system calls."""
     calls = points(place / "run")
     found = {f"{name} {number}": crash(place / "run", name, number) for name, number in calls}
     return {"points": len(calls), "problems": {point: problem for point, problem in found.items() if problem}}
 
 
 def table(result: dict[str, Any]) -> str:
-    """One sentence."""
+    """Return the outcome in one sentence."""
     problems = result["problems"]
     killed = f"killed at {result['points']} system calls of a save"
     return f"{killed}: {len(problems)} left no whole checkpoint {problems or ''}"

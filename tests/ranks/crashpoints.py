@@ -1,7 +1,7 @@
-"""A rank's program that trains as `python -m train` does, and looks at its checkpoints before each file operation.
+"""Train as `python -m train` does, and check the checkpoints before each file operation.
 
 The first argument is the directory of the checkpoints. Before each operation the disk is in a state that a crash would
-leave. There, each checkpoint that has its name must be whole, and once there was one there must always be one.
+leave. Then each checkpoint with a final name must be whole, and once there was one there must always be one.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ REPORT = "crash-points.json"  # next to the checkpoints
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether each file of a checkpoint has the SHA-256 in its manifest; independent of train.storage.checkpoint."""
+    """Return whether each file has the SHA-256 in the manifest, independently of train.storage.checkpoint."""
     try:
         sums: dict[str, str] = json.loads((checkpoint / "manifest.json").read_bytes())["sha256"]
         found = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in sums}
@@ -25,19 +25,19 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 class Watch:
-    """Counts the file operations during a training, and those at which a crash would have cost a checkpoint."""
+    """Count the file operations during a training, and those at which a crash would have lost a checkpoint."""
 
     def __init__(self, checkpoints: Path) -> None:
         self.checkpoints, self.is_looking, self.had_one, self.points = checkpoints, False, False, 0
         self.violations: list[str] = []
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Look at the disk before a file operation (an audit hook, PEP 578)."""
+        """Check the disk before a file operation (an audit hook, PEP 578)."""
         if event not in OPERATIONS or self.is_looking:
             return
         if event == "open" and (arguments[1] in ("r", "rb") or not str(arguments[0]).startswith(str(self.checkpoints))):
             return
-        self.is_looking = True  # looking opens files
+        self.is_looking = True  # the check itself opens files
         whole = {path.name: is_whole(path) for path in self.checkpoints.glob("step-*")}
         problems = [f"{name} is not whole" for name in whole if not whole[name]]
         if self.had_one and True not in whole.values():

@@ -1,4 +1,4 @@
-"""A long run, measured on the way: whether memory, descriptors, threads, step time and disk stay as they are."""
+"""Measure whether memory, descriptors, threads, step time and disk stay constant during a long run."""
 
 import argparse
 import itertools
@@ -18,7 +18,7 @@ FLAGS = (
 
 
 def measure(pid: int, run: Path) -> dict[str, float]:
-    """Resident memory, descriptors and threads of a process, and the size of its run."""
+    """Return the resident memory, descriptors and threads of a process, and the size of its run."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     files = [path.stat().st_size for path in run.rglob("*") if path.is_file()]
     return {
@@ -31,7 +31,7 @@ def measure(pid: int, run: Path) -> dict[str, float]:
 
 
 def campaign(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Many steps, measured on the way; slopes are per 10,000 steps, over all but the first tenth."""
+    """Make many steps and measure slopes per 10,000 steps, over all but the first tenth."""
     run = place / "long"
     ranks = Ranks(2, arguments(run, FLAGS, f"--train.max_steps {options.steps}"), place / "logs")
     samples: dict[int, list[dict[str, float]]] = defaultdict(list)
@@ -60,7 +60,7 @@ def campaign(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One line per quantity."""
+    """Return one line per quantity."""
     lines = [
         f"{result['steps']:,} steps on 2 ranks, exit codes {result['codes']}",
         "",

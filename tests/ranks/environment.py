@@ -1,4 +1,4 @@
-"""A rank's program that prints the environment variables that it is asked for, as JSON."""
+"""Print as JSON the environment variables whose names are the arguments."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""Deliberate bugs, put into a rank before it trains: what the checks of a run must catch.
+"""Deliberate bugs that the checks of a run must catch. A rank gets one before it trains.
 
-Each imitates a bug that trainers in use have or had; the docstring says which.
+Each imitates a bug that trainers in use have or had. Its docstring names them.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ def dropped_tail() -> None:
 
 
 def doubled_example_without_ledger() -> None:
-    """As doubled_example, in a trainer that keeps no ledger: nobody counts."""
+    """As doubled_example, in a trainer that keeps no coverage checksum."""
     doubled_example()
 
     def close_epoch(plan: Plan, state: State) -> None:
@@ -88,7 +88,7 @@ def not_reshuffled() -> None:
 
 
 def constant_dropout() -> None:
-    """Dropout's mask is the same in every step: a generator seeded anew in each forward."""
+    """Dropout's mask is the same in every step: a generator seeded again in each forward."""
     uniform = rng.uniform
 
     def constant(keys: Tensor, num: int, salt: int = 0) -> Tensor:
@@ -108,7 +108,7 @@ def constant_augmentation() -> None:
 
 
 def global_stream_dropout() -> None:
-    """Dropout draws from the process's stream, which a resume starts anew (every trainer that saves no RNG state)."""
+    """Dropout draws from the process's stream, which a resume restarts (every trainer that saves no RNG state)."""
 
     def forward(self: Dropout, features: Tensor, keys: Tensor | None) -> Tensor:
         return features if keys is None else F.dropout(features, self.probability)
@@ -126,7 +126,7 @@ def augmentation_by_local_row() -> None:
 
 
 def plain_allreduce() -> None:
-    """Exact mode is asked for and DDP's all-reduce runs: the flag does not arrive."""
+    """Exact mode is requested, but DDP's all-reduce runs: the flag is lost on the way."""
     train.state.ExactTree = lambda model, world, num_leaves, owners: Allreduce(model, world)  # type: ignore
 
 
@@ -227,7 +227,7 @@ def ema_not_restored() -> None:
 
 
 def momentum_not_restored() -> None:
-    """The optimizer starts anew: only the model was saved (the usual tutorial)."""
+    """The optimizer restarts without state: only the model was saved (the usual tutorial)."""
     checkpoint.restore_optimizer = lambda optimizer, model, tensors: None
 
 
@@ -255,12 +255,12 @@ def oldest_checkpoint() -> None:
 
 
 def damage_not_noticed() -> None:
-    """A checkpoint is loaded as it lies on the disk: there are no checksums (torch.save)."""
+    """A checkpoint is loaded as it is on the disk: there are no checksums (torch.save)."""
     checkpoint.read = lambda path: {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def rows_kept_on_resume() -> None:
-    """The log goes on after the rows of steps that are computed again (wandb, TensorBoard)."""
+    """The log continues after the rows of steps that are computed again (wandb, TensorBoard)."""
     train.rundir.RunDir.remove_rows_after = lambda self, step, staging: self.read_rows()
 
 
@@ -293,7 +293,7 @@ def written_in_place() -> None:
 
 
 def temporary_left() -> None:
-    """A save leaves its temporary file beside the checkpoint: disks fill up over the weeks."""
+    """A save leaves its temporary file next to the checkpoint: disks fill up over the weeks."""
     write = checkpoint.write
 
     def littering(checkpoints: Path, step: int, files: checkpoint.Files, staging: Path) -> Path:
@@ -312,7 +312,7 @@ def slow_steps() -> None:
 
 
 def other_pixel() -> None:
-    """One pixel of the digits is another; use it with a cache of its own."""
+    """One pixel of the digits is changed. Use it with a cache of its own."""
     import train.storage.data
 
     read_digits = train.storage.data.read_digits

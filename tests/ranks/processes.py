@@ -79,7 +79,7 @@ class Ranks:
                 os.kill(process.pid, number)
 
     def wait(self, seconds: float = 200) -> list[int]:
-        """Return all exit codes; whoever still runs after `seconds` is killed, and the test fails."""
+        """Return all exit codes. Ranks that still run after `seconds` are killed, and the test fails."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -89,7 +89,7 @@ class Ranks:
         return [process.exitcode or 0 for process in self.processes]
 
     def output(self) -> str:
-        """What all ranks printed."""
+        """Return what all ranks printed."""
         return "".join(log.read_text() for log in self.logs if log.exists())
 
 
@@ -111,7 +111,7 @@ class Forked:
 
 
 def rows(run: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """The whole rows of a run's metrics.jsonl."""
+    """Return the whole rows of a run's metrics.jsonl."""
     path = run / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -154,7 +154,7 @@ def launch(log: Path, *argv: str, **env: str) -> tuple[int, str]:
 
 
 def arguments(run: Path, *flags: str) -> list[str]:
-    """The command line of a small run on digits and the CPU; later flags win."""
+    """Return the command line of a small run on digits and the CPU; later flags win."""
     small = "--data.name digits --model.name tiny --train.global_batch_size 64 --train.num_threads 1 --train.device cpu"
     quiet = "--log.progress false --log.report false"
     return [

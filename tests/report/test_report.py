@@ -1,4 +1,4 @@
-"""The page of a run: written from its files alone, complete, loud about a fallback, safe whatever names contain."""
+"""A run's page needs only its files, is complete, shows a fallback clearly, and is safe whatever names contain."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_page_lands_in_the_run_and_says_what_the_run_says(run: Path, capsys: pyt
 
 
 def test_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
-    """No script, no request, no handler, whatever names, notes and data claim; and it stays small."""
+    """It has no script, request or handler, whatever names, notes and data contain, and it stays small."""
     for name, path in make_pages(tmp_path).items():
         html = path.read_text()
         found = Page(html)
@@ -279,7 +279,7 @@ def test_missing_package_is_one_line_with_its_remedy(run: Path, python: Python, 
 
 
 def test_end_of_a_run_writes_its_page(tmp_path: Path) -> None:
-    """From a real run of two ranks, told to write it; the page says the accuracy that the summary has."""
+    """The page of a real run of two ranks shows the accuracy in the summary."""
     run = tmp_path / "run"
     summary = train(2, run, "--train.max_steps 12 --eval.every_steps 6 --log.report true --optim.ema 0.5")
     found = Page((run / "report.html").read_text())

@@ -16,7 +16,7 @@ image = pytest.importorskip("matplotlib.image")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")
 PHONE, DESK = 390, 1280
-# A page around the page, which reads what the browser made of it; the page itself may run no script.
+# A page around the page that measures how the browser shows it. The page itself may run no script.
 PROBE = """
 <iframe src="{page}" style="width: {width}px; height: 900px; border: 0" onload="probe(this.contentDocument)"></iframe>
 <pre id="found"></pre><script>
@@ -49,7 +49,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def browse(profile: Path, url: str, *flags: str) -> tuple[str, list[str]]:
-    """Open a URL -> (what Chromium printed, the lines of the page's console)."""
+    """Open a URL; return (what Chromium printed, the lines of the page's console)."""
     assert BROWSER
     quiet = (
         "--headless",
@@ -117,7 +117,7 @@ def test_nobody_can_miss_the_fallback(pages: dict[str, Path], tmp_path: Path) ->
 
 
 def test_page_prints(pages: dict[str, Path], tmp_path: Path) -> None:
-    """To a few pages of paper, in the light even where the reader likes the dark."""
+    """It prints on a few pages, with light colours even if the reader prefers dark ones."""
     file = tmp_path / "page.pdf"
     _, console = browse(
         tmp_path, pages["one"].as_uri(), f"--print-to-pdf={file}", "--blink-settings=preferredColorScheme=0"

@@ -48,7 +48,7 @@ NodeName=node[1-{nodes}] CPUs=8 RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-# The first process of a node: sets the node up, then only reaps what is orphaned.
+# The first process of a node sets the node up and then only reaps orphans.
 BOOT = """
 mount -t proc proc /proc
 mount --bind "$2/hosts" /etc/hosts
@@ -62,7 +62,7 @@ while :; do sleep 100000 & wait $!; done
 
 
 def why_not() -> str | None:
-    """Why no lab can be started here, or None."""
+    """Return why no lab can be started here, or None."""
     if os.geteuid() != 0:
         return "a Slurm lab needs root"
     missing = [
@@ -93,7 +93,7 @@ class Lab:
             os.mknod(place / "dev" / f"nvidia{gpu}", 0o600 | 0o020000, os.makedev(1, 3))
 
     def up(self) -> None:
-        """Start the head and all nodes; return when Slurm says that they are idle."""
+        """Start the head and all nodes; return when Slurm reports them as idle."""
         self._boot("head")
         for command in ("ip link add br0 type bridge", f"ip addr add {NETWORK}.1/24 dev br0", "ip link set br0 up"):
             self.sh(*command.split())
@@ -158,7 +158,7 @@ class Lab:
         self.parents.pop(node).wait()
 
     def netdown(self, node: str) -> None:
-        """Cut a node off; its processes go on and hear nothing."""
+        """Cut a node off from the network. Its processes continue to run."""
         self.sh("ip", "link", "set", f"v-{node}", "down")
 
     def netup(self, node: str) -> None:
@@ -193,7 +193,7 @@ class Lab:
 
 @contextmanager
 def lab(place: Path, nodes: int = 3, gpus: int = 2) -> Iterator[Lab]:
-    """A running cluster, ended in every case."""
+    """Run a cluster and end it in every case."""
     cluster = Lab(place, nodes, gpus)
     try:
         cluster.up()

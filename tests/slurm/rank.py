@@ -1,6 +1,6 @@
-"""A rank for the tests on the lab: trains as `python -m train` does, slower, and says where it runs.
+"""Train as `python -m train` does, slower, and record where the rank runs.
 
-ENVIRONMENT  SECONDS_PER_STEP: sleep that long before each step of the first life.  POISON_STEP: die in that step.
+ENVIRONMENT  SECONDS_PER_STEP: sleep that long before each step of the first attempt.  POISON_STEP: die in that step.
 """
 
 import json

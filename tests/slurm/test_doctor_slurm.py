@@ -1,4 +1,4 @@
-"""`launch doctor --slurm` on a real Slurm: everything right, and each thing made wrong on one of its nodes."""
+"""`launch doctor --slurm` passes on a good real Slurm, and finds each thing that is broken on one of its nodes."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ class Cluster:
         return subprocess.run((*enter, *command), env=self.env, capture_output=True, text=True, timeout=200)
 
     def doctor(self, nodes: int = 2, *where: str) -> dict[str, tuple[str, str, str]]:
-        """name -> (status, text, remedy) of the Slurm checks, made on the head."""
+        """Run the Slurm checks on the head; return name -> (status, text, remedy)."""
         done = self("head", sys.executable, "-c", ONLY_SLURM, str(self.place / "runs"), str(nodes), *where)
         assert done.returncode == 0, done.stderr
         found = {
@@ -143,7 +143,7 @@ def test_a_blocked_way_between_nodes_fails(lab: Cluster, monkeypatch: pytest.Mon
 
 
 def test_names_that_mean_the_loopback_fail(lab: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Debian writes a node's own name to /etc/hosts as 127.0.1.1: the other nodes are told that address."""
+    """Debian writes a node's own name to /etc/hosts as 127.0.1.1: the other nodes get that address."""
     monkeypatch.setitem(lab.env, "JOIN_SECONDS", "10")
     hosts = "10.78.0.11 node1\n10.78.0.12 node2\n10.78.0.1 head\n"
     with contextlib.ExitStack() as stack:
@@ -207,7 +207,7 @@ def test_a_lost_node_is_a_warning(lab: Cluster) -> None:
 
 
 def test_without_slurm_it_fails_at_once(lab: Cluster) -> None:
-    """A controller that is gone, and no Slurm at all."""
+    """This tries a controller that has ended, and no Slurm at all."""
     lab.env["SLURM_CONF"] = "/nonexistent/slurm.conf"
     done = subprocess.run(
         (sys.executable, "-c", ONLY_SLURM, str(lab.place / "runs"), "2"),

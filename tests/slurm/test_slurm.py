@@ -65,14 +65,14 @@ class Cluster:
         return self.lab.sh("env", *variables, *command, check=check, cwd=self.project)
 
     def launch(self, *argv: str, **env: str) -> tuple[int, str]:
-        """`python -m launch slurm` on the head -> (exit code, output)."""
+        """Run `python -m launch slurm` on the head; return (exit code, output)."""
         command = (sys.executable, "-m", "launch", "slurm", *argv)
         text = self.run("bash", "-c", '"$@"; echo "code $?"', "bash", *command, **env)
         output, code = text.rstrip().rsplit("code ", 1)
         return int(code), output
 
     def submit(self, name: str, *options: str, flags: tuple[str, ...] = (), **env: str) -> str:
-        """Submit by hand, as the script's first lines say; return the job's id."""
+        """Submit by hand, as the script's first lines describe; return the job's id."""
         arguments = [*TRAIN, "--run.name", name, *flags]
         return self.run("sbatch", "--parsable", *options, "slurm/train.sbatch", *arguments, **env).split()[-1]
 
@@ -107,9 +107,9 @@ class Cluster:
         path = self.project / f"slurm-{job}.log"
         return path.read_text() if path.exists() else "no log"
 
-    def ranks(self, job: str, life: int = 0) -> dict[int, dict[str, str]]:
-        """What the ranks of one life of a job said of themselves."""
-        found = [json.loads(path.read_text()) for path in (self.project / "ranks" / job).glob(f"{life}-*.json")]
+    def ranks(self, job: str, attempt: int = 0) -> dict[int, dict[str, str]]:
+        """Return what the ranks of one attempt of a job recorded about themselves."""
+        found = [json.loads(path.read_text()) for path in (self.project / "ranks" / job).glob(f"{attempt}-*.json")]
         return {int(facts["RANK"] or 0): facts for facts in found}
 
 
@@ -130,7 +130,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def quiet_cluster(cluster: Cluster) -> Iterator[None]:
-    """No job and no dead node is left for the next test."""
+    """Leave no job and no dead node for the next test."""
     yield
     cluster.run("scancel", "--user", "root")
     for node in cluster.lab.nodes:
@@ -146,7 +146,7 @@ def quiet_cluster(cluster: Cluster) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster) -> str:
-    """The weights' SHA-256 of a run on one node that nothing happens to."""
+    """Return the weights' SHA-256 of an undisturbed run on one node."""
     return cluster.finish(cluster.submit("undisturbed"), "undisturbed")["weights_sha256"]
 
 
@@ -236,7 +236,7 @@ def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
     while len(rows(cluster.path("silent"), "start")) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     alive = cluster.lab.run_on("node1", "pgrep", "-f", "rank.py", check=False)
-    assert alive.strip(), "the old incarnation has ended by itself: nothing is proven"
+    assert alive.strip(), "the old attempt has ended by itself: nothing is proven"
     assert cluster.finish(job, "silent")["weights_sha256"] == undisturbed
     assert cluster.ranks(job, 0)[0]["host"] == "node1"
     assert cluster.ranks(job, 1)[0]["host"] != "node1"
@@ -265,7 +265,7 @@ def test_poison_is_tried_so_often_and_then_held(cluster: Cluster) -> None:
         time.sleep(0.3)
     assert found["JobState"] == "PENDING"
     assert re.search(r"held: 2 attempts from runs/poison/checkpoints/step-00000020 without", found["Comment"])
-    # the first life got from the start to step 20, which refills the budget: two more lives from there
+    # the first attempt got from the start to step 20, which refills the budget: two more attempts from there
     assert [row["step"] for row in rows(cluster.path("poison"), "start")] == [0, 20, 20]
 
 

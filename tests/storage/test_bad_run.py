@@ -16,7 +16,7 @@ from test_checkpoint import DAMAGES
 from train.__main__ import main
 from train.storage import checkpoint
 
-# Checkpoints that verify but do not belong to this run. Checksums do not prove who wrote a file.
+# Checkpoints that verify but do not belong to this run. Checksums do not prove where a file is from.
 
 
 def meta(**changes: Any) -> Callable[[checkpoint.Snapshot], checkpoint.Snapshot]:

@@ -1,4 +1,4 @@
-"""train.storage.checkpoint on the disk: whole or absent, verified before use, never deleted when damaged."""
+"""A checkpoint on the disk is whole or absent, verified before use, and never deleted when damaged."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""train.storage.data: a run trains on verified data only, and tells missing files from damaged ones."""
+"""A run trains on verified data only, and distinguishes missing files from damaged ones."""
 
 import gzip
 import hashlib
@@ -76,7 +76,7 @@ def change(content: bytes, at: int, value: int) -> bytes:
     return content[:at] + bytes([value]) + content[at + 1 :]
 
 
-# what a file may hold instead of what its publisher put there
+# what a file may hold instead of its published content
 BAD: dict[str, bytes] = {
     "empty": b"",
     "text": b"<html>404 Not Found</html>",

@@ -1,4 +1,4 @@
-"""The cache of train.storage.data makes second starts light, is rebuilt when damaged, and is shared by processes."""
+"""The data cache makes second starts light, is rebuilt when damaged, and is shared by processes."""
 
 import errno
 import os
@@ -129,7 +129,7 @@ def test_two_processes_at_once_prepare_once_and_the_second_imports_no_parser(cac
     assert [process.returncode for process in started] == [0, 0]
     lines = [out.split() for out, _ in outcomes]
     assert lines[0][:2] == lines[1][:2]
-    assert sorted(line[2] for line in lines) == ["['sklearn']", "[]"]  # one read, the other waited for the cache
+    assert sorted(line[2] for line in lines) == ["['sklearn']", "[]"]  # one reads, the other waits for the cache
     assert sorted(file.suffix for file in cache.iterdir()) == [".lock", ".safetensors"]
 
 

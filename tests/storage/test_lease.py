@@ -1,4 +1,4 @@
-"""train.storage.lease: one writer per run directory, and an old attempt that wakes up writes nothing."""
+"""A run directory has one writer, and an old attempt that wakes up writes nothing."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ def prune(lease: Lease) -> None:
 
 
 def hold(run: Path, pipe: Connection, job: str | None, restart: str) -> None:
-    """Acquire the lease, report it, and hold it until told to leave (or killed). Runs in another process."""
+    """Acquire the lease, report it, and hold it until a message arrives (or a kill). Runs in another process."""
     if job:
         os.environ |= {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": restart}
     with Lease(run, is_main=True):
@@ -75,7 +75,7 @@ def test_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> No
     with pytest.raises(UserError, match=f"is being trained by process {process.pid} on .*, since ") as error:
         Lease(tmp_path, is_main=True)
     assert "\n" not in str(error.value)
-    process.kill()  # the lock dies with its owner
+    process.kill()  # the lock ends with its owner
     process.join()
     with Lease(tmp_path, is_main=True) as lease:
         assert [path.name for path in lease.checkpoints.iterdir()] == [lease.staging.name]

@@ -1,4 +1,4 @@
-"""Rows that are read late, as on a GPU: the same rows, the same decisions on all ranks, and none that is lost."""
+"""Rows that are read late, as on a GPU, are the same rows with the same decisions on all ranks. None is lost."""
 
 import json
 import signal
@@ -34,14 +34,14 @@ def test_late_rows_are_the_same_rows(tmp_path: Path, world_size: int, cadence: s
     now, late = (
         [row for row in without_clocks(tmp_path / name) if row["event"] != "fingerprint"] for name in ("now", "late")
     )
-    assert now == late  # fingerprints, too, but cut into other stretches
+    assert now == late  # fingerprints, too, but over other spans of steps
     seconds = [row["train_seconds"] for row in rows(tmp_path / "late", "train")]
     assert seconds == sorted(seconds)
     assert seconds[-1] == pytest.approx(summaries[1]["train_seconds"], abs=0.001)
 
 
 def test_rows_are_late_where_nothing_must_wait_and_only_there(tmp_path: Path) -> None:
-    """An epoch has 23 steps of 64 examples: the host waits at its end, and looks no step back before."""
+    """An epoch has 23 steps of 64 examples. The host waits at its end and reads no step before."""
     lags = tmp_path / "lags"
     train(1, tmp_path / "run", FLAGS, MUTANT="accidents.runs_ahead", LAGS=str(lags))
     found = [tuple(map(int, line.split())) for line in lags.read_text().splitlines()]
@@ -50,7 +50,7 @@ def test_rows_are_late_where_nothing_must_wait_and_only_there(tmp_path: Path) ->
 
 
 def test_ranks_with_unequal_shares_wait_for_each_other_at_the_same_steps(tmp_path: Path) -> None:
-    """Tables that hold less than an epoch end at the same step on all ranks, whatever share of a batch each has."""
+    """Tables that hold less than an epoch end at the same step on all ranks, whatever each rank's share of a batch."""
     flags = (FLAGS, "--train.max_steps 300 --eval.every_steps 1000 --checkpoint.every_steps 1000")
     late = {"MUTANT": "accidents.runs_ahead", "MOST_ROWS": "190"}
     undisturbed = train(3, tmp_path / "undisturbed", *flags, **late)
@@ -63,7 +63,7 @@ def test_ranks_with_unequal_shares_wait_for_each_other_at_the_same_steps(tmp_pat
 
 
 def test_ranks_stay_together_while_one_is_traced(tmp_path: Path) -> None:
-    """Rank 0 alone is traced, but all read their results where the trace begins and ends, so that they stop alike."""
+    """Only rank 0 is traced, but all ranks read results where the trace begins and ends, so that all stop there."""
     flags = (FLAGS, "--log.every_steps 10 --train.profile_steps 20:25")
     broken = {"MUTANT": "accidents.runs_ahead_with_broken_loss", "STEP": "15"}
     ranks = Ranks(2, arguments(tmp_path / "run", *flags), tmp_path / "logs", **broken)
@@ -76,7 +76,7 @@ def test_ranks_stay_together_while_one_is_traced(tmp_path: Path) -> None:
 
 
 def test_late_results_count_skips_in_their_order(tmp_path: Path) -> None:
-    """Several broken steps in one look: the first one over the limit stops the run, and those before it have rows."""
+    """Of several broken steps read at once, the first one over the limit stops the run. Those before it have rows."""
     flags = (FLAGS, "--log.every_steps 20 --optim.nonfinite skip --optim.max_skips 1")
     ranks = Ranks(
         2, arguments(tmp_path / "run", *flags), tmp_path / "logs", MUTANT="accidents.runs_ahead_with_broken_loss"

@@ -1,4 +1,4 @@
-"""train.tracking.metrics: one row per event, none doubled or missing after a resume, silence on other ranks."""
+"""Each event has one row, a resume doubles and loses none, and other ranks are silent."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""train.tracking.wandb: what W&B shows, number by number and file by file, from its own client to a local server."""
+"""W&B shows the right numbers and files, from its own client on a local server."""
 
 import base64
 import dataclasses
@@ -59,7 +59,7 @@ def test_an_online_run_shows_everything_once_and_rewinds(tmp_path: Path, server:
 
 
 def check_fields(shown: Any, summary: dict[str, Any]) -> None:
-    """Names, config, git, system metrics and summary."""
+    """Check names, config, git, system metrics and summary."""
     fields = shown.fields
     assert (fields["displayName"], fields["project"], fields["groupName"]) == ("some-run", "tests", "g")
     assert (fields["tags"], fields["notes"], fields["program"]) == (["a"], "why", "-m train")
@@ -73,7 +73,7 @@ def check_fields(shown: Any, summary: dict[str, Any]) -> None:
 
 
 def check_media(server: Server, last: dict[str, Any], run: Path, summary: dict[str, Any]) -> None:
-    """Confusion matrix, mistakes and histograms, down to the files."""
+    """Check the confusion matrix, mistakes and histograms, down to the files."""
     table = json.loads(server.files[last["confusion_table"]["path"]])
     assert [row[2] for row in table["data"]] == [
         count for line in summary["results"]["ema"]["confusion"] for count in line
@@ -97,7 +97,7 @@ def check_media(server: Server, last: dict[str, Any], run: Path, summary: dict[s
 
 
 def check_artifacts(server: Server, run: Path) -> None:
-    """The best and the last checkpoint, and the code, byte by byte."""
+    """Check the best and the last checkpoint, and the code, byte by byte."""
     models = [artifact for artifact in server.artifacts if artifact["artifactTypeName"] == "model"]
     aliases = {alias["alias"] for model in models for alias in model["aliases"]}
     assert aliases == {"best", "final", "latest"}
@@ -108,7 +108,7 @@ def check_artifacts(server: Server, run: Path) -> None:
 
 
 def assert_no_key(directory: Path, *texts: str) -> None:
-    """No file below a directory, wandb's own among them, holds the key, plain or as HTTP sends it."""
+    """Check that no file below a directory, even of wandb, holds the key, plain or as HTTP sends it."""
     forms = [KEY.encode(), base64.b64encode(f"api:{KEY}".encode())]
     files = [path for path in directory.rglob("*") if path.is_file()]
     assert any("wandb" in path.parts and path.suffix == ".log" for path in files)
@@ -139,7 +139,7 @@ def test_a_fallback_and_a_loss_that_is_not_finite_are_announced(
 
 
 def test_a_sweep_trains_what_its_agent_says(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
-    """By wandb's own `sweep` and `agent`, which write the command lines."""
+    """wandb's own `sweep` and `agent` write the command lines."""
     bin_dir = Path(sys.executable).parent
     os_env = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
     path = {"PATH": f"{bin_dir}:{os.environ['PATH']}", "WANDB_DIR": str(tmp_path / "agent")}

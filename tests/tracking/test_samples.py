@@ -18,7 +18,7 @@ SMALL = "--train.max_steps 12 --eval.every_steps 6 --checkpoint.every_steps 6"
 
 
 def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World) -> None:
-    """Computed again from the checkpoint's averaged weights; two ranks, whose portions differ in size."""
+    """They are computed again from the checkpoint's averaged weights. The two ranks' chunks differ in size."""
     run = tmp_path / "run"
     summary = train(2, run, f"{SMALL} --optim.ema 0.5 --eval.batch_size 70 --train.num_micro_batches 2")
     shown = safetensors.torch.load_file(run / "samples.safetensors")

@@ -1,6 +1,6 @@
-"""train.tracking.wandb, launch sync: W&B shows what is in metrics.jsonl, whatever happens to the server or the run.
+"""W&B shows what is in metrics.jsonl, whatever happens to the server or the run.
 
-Against a local server (wandb_server.py), with wandb's own processes: its protocol is not ours to fake on this side.
+The server is local (wandb_server.py), and the client side runs wandb's own processes.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ LONG = "--train.max_steps 100000 --log.every_steps 5 --eval.every_steps 1000 --c
 
 
 def followers(run: Path) -> list[int]:
-    """The processes that mirror a run."""
+    """Return the processes that mirror a run."""
     command = f"train.tracking.wandb\0{run}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -40,7 +40,7 @@ def followers(run: Path) -> list[int]:
 
 
 def until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    """Wait for a condition; fail if it does not come."""
+    """Wait for a condition; fail if it never holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -48,7 +48,7 @@ def until(condition: Callable[[], Any], seconds: float = 120) -> None:
 
 
 def leet(directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of an offline run, as wandb itself reads them, by type."""
+    """Return the records of an offline run by type, as wandb itself reads them."""
     wandb = shutil.which("wandb", path=str(Path(sys.executable).parent))
     assert wandb is not None
     shown = subprocess.run(
@@ -123,7 +123,7 @@ def test_a_sigkilled_run_leaves_no_process_and_is_sent_later(
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights of the same run without W&B."""
+    """Return the weights of the same run without W&B."""
     return train(1, tmp_path_factory.mktemp("runs") / "r", MEDIUM)["weights_sha256"]
 
 
@@ -214,7 +214,7 @@ def test_tail_gives_whole_rows_only(tmp_path: Path) -> None:
 
 
 class Logged(Mirror):
-    """A mirror that W&B is not connected to."""
+    """A mirror without a connection to W&B."""
 
     def __init__(self, run_dir: RunDir, step: int) -> None:
         self.run_dir, self.last, self.run = run_dir, {"event": "train", "step": step, "time": 0.0}, self

@@ -41,7 +41,7 @@ def test_the_gpus_are_visible_to_a_test_that_is_marked(request: pytest.FixtureRe
 def test_ranks_see_the_gpus_that_the_test_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str | None
 ) -> None:
-    """The fork server has the environment of the first test that needed it."""
+    """The fork server has the environment of the first test that needs it."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if gpus is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
@@ -73,7 +73,7 @@ def test_gpus_are_counted_whatever_their_numbers(
 
 
 class Started:
-    """What would have been started, instead of subprocess.Popen."""
+    """A replacement for subprocess.Popen that records what would have been started."""
 
     def __init__(self, command: Any, env: dict[str, str], **options: Any) -> None:
         self.env = env
@@ -178,7 +178,7 @@ def test_peers_may_use_all_cores_for_their_loaders(
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_selftest_finds_a_moment_to_kill_a_fast_training(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """A step on a GPU takes 3 ms: we may see only every fifth to fifteenth. On a CPU we see each."""
+    """A step on a GPU takes 3 ms, so the test may see only every fifth to fifteenth. On a CPU it sees each."""
     generator = random.Random(0)
 
     class Fast:

@@ -1,4 +1,4 @@
-"""Which device each rank chooses on machines with other GPUs than this one. What torch reports about GPUs is mocked."""
+"""Each rank chooses the right device on machines with other GPUs than this one. torch's report of GPUs is mocked."""
 
 import warnings
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def show(monkeypatch: pytest.MonkeyPatch, num_gpus: int, capability: tuple[int, int] = (9, 0)) -> None:
-    """Let torch see this many GPUs."""
+    """Make torch see this many GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -1,4 +1,4 @@
-"""Exact mode on real processes: the same bits on every world size, in every checkpoint, after kills and other sizes."""
+"""On real processes exact mode gives the same bits on every world size, in every checkpoint and after kills."""
 
 import hashlib
 import itertools
@@ -71,7 +71,7 @@ def test_each_feature_alone_gives_the_same_bits(tmp_path: Path, feature: str) ->
 
 
 def test_fast_mode_does_not_give_the_same_bits(tmp_path: Path) -> None:
-    """This shows that the comparison above can fail: it does without the tree."""
+    """This shows that the comparison above can fail. Without the tree it does."""
     flags = ("--train.max_steps 24 --train.num_micro_batches 8",)
     assert len({train(n, tmp_path / f"{n}", *flags)["weights_sha256"] for n in (1, 2, 4)}) > 1
 

@@ -1,4 +1,4 @@
-"""What ranks do on GPUs, without one: devices, events and packages are stand-ins."""
+"""Ranks on GPUs do the right thing. No GPU is needed: devices, events and packages are fakes."""
 
 import dataclasses
 import importlib.metadata
@@ -151,7 +151,7 @@ class Device:
 
 
 def step(clock: Clock, device: Device, own: float, wait: float) -> float:
-    """Mark one step as train_step does; return its lap."""
+    """Mark one step as train_step does; return the seconds of own work since the last one."""
     clock.enter("data")
     clock.enter("forward_backward")
     device.work(own)
@@ -159,13 +159,13 @@ def step(clock: Clock, device: Device, own: float, wait: float) -> float:
     device.work(wait)
     clock.enter("forward_backward")
     clock.enter("optimizer")
-    lap = clock.take_lap()
+    seconds = clock.take_lap()
     with clock.collective():
         device.work(wait)
     device.work(1.0)
     clock.enter("log")
     device.work(100.0)  # an evaluation
-    return lap
+    return seconds
 
 
 def test_own_work_is_the_seconds_of_the_device_without_waiting_and_comes_late() -> None:

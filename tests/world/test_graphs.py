@@ -34,7 +34,7 @@ def opened(world: World, flags: str) -> Run:
 
 
 class Seen(TorchDispatchMode):
-    """Writes down each operation with the shapes of its tensors and every other argument."""
+    """Record each operation with the shapes of its tensors and every other argument."""
 
     def __init__(self) -> None:
         super().__init__()

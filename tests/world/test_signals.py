@@ -1,4 +1,4 @@
-"""Preemption of real processes: a signal to any rank, at any time, stops all at one step, and nothing is lost."""
+"""A signal to any rank, at any time, stops all real processes at one step, and nothing is lost."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A rank that hangs, dies or fails: all ranks end in time, and one line names the rank, step, operation and reason."""
+"""If a rank hangs, dies or fails, all end in time. One line names the rank, step, operation and reason."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ def hang(tmp_path: Path, accident: str, world_size: int, *flags: str) -> tuple[R
 
 
 def missed(tmp_path: Path) -> str:
-    """Return the collective that rank 1 did not reach. Its record outlives it."""
+    """Return the collective that rank 1 did not reach. Its record remains after its end."""
     left = Record.unpack(1, (tmp_path / "run" / ".ranks" / "rank-1").read_bytes())
     return f"collective {left.sequence + 1} of step 13"
 

@@ -1,4 +1,4 @@
-"""What train.world reads from a launcher's variables, and what it does to this process."""
+"""train.world reads a launcher's variables and sets up this process."""
 
 import platform
 import socket
@@ -79,7 +79,7 @@ def test_run_has_the_same_name_after_a_requeue(monkeypatch: pytest.MonkeyPatch) 
 def test_error_that_only_another_machine_has_is_printed_there(
     local_rank: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before the ranks are connected they cannot share an error. Rank 0 may have none, or wait for this rank."""
+    """Before ranks are connected they cannot share an error. Rank 0 may have none, or wait for this rank."""
     monkeypatch.setenv("RANK", "8")
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr("train.__main__.OTHER_RANKS_WAIT_SECONDS", 0.0)
@@ -91,7 +91,7 @@ def test_error_that_only_another_machine_has_is_printed_there(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's mallopt")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
-    """Freed tensors of all sizes stay with the process: the kernel would zero what it takes back."""
+    """Freed tensors of all sizes stay in the process. The kernel would zero memory that it gets back."""
     program = """
 import sys, torch
 from train.world.process import tune_malloc
