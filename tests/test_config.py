@@ -111,7 +111,7 @@ def test_config_accepts_the_values_at_the_edge_of_a_rule(path: str, value: Any) 
 
 
 @pytest.mark.parametrize(("values", "words"), PAIRS)
-def test_config_refuses_fields_that_do_not_fit_and_says_what_does(values: dict[str, Any], words: list[str]) -> None:
+def test_config_refuses_fields_that_do_not_fit_and_names_what_does(values: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         train.config.TrainConfig(**values)
     assert [word for word in words if word not in str(error.value)] == []

@@ -224,7 +224,7 @@ def offences(source: str, allowed: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("module", DEVICE_CODE)
-def test_device_code_reads_no_number_and_says_where_tensors_lie(module: str) -> None:
+def test_device_code_reads_no_number_and_names_the_device_of_new_tensors(module: str) -> None:
     (path,) = (ROOT / "train").rglob(f"{module}.py")
     assert offences(path.read_text(), DEVICE_CODE[module] | {"__init__", "build"}) == []
 

@@ -67,7 +67,7 @@ def test_compiled_model_computes_the_same_up_to_round_off(tmp_path: Path) -> Non
         torch.testing.assert_close(tensor, compiled[name], atol=1e-4, rtol=1e-3)
 
 
-def test_run_directory_holds_what_is_promised(tmp_path: Path) -> None:
+def test_run_directory_is_complete(tmp_path: Path) -> None:
     summary = train(1, tmp_path / "run", "--train.epochs 3 --checkpoint.keep 1 --optim.ema 0.9")
     assert (summary["split"], summary["num_examples"], *summary["results"]) == ("test", 359, "raw", "ema")
     assert summary["outcome"] == "finished"

@@ -76,7 +76,7 @@ def test_nothing_that_a_command_started_outlives_it(tmp_path: Path) -> None:
         raise AssertionError("the background process still runs")
 
 
-def test_after_the_deadline_rows_say_that_no_time_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_the_deadline_rows_record_that_no_time_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visit, "MIN_SECONDS", 0.1)
     found, rows = ended(tmp_path, Job("long", 300, HANG), Job("late", 30, ["true"]), seconds=1)
     assert [row.outcome for row in rows] == ["-", "-"]
@@ -128,7 +128,7 @@ def stages(monkeypatch: pytest.MonkeyPatch, work: Any) -> None:
 
 
 @pytest.mark.parametrize(("command", "code", "outcome"), [(["true"], 0, "finished"), (["false"], 1, "failed")])
-def test_exit_code_says_whether_a_row_failed(
+def test_exit_code_shows_whether_a_row_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], code: int, outcome: str
 ) -> None:
     stages(monkeypatch, command)

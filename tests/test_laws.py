@@ -100,20 +100,20 @@ def test_signal_saves_at_an_agreed_step_and_exits_75(tmp_path: Path, world_size:
         "--model.name tiny_bn --train.num_micro_batches 2 --checkpoint.every_steps 1000 --eval.every_steps 1000",
     )
     undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
-    ranks = Ranks(world_size, arguments(tmp_path / "told", *flags), tmp_path / "told-logs")
-    wait_for_step(tmp_path / "told", 20)
+    ranks = Ranks(world_size, arguments(tmp_path / "stopped", *flags), tmp_path / "stopped-logs")
+    wait_for_step(tmp_path / "stopped", 20)
     ranks.signal(number, rank=world_size - 1)  # one rank gets the signal, all leave
     ranks.signal(number, rank=world_size - 1)  # and a second signal changes nothing
     assert set(ranks.wait()) == {75}, ranks.output()
-    summary = json.loads((tmp_path / "told" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert summary["outcome"] == "preempted"
     assert 20 <= summary["step"] < summary["total_steps"]
-    newest = max((tmp_path / "told" / "checkpoints").glob("step-*"))
+    newest = max((tmp_path / "stopped" / "checkpoints").glob("step-*"))
     assert newest.name == f"step-{summary['step']:08d}"
-    resumed = train(world_size, tmp_path / "told", *flags)
+    resumed = train(world_size, tmp_path / "stopped", *flags)
     assert resumed["weights_sha256"] == undisturbed["weights_sha256"]
-    assert trajectory_of(tmp_path / "told") == trajectory_of(tmp_path / "undisturbed")
-    assert rows(tmp_path / "told", "start")[1]["step"] == summary["step"]  # no step was computed twice
+    assert trajectory_of(tmp_path / "stopped") == trajectory_of(tmp_path / "undisturbed")
+    assert rows(tmp_path / "stopped", "start")[1]["step"] == summary["step"]  # no step was computed twice
 
 
 def test_resume_on_another_world_size_agrees_to_round_off(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_evaluation_counts_each_example_once(tmp_path: Path, world_size: int, ex
 
 
 @pytest.mark.parametrize("resume", ["never", "path"])
-def test_restart_goes_on_from_its_own_checkpoints_whatever_run_resume_says(tmp_path: Path, resume: str) -> None:
+def test_restart_continues_from_its_own_checkpoints_whatever_run_resume_is(tmp_path: Path, resume: str) -> None:
     """A launcher restarts a dead rank with the same arguments. `never` would refuse them, a path would lead back."""
     flags = "--train.max_steps 8 --checkpoint.every_steps 2 --checkpoint.keep 9"
     first = train(1, tmp_path / "first", flags)
@@ -161,7 +161,7 @@ def test_restart_goes_on_from_its_own_checkpoints_whatever_run_resume_says(tmp_p
         assert rows(tmp_path / "run", "start")[-1]["step"] == (4 if name == "LOCKSTEP_RESTART" else 8)
 
 
-def test_finished_run_says_so_and_keeps_its_summary(tmp_path: Path) -> None:
+def test_finished_run_is_reported_and_keeps_its_summary(tmp_path: Path) -> None:
     first = train(1, tmp_path / "run", "--train.max_steps 3")
     assert train(1, tmp_path / "run", "--train.max_steps 3") == first
     assert "This run is finished" in (tmp_path / "run-logs" / "rank-0.log").read_text()
@@ -183,7 +183,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
-    ("flag", "says"),
+    ("flag", "words"),
     [
         ("--train.global_batch_size 0", "train.global_batch_size is 0"),
         ("--optim.lrr 3", "Did you mean optim.lr?"),
@@ -195,7 +195,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path) 
     ],
 )
 @pytest.mark.filterwarnings("default")
-def test_bad_input_is_one_line_and_exit_2_on_every_rank(tmp_path: Path, world_size: int, flag: str, says: str) -> None:
+def test_bad_input_is_one_line_and_exit_2_on_every_rank(tmp_path: Path, world_size: int, flag: str, words: str) -> None:
     if torch.cuda.is_available() and flag.split()[0] in ("--train.precision", "--train.device"):
         pytest.skip("true only without a GPU")
     ranks = Ranks(world_size, arguments(tmp_path / "run", flag), tmp_path / "logs")
@@ -203,7 +203,7 @@ def test_bad_input_is_one_line_and_exit_2_on_every_rank(tmp_path: Path, world_si
     lines = [line for line in ranks.output().splitlines() if line]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
-    assert says in lines[0]
+    assert words in lines[0]
 
 
 @pytest.mark.parametrize("mode", ["", "--train.exact true --train.num_micro_batches 4"])
@@ -243,7 +243,7 @@ def test_accumulation_follows_the_memory_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mutant", ["doubled_example", "dropped_example"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_ledger_stops_a_run_that_misuses_an_example(tmp_path: Path, mutant: str, world_size: int) -> None:
+def test_coverage_checksum_stops_a_run_that_misuses_an_example(tmp_path: Path, mutant: str, world_size: int) -> None:
     ranks = Ranks(world_size, arguments(tmp_path / "run", "--train.epochs 2"), tmp_path / "logs", MUTANT=mutant)
     assert 0 not in ranks.wait()
     assert "used twice or never" in ranks.output()

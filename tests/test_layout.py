@@ -118,7 +118,7 @@ def test_rank_variables_are_read_in_launcher_only() -> None:
     assert found == {"launcher"}
 
 
-def test_functional_knows_nothing_of_ranks_and_files() -> None:
+def test_functional_imports_nothing_of_ranks_and_files() -> None:
     for path in (ROOT / "train" / "functional").glob("*.py"):
         for room in ("world", "storage", "tracking", "report"):
             assert loads(every_import(path), f"train.{room}") == set()

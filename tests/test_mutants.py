@@ -35,7 +35,7 @@ def test_order_of_examples_changes_with_the_epoch(tmp_path: Path, mutant: str, h
     assert (equal <= STEPS_PER_EPOCH // 4) == holds
 
 
-@holds_or_is_broken_by("doubled_example_without_ledger", "mean_of_means")
+@holds_or_is_broken_by("doubled_example_without_coverage_checksum", "mean_of_means")
 def test_each_example_has_the_same_weight_in_every_epoch(tmp_path: Path, mutant: str, holds: bool) -> None:
     found = losses(tmp_path / "run", mutant, TWO_EPOCHS)
     sizes = [min(BATCH, NUM_TRAIN - step * BATCH) for step in range(STEPS_PER_EPOCH)]

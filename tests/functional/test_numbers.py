@@ -91,7 +91,7 @@ def test_a_skipped_first_step_leaves_no_uninitialized_momentum(tmp_path: Path) -
     assert all(tensor.abs().max() < 100 for tensor in buffers.values())
 
 
-def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_go_on_with_skip(tmp_path: Path) -> None:
+def test_more_skips_than_allowed_stop_the_run_and_a_stopped_run_may_continue_with_skip(tmp_path: Path) -> None:
     skip, broken = (EXACT, "--optim.nonfinite skip"), {"MUTANT": "accidents.broken_loss"}
     ranks = Ranks(2, arguments(tmp_path / "run", *skip, "--optim.max_skips 1"), tmp_path / "logs", **broken)
     assert set(ranks.wait()) == {1}
@@ -115,12 +115,12 @@ def skipped_steps(table: list[list[float]], **config: Any) -> list[int]:
     sampler = Sampler(100, 8, len(table[0]) - 1, seed=0)
     plan: Any = SimpleNamespace(config=Config(optim=OptimConfig(**config)), sampler=sampler, world=world)
     state: Any = SimpleNamespace(skipped_steps=0, step=10)
-    said: Any = Said()
-    journal = Journal(plan, state, said, Alarms(LogConfig(), said, []))
+    metrics: Any = FakeMetrics()
+    journal = Journal(plan, state, metrics, Alarms(LogConfig(), metrics, []))
     for result in results:
         journal._check(result)
-    assert state.skipped_steps == len(said.rows) == len(said.lines)
-    return [step for event, step in said.rows if event == "skipped"]
+    assert state.skipped_steps == len(metrics.rows) == len(metrics.lines)
+    return [step for event, step in metrics.rows if event == "skipped"]
 
 
 def test_a_late_look_finds_every_broken_step() -> None:
@@ -167,7 +167,7 @@ def test_steps_that_the_fp16_scaler_leaves_out_are_not_mistaken_for_it(world: Wo
     assert all(result.is_sound for result in run.plan.tables.read_results(0, 2))
 
 
-class Said:
+class FakeMetrics:
     """A replacement for Metrics that keeps lines and rows."""
 
     def __init__(self) -> None:
@@ -185,20 +185,20 @@ def test_spike_depends_on_the_rows_before_only() -> None:
     losses = [2.0, 1.5, 1.2, 1.0, 0.8, 0.7, 9.0, 0.6, 0.5, 28.0, 0.4]
 
     def alarms(first: int) -> list[tuple[str, int]]:
-        said = Said()
+        metrics = FakeMetrics()
         rows = [{"event": "train", "step": step, "loss": loss} for step, loss in enumerate(losses[:first])]
-        watch = Alarms(LogConfig(), said, rows)  # type: ignore[arg-type]
+        watch = Alarms(LogConfig(), metrics, rows)  # type: ignore[arg-type]
         for step in range(first, len(losses)):
             watch.loss(step, losses[step])
-        return said.rows
+        return metrics.rows
 
     assert alarms(0) == [("spike", 6), ("spike", 9)]
     assert alarms(7) == [("spike", 9)]  # a resume
-    said = Said()
-    off = Alarms(LogConfig(spike=0.0), said, [])  # type: ignore[arg-type]
+    metrics = FakeMetrics()
+    off = Alarms(LogConfig(spike=0.0), metrics, [])  # type: ignore[arg-type]
     for step, loss in enumerate(losses):
         off.loss(step, loss)
-    assert said.rows == []
+    assert metrics.rows == []
 
 
 def test_spike_is_a_line_and_a_row_of_the_run(tmp_path: Path) -> None:
@@ -210,25 +210,25 @@ def test_spike_is_a_line_and_a_row_of_the_run(tmp_path: Path) -> None:
 
 
 def test_slow_rank_is_named_once() -> None:
-    said = Said()
-    watch = Alarms(LogConfig(), said, [])  # type: ignore[arg-type]
+    metrics = FakeMetrics()
+    watch = Alarms(LogConfig(), metrics, [])  # type: ignore[arg-type]
     for step in range(10, 60, 10):
         means = watch.ranks(step, [[0.010, 0.031, 0.011]] * 10)
         assert means == pytest.approx([0.010, 0.031, 0.011])
-    assert said.lines == ["warning: rank 1 is slow: 31.0 ms per step, median 11.0 ms. All ranks wait for it."]
-    assert said.rows == [("slow_rank", 10)]
+    assert metrics.lines == ["warning: rank 1 is slow: 31.0 ms per step, median 11.0 ms. All ranks wait for it."]
+    assert metrics.rows == [("slow_rank", 10)]
     assert watch.ranks(60, [[0.01]] * 10) is None
 
 
 def test_seconds_that_are_not_known_yet_slow_no_rank_and_hide_none() -> None:
     """The seconds of a step on a GPU are available later, on one rank sooner than on another. Until then they are 0."""
-    said = Said()
-    watch = Alarms(LogConfig(), said, [])  # type: ignore[arg-type]
+    metrics = FakeMetrics()
+    watch = Alarms(LogConfig(), metrics, [])  # type: ignore[arg-type]
     assert watch.ranks(10, [[0.0, 0.0, 0.0]] * 2 + [[0.01, 0.0, 0.0]] * 8) == [0.01, 0.0, 0.0]
     assert watch.ranks(20, [[0.01, 0.0, 0.0]] * 6 + [[0.01, 0.01, 0.01]] * 4) == [0.01, 0.01, 0.01]
-    assert said.lines == []
+    assert metrics.lines == []
     assert watch.ranks(30, [[0.01, 0.0, 0.01]] * 6 + [[0.01, 0.03, 0.01]] * 4) == [0.01, 0.03, 0.01]
-    assert said.rows == [("slow_rank", 30)]
+    assert metrics.rows == [("slow_rank", 30)]
 
 
 def test_slow_rank_is_named_in_the_log_of_the_run(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_bench_refuses_bad_options(options: str, capsys: pytest.CaptureFixture[s
     assert REFUSALS[options] in line
 
 
-def test_peers_without_lightning_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_lightning_is_refused_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(UserError, match=r"pip install 'lockstep\[bench\]'"):
         peers.peers(1)

@@ -75,8 +75,8 @@ def test_summary_is_a_receipt(runs: Path) -> None:
 
 
 def test_equal_runs_are_equal(runs: Path) -> None:
-    code, said = compare(runs, "one", "two", "--assert-equal")
-    assert code == 0, said
+    code, output = compare(runs, "one", "two", "--assert-equal")
+    assert code == 0, output
     for line in (
         "config +the same trajectory",
         "loss +the same bits at 30 of 30 rec",
@@ -84,7 +84,7 @@ def test_equal_runs_are_equal(runs: Path) -> None:
         "final weights +the same bits after step 30: [0-9a-f]{64}",
         "last common step +30",
     ):
-        assert re.search(f"^{line}", said, re.MULTILINE), (line, said)
+        assert re.search(f"^{line}", output, re.MULTILINE), (line, output)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,10 @@ def test_equal_runs_are_equal(runs: Path) -> None:
 def test_other_runs_are_told_apart_at_their_first_step(
     runs: Path, other: str, config: str, loss: int, norm: int
 ) -> None:
-    code, said = compare(runs, "one", other)
-    assert code == 0, said
-    assert f"  {config}\n" in said
-    lines = {line.split("  ")[0]: line for line in said.splitlines()}
+    code, output = compare(runs, "one", other)
+    assert code == 0, output
+    assert f"  {config}\n" in output
+    lines = {line.split("  ")[0]: line for line in output.splitlines()}
     for name, step in (("loss", loss), ("grad_norm", norm)):
         assert not step or f"first differs at step {step}: " in lines[name]
         assert not step or " apart" in lines[name]
@@ -164,8 +164,8 @@ def test_resumed_run_has_each_fingerprint_once(tmp_path: Path, world_size: int, 
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "hit")]
     for name in ("fingerprints", "ledger", "weights_sha256", "config"):
         assert summaries[0][name] == summaries[1][name]
-    code, said = compare(tmp_path, "whole", "hit", "--assert-equal")
-    assert code == 0, said
+    code, output = compare(tmp_path, "whole", "hit", "--assert-equal")
+    assert code == 0, output
 
 
 def test_unfinished_run_agrees_as_far_as_it_goes_but_is_not_equal(runs: Path, tmp_path: Path) -> None:
@@ -173,15 +173,15 @@ def test_unfinished_run_agrees_as_far_as_it_goes_but_is_not_equal(runs: Path, tm
     (part / "summary.json").unlink()
     lines = [line for line in (part / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 15]
     (part / "metrics.jsonl").write_text("\n".join(lines) + '\n{"event": "tra')
-    code, said = compare(runs, "one", str(part))
-    assert (code, "last common step             15\n" in said) == (0, True), said
-    assert "the runs are at steps 30 and 15" in said
-    assert "loss                         the same bits at 15 of 15 recorded steps" in said
+    code, output = compare(runs, "one", str(part))
+    assert (code, "last common step             15\n" in output) == (0, True), output
+    assert "the runs are at steps 30 and 15" in output
+    assert "loss                         the same bits at 15 of 15 recorded steps" in output
     assert compare(runs, "one", str(part), "--assert-equal")[0] == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "words"),
     [
         (lambda run: shutil.rmtree(run), "is not a directory"),
         (lambda run: (run / "metrics.jsonl").unlink(), "has no metrics.jsonl"),
@@ -193,12 +193,12 @@ def test_unfinished_run_agrees_as_far_as_it_goes_but_is_not_equal(runs: Path, tm
         ),
     ],
 )
-def test_bad_input_is_one_line(runs: Path, tmp_path: Path, change: Callable[[Path], object], says: str) -> None:
+def test_bad_input_is_one_line(runs: Path, tmp_path: Path, change: Callable[[Path], object], words: str) -> None:
     change(shutil.copytree(runs / "one", tmp_path / "bad"))
-    code, said = compare(runs, "one", str(tmp_path / "bad"), "--assert-equal")
-    assert (code, said.count("\n")) == (2, 1), said
-    assert said.startswith("error: ")
-    assert says in said
+    code, output = compare(runs, "one", str(tmp_path / "bad"), "--assert-equal")
+    assert (code, output.count("\n")) == (2, 1), output
+    assert output.startswith("error: ")
+    assert words in output
 
 
 def test_doubled_fingerprint_is_refused() -> None:

@@ -45,7 +45,7 @@ def test_file_gives_the_checkpoints_logits(kind: str, exported: dict[str, Path],
     assert (original.facts.weights, original.facts.data, original.facts.model) == ("ema", "digits", "tiny")
 
 
-def test_files_are_read_by_others_with_what_they_say_of_themselves(exported: dict[str, Path], digits_run: Path) -> None:
+def test_exported_files_work_without_this_project(exported: dict[str, Path], digits_run: Path) -> None:
     """This follows the cards' instructions, which need no code of this project."""
     with safetensors.safe_open(exported["safetensors"], "pt") as file:
         facts = file.metadata()

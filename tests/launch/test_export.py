@@ -45,7 +45,7 @@ def images_of_the_test_split() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_card_says_data_accuracy_commit_and_config(kind: str, exported: dict[str, Path], digits_run: Path) -> None:
+def test_card_has_data_accuracy_commit_and_config(kind: str, exported: dict[str, Path], digits_run: Path) -> None:
     card = exported[kind].with_name(f"{exported[kind].name}.md").read_text()
     summary = json.loads((digits_run / "summary.json").read_text())
     correct = round(summary["best"]["accuracy"] * 359)
@@ -108,7 +108,7 @@ def test_best_checkpoint_is_taken_and_the_newest_where_it_is_damaged(run: Path, 
         (["--output", "{}", "--format", "onnx"], "model.onnx"),
     ],
 )
-def test_file_lands_where_output_says_and_nothing_else_stays(
+def test_export_writes_the_requested_file_and_nothing_else(
     flags: list[str], name: str, run: Path, tmp_path: Path
 ) -> None:
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
@@ -168,7 +168,7 @@ def test_run_on_the_fallback_data_is_verified_on_them(run: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_onnx_without_its_packages_says_what_to_install(
+def test_onnx_without_its_packages_names_what_to_install(
     package: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -199,7 +199,7 @@ def test_export_refuses_in_one_line(case: str, run: Path, tmp_path: Path, capsys
     assert not [path for suffix in SUFFIXES.values() for path in tmp_path.rglob(f"m*{suffix}") if path.stem == "m"]
 
 
-def test_run_without_averages_or_checkpoints_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_without_averages_or_checkpoints_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change_states(run, lambda state: checkpoint.Snapshot(state.model, state.optimizer, {}, state.meta))
     assert "Use --weights raw" in refusal([run, "--weights", "ema"], capsys)
     shutil.rmtree(run / "checkpoints")

@@ -183,7 +183,7 @@ def test_launch_run_passes_signals_and_75_on(tmp_path: Path, number: signal.Sign
     assert "preempted at step" in output
 
 
-def test_rank_that_hangs_in_its_last_words_after_all_have_saved_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_that_hangs_at_exit_after_all_have_saved_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.run, "SAVE_SECONDS", 0.3)
     ranks = object.__new__(launch.run.Ranks)
     programs = ("import time; time.sleep(60)", "raise SystemExit(75)")
@@ -210,7 +210,7 @@ def test_launch_run_killed_leaves_no_orphan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "words"),
     [
         (["--nproc", "0", "--"], "--nproc is 0"),
         (["--max-restarts", "-1", "--"], "--max-restarts is -1"),
@@ -220,11 +220,11 @@ def test_launch_run_killed_leaves_no_orphan(tmp_path: Path) -> None:
         (["--", "--config", "/no/such.yaml"], "/no/such.yaml"),
     ],
 )
-def test_launch_run_refuses_bad_input_in_one_line(options: list[str], says: str) -> None:
+def test_launch_run_refuses_bad_input_in_one_line(options: list[str], words: str) -> None:
     done = subprocess.run([sys.executable, "-m", "launch", "run", *options], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert says in done.stderr
+    assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -266,7 +266,7 @@ def agent(port: int, run: Path) -> subprocess.Popen:
     return start(run, *command.split(), flags=EXACT, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", GLOO_SOCKET_IFNAME="lo")
 
 
-def test_torchrun_goes_on_with_the_nodes_that_are_left(tmp_path: Path) -> None:
+def test_torchrun_continues_with_the_nodes_that_are_left(tmp_path: Path) -> None:
     """One of two elastic nodes dies. The other continues alone and ends with the bits of an undisturbed run."""
     port, run = free_port(), tmp_path / "elastic"
     first = agent(port, run)
@@ -298,7 +298,7 @@ def test_torchrun_with_one_process_gives_the_bits_of_none(tmp_path: Path) -> Non
     assert one["weights_sha256"] == other["weights_sha256"]
 
 
-def test_launch_run_goes_on_with_fewer_processes_and_the_same_bits(tmp_path: Path) -> None:
+def test_launch_run_continues_with_fewer_processes_and_the_same_bits(tmp_path: Path) -> None:
     process = start(tmp_path / "hit", *launch_run(3, "--max-restarts", "2", "--min-nproc", "1"), flags=EXACT)
     for world_size in (3, 2):
         deadline = time.monotonic() + 200

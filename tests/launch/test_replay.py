@@ -50,33 +50,33 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def steps_of(said: str) -> list[int]:
-    return [int(found) for found in re.findall(r"^step (\d+): ", said, re.MULTILINE)]
+def steps_of(output: str) -> list[int]:
+    return [int(found) for found in re.findall(r"^step (\d+): ", output, re.MULTILINE)]
 
 
 def test_steps_from_scratch_and_from_a_checkpoint_agree(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    code, said = replay(run, "0:30")
-    assert code == 0, said
-    assert "from scratch" in said
-    assert steps_of(said) == list(range(1, 31))
+    code, output = replay(run, "0:30")
+    assert code == 0, output
+    assert "from scratch" in output
+    assert steps_of(output) == list(range(1, 31))
     saves = len(rows(run, "saved"))
-    assert f"30 of 30 steps agree bit for bit, {saves} saved weights among them\n" in said
-    code, said = replay(run, "27:29")
-    assert (code, steps_of(said)) == (0, [28, 29]), said
-    assert "from " + str(run / "checkpoints" / "step-00000025") in said
+    assert f"30 of 30 steps agree bit for bit, {saves} saved weights among them\n" in output
+    code, output = replay(run, "27:29")
+    assert (code, steps_of(output)) == (0, [28, 29]), output
+    assert "from " + str(run / "checkpoints" / "step-00000025") in output
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_damaged_checkpoint_is_named_and_not_used(run: Path) -> None:
     file = run / "checkpoints" / "step-00000025" / "optimizer.safetensors"
     flip(file)
-    code, said = replay(run, "26:28")
-    assert code == 1, said
-    assert f"damaged: Checkpoint file {file} has SHA-256" in said
-    assert "2 of 2 steps agree bit for bit" in said
-    assert "1 damaged" in said
-    assert "step-00000025\n" not in said
+    code, output = replay(run, "26:28")
+    assert code == 1, output
+    assert f"damaged: Checkpoint file {file} has SHA-256" in output
+    assert "2 of 2 steps agree bit for bit" in output
+    assert "1 damaged" in output
+    assert "step-00000025\n" not in output
 
 
 def test_checkpoint_that_was_signed_again_is_named(run: Path) -> None:
@@ -89,30 +89,30 @@ def test_checkpoint_that_was_signed_again_is_named(run: Path) -> None:
         tensor += 0.01
     shutil.rmtree(path)
     checkpoint.write(path.parent, 25, checkpoint.encode(state), path.parent.parent)
-    code, said = replay(run, "25:27")
-    assert code == 1, said
-    assert f"damaged: Checkpoint {path} holds other weights than the run saved at step 25." in said
-    assert "step 26: loss" in said
-    assert "DIFFERS" in said
+    code, output = replay(run, "25:27")
+    assert code == 1, output
+    assert f"damaged: Checkpoint {path} holds other weights than the run saved at step 25." in output
+    assert "step 26: loss" in output
+    assert "DIFFERS" in output
 
 
 def test_edited_config_is_named(run: Path) -> None:
     edit(run / "config.yaml", "lr: 0.02", "lr: 0.03")
     for steps in ("0:3", "25:27"):
-        code, said = replay(run, steps)
-        assert (code, said.count("\n")) == (2, 1), said
-        assert f"error: {run / 'config.yaml'} is not what {run}" in said
-        assert "optim.lr 0.02 -> 0.03" in said
+        code, output = replay(run, steps)
+        assert (code, output.count("\n")) == (2, 1), output
+        assert f"error: {run / 'config.yaml'} is not what {run}" in output
+        assert "optim.lr 0.02 -> 0.03" in output
 
 
 def test_other_data_are_named(run: Path, tmp_path: Path) -> None:
-    code, said = replay(run, "0:3", MUTANT="other_pixel", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert (code, said.count("\n")) == (2, 1), said
-    assert "error: The data are not what " in said
+    code, output = replay(run, "0:3", MUTANT="other_pixel", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert (code, output.count("\n")) == (2, 1), output
+    assert "error: The data are not what " in output
     shutil.rmtree(run / "checkpoints")
     (run / "summary.json").unlink()
-    code, said = replay(run, "0:3", MUTANT="other_pixel", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert (code, f"error: The data are not what {run} was trained with: SHA-256 " in said) == (2, True), said
+    code, output = replay(run, "0:3", MUTANT="other_pixel", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert (code, f"error: The data are not what {run} was trained with: SHA-256 " in output) == (2, True), output
 
 
 def test_changed_fingerprint_is_named(run: Path) -> None:
@@ -123,31 +123,31 @@ def test_changed_fingerprint_is_named(run: Path) -> None:
         for line in text.splitlines()
     ]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    code, said = replay(run, "0:6")
-    assert code == 1, said
-    assert f"damaged: The fingerprints in {run / 'metrics.jsonl'} are not those of its summary.json." in said
-    assert re.search(r"^step 4: loss DIFFERS: \S+ and \S+, \S+ apart, grad_norm \S+ agrees$", said, re.MULTILINE)
-    assert "5 of 6 steps agree bit for bit" in said
-    assert "1 damaged" in said
+    code, output = replay(run, "0:6")
+    assert code == 1, output
+    assert f"damaged: The fingerprints in {run / 'metrics.jsonl'} are not those of its summary.json." in output
+    assert re.search(r"^step 4: loss DIFFERS: \S+ and \S+, \S+ apart, grad_norm \S+ agrees$", output, re.MULTILINE)
+    assert "5 of 6 steps agree bit for bit" in output
+    assert "1 damaged" in output
 
 
 def test_changed_weights_of_a_save_are_found(run: Path) -> None:
     saved = rows(run, "saved")[0]
     edit(run / "metrics.jsonl", saved["weights_sha256"], "0" * 64)
-    code, said = replay(run, "0:6")
-    assert (code, "step 5: " in said, "weights DIFFER" in said) == (1, True, True), said
+    code, output = replay(run, "0:6")
+    assert (code, "step 5: " in output, "weights DIFFER" in output) == (1, True, True), output
 
 
-def test_other_threads_are_said_and_flags_fit_the_run_to_a_machine(run: Path) -> None:
-    code, said = replay(run, "0:1", "-- --train.num_threads 2")
-    assert "The bits may differ: num_threads 1 -> 2." in said
+def test_other_threads_are_reported_and_flags_fit_the_run_to_a_machine(run: Path) -> None:
+    code, output = replay(run, "0:1", "-- --train.num_threads 2")
+    assert "The bits may differ: num_threads 1 -> 2." in output
     assert code in (0, 1)
-    code, said = replay(run, "0:1", "-- --seed 3")
-    assert (code, "seed 0 -> 3" in said) == (2, True)
+    code, output = replay(run, "0:1", "-- --seed 3")
+    assert (code, "seed 0 -> 3" in output) == (2, True)
 
 
 @pytest.mark.parametrize(
-    ("change", "steps", "says"),
+    ("change", "steps", "words"),
     [
         (None, "3:3", "--steps is 3:3. Use A:B"),
         (None, "3", "--steps is 3. Use A:B"),
@@ -164,13 +164,13 @@ def test_other_threads_are_said_and_flags_fit_the_run_to_a_machine(run: Path) ->
         ),
     ],
 )
-def test_bad_input_exits_2(run: Path, change: Callable[[Path], object] | None, steps: str, says: str) -> None:
+def test_bad_input_exits_2(run: Path, change: Callable[[Path], object] | None, steps: str, words: str) -> None:
     if change:
         change(run)
-    code, said = replay(run, steps)
-    assert code == 2, said
-    assert says in said
-    assert steps == "-1:3" or (said.startswith("error: ") and said.count("\n") == 1)
+    code, output = replay(run, steps)
+    assert code == 2, output
+    assert words in output
+    assert steps == "-1:3" or (output.startswith("error: ") and output.count("\n") == 1)
 
 
 def test_run_that_began_elsewhere_needs_its_checkpoint(run: Path, tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_run_that_began_elsewhere_needs_its_checkpoint(run: Path, tmp_path: Path
     train(1, other, FLAGS, f"--run.resume {run / 'checkpoints' / 'step-00000025'}")
     assert replay(other, "25:30")[0] == 2  # saved at 30 only
     shutil.copytree(run / "checkpoints" / "step-00000025", other / "checkpoints" / "step-00000025")
-    code, said = replay(other, "25:30")
-    assert code == 0, said
+    code, output = replay(other, "25:30")
+    assert code == 0, output
 
 
 def test_span_needs_every_step() -> None:
@@ -191,6 +191,6 @@ def test_span_needs_every_step() -> None:
         parse_steps("2:5", {}, Path("r"))
 
 
-def test_summary_says_what_replay_needs(run: Path) -> None:
+def test_summary_has_what_replay_needs(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert {"config", "environment", "data", "fingerprints", "ledger", "weights_sha256"} <= summary.keys()

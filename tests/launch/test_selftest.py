@@ -20,7 +20,7 @@ CAUGHT_BY = {
     "doubled_example": "training",
     "dropped_example": "training",
     "dropped_tail": "training",
-    "doubled_example_without_ledger": "each example once",
+    "doubled_example_without_coverage_checksum": "each example once",
     "global_stream_dropout": "same losses",
     "augmentation_by_local_row": "same losses",
     "plain_allreduce": "same weights",

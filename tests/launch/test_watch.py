@@ -35,7 +35,7 @@ def once(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return re.sub(r" +", " ", printed.out)
 
 
-def test_frame_says_what_the_rows_say(
+def test_frame_shows_what_the_rows_hold(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run", make_rows(restarts=(30,))[:-1], None)
@@ -43,20 +43,20 @@ def test_frame_says_what_the_rows_say(
     monkeypatch.setenv("COLUMNS", "100")
     text = once(run, capsys)
     assert "loss 0.0100 █▇▅▄▂▁" in text
-    says = (
+    headline = (
         "run mnist running, last row 0:00:15 ago",
         "step 60 of 60 100% epoch 2.00",
         "accuracy 93.00% (test, step 30)",
         "images/s 10,000",
     )
-    for said in (
-        *says,
+    for words in (
+        *headline,
         "learning rate 0.001639",
         "time left 0:00:00",
         "processes 4 → 2 (1 restart)",
         "checkpoint none yet",
     ):
-        assert said in text, said
+        assert words in text, words
 
 
 def test_loss_that_is_not_finite_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,18 +69,18 @@ def test_real_run_is_seen_to_be_finished(tmp_path: Path, capsys: pytest.CaptureF
     run = tmp_path / "run"
     train(1, run, "--train.max_steps 30 --log.every_steps 10 --optim.ema 0.9")
     text = once(run, capsys)
-    for said in (
+    for words in (
         "run digits finished",
         "step 30 of 30 100%",
         "test, step 30, averaged",
         "processes 1",
         "checkpoint step 30",
     ):
-        assert said in text, said
+        assert words in text, words
 
 
 @pytest.mark.parametrize(
-    ("rows", "seconds", "says"),
+    ("rows", "seconds", "message"),
     [
         (make_rows()[:4], 45.0, "running, last row 0:00:15 ago"),
         (make_rows()[:4], 3600.0, "no news: last row 0:59:30 ago. Is it still running?"),
@@ -96,10 +96,10 @@ def test_real_run_is_seen_to_be_finished(tmp_path: Path, capsys: pytest.CaptureF
         (make_rows()[:4], 0.0, "running, last row 0:00:00 ago"),  # the other machine's clock is ahead
     ],
 )
-def test_pulse(tmp_path: Path, rows: list[dict], seconds: float, says: str) -> None:
+def test_pulse(tmp_path: Path, rows: list[dict], seconds: float, message: str) -> None:
     record = read(make_run(tmp_path / "run", rows, None))
     assert record
-    assert pulse(record, NOW + seconds)[0] == says
+    assert pulse(record, NOW + seconds)[0] == message
 
 
 def test_sparkline() -> None:
@@ -113,7 +113,7 @@ def test_sparkline() -> None:
 def test_what_is_no_run_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "odd" / "metrics.jsonl").mkdir(parents=True)
-    for name, says in (
+    for name, message in (
         ("nowhere", "has no rows in metrics.jsonl"),
         ("file", "has no rows in metrics.jsonl"),
         ("odd", "metrics.jsonl cannot be read: Is a directory"),
@@ -121,7 +121,7 @@ def test_what_is_no_run_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.Ca
         assert launch(["watch", str(tmp_path / name)]) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("error: ")
-        assert says in printed
+        assert message in printed
         assert printed.count("\n") == 1
 
 
@@ -171,7 +171,7 @@ def write(run: Path, rows: list[dict], torn: str = "") -> None:
     os.replace(run / "new", run / "metrics.jsonl")
 
 
-def test_live_view_follows_a_run_from_before_its_birth_to_its_end(tmp_path: Path) -> None:
+def test_live_view_follows_a_run_from_before_its_start_to_its_end(tmp_path: Path) -> None:
     run, rows = tmp_path / "later" / "run", make_rows(restarts=(30,))
     rows = [{**row, "time": time.time()} for row in rows]
     terminal = Terminal(run)

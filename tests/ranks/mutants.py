@@ -65,7 +65,7 @@ def dropped_tail() -> None:
     Sampler.steps_per_epoch = property(lambda self: self.num_examples // self.global_batch_size)  # type: ignore
 
 
-def doubled_example_without_ledger() -> None:
+def doubled_example_without_coverage_checksum() -> None:
     """As doubled_example, in a trainer that keeps no coverage checksum."""
     doubled_example()
 

@@ -31,7 +31,9 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "runs" / "one", make_rows(restarts=(30,)), make_summary(), mistakes=100)
 
 
-def test_page_lands_in_the_run_and_says_what_the_run_says(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_is_written_into_the_run_and_shows_what_the_run_recorded(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     found = Page((run / "report.html").read_text())
@@ -71,14 +73,14 @@ def test_page_lands_in_the_run_and_says_what_the_run_says(run: Path, capsys: pyt
         "python -m train --seed 1",
     )
     phases = ("data 18.8% (12.5% to 25.0%) forward_backward 81.2% (75.0% to 87.5%)",)
-    for said in (*phases, *headline, *curves, *attempts, *mistakes, *environment, "model.name cnn"):
-        assert said in found.text, said
+    for words in (*phases, *headline, *curves, *attempts, *mistakes, *environment, "model.name cnn"):
+        assert words in found.text, words
     assert (found.count("svg"), found.count("table", **{"class": "matrix"})) == (6, 1)
     assert found.count("img") == 100 + 3
     assert "FALLBACK" not in found.text.upper().replace("DATA.IS_FALLBACK FALSE", "")
 
 
-def test_page_needs_nothing_beside_itself(tmp_path: Path) -> None:
+def test_page_needs_no_other_file(tmp_path: Path) -> None:
     """It has no script, request or handler, whatever names, notes and data contain, and it stays small."""
     for name, path in make_pages(tmp_path).items():
         html = path.read_text()
@@ -130,14 +132,14 @@ def test_runs_that_differ_in_the_seed_alone_are_a_mean_with_a_band(tmp_path: Pat
     steps, values = found_groups[0].series("eval", "accuracy")
     assert (steps, values) == ([30, 60], [[0.93, 0.93], [0.96, 0.95]])
     found = page(tmp_path, first, other, faster)
-    for said in (
+    for words in (
         "recipe-s, 2 seeds",
         "95.50% (95.00% to 96.00%)",
         "45 (40 to 50) of 1,000",
         "2 different",
         "band: least to greatest",
     ):
-        assert said in found.text, said
+        assert words in found.text, words
     assert "optim.lr 0.1 0.1 0.2" in found.text  # the config's difference, a column per run
     assert "fill-opacity: 0.2" in (tmp_path / "page.html").read_text()
     assert "augment" not in found.text
@@ -170,8 +172,8 @@ def test_averaged_weights_are_the_result_where_there_are_any(tmp_path: Path) -> 
     results = {"raw": make_evaluation(), "ema": make_evaluation(99, {(8, 1): 8})}
     averaged = {"ema_weights_sha256": "e" * 64, "results": results}
     text = page(tmp_path, make_run(tmp_path / "run", rows, make_summary(**averaged))).text
-    for said in ("99.20% of 1,000 mnist test images, averaged weights", "e" * 12, "8 wrong", "test, averaged weights"):
-        assert said in text, said
+    for words in ("99.20% of 1,000 mnist test images, averaged weights", "e" * 12, "8 wrong", "test, averaged weights"):
+        assert words in text, words
 
 
 def test_run_without_a_current_summary_is_shown_as_unfinished(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_extremes_are_drawn(tmp_path: Path) -> None:
     config = Config(data=DataConfig(name="fashion_mnist"))
     summary = make_summary(results={"raw": make_evaluation(100, {})})
     text = page(tmp_path, make_run(tmp_path / "perfect", rows, summary, config, mistakes=0)).text
-    assert all(said in text for said in ("100.00%", "Trouser", "100.0% 0 wrong", "nothing recorded yet"))
+    assert all(words in text for words in ("100.00%", "Trouser", "100.0% 0 wrong", "nothing recorded yet"))
     wrong = [{**row, "accuracy": 0.0, "correct": 0} if row["event"] == "eval" else row for row in make_rows()]
     assert "0.00% of 1,000" in page(tmp_path, make_run(tmp_path / "wrong", wrong, None)).text
     assert "not evaluated" in page(tmp_path, make_run(tmp_path / "young", make_rows()[:2], None)).text
@@ -212,7 +214,7 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "arguments", "says"),
+    ("spoil", "arguments", "message"),
     [
         (None, ["nowhere"], "nowhere is not a directory. Expected the directory of a run"),
         ("{}", ["."], "has no metrics.jsonl. Expected the directory of a run"),
@@ -237,7 +239,7 @@ def test_bad_input_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str],
     spoil: str | None,
     arguments: list[str],
-    says: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(Path("run"), make_rows(), make_summary())
@@ -255,7 +257,7 @@ def test_bad_input_is_one_line_and_exit_2(
     assert printed.out == ""
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
-    assert says in printed.err
+    assert message in printed.err
 
 
 def test_neither_torch_nor_a_display_is_needed(run: Path, python: Python) -> None:

@@ -191,9 +191,9 @@ def test_one_gpu_bound_to_each_task(cluster: Cluster, undisturbed: str) -> None:
 def test_time_limit(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("limit", "--nodes", "2", "--time", "1", "--signal", "USR2@20", SECONDS_PER_STEP="0.8")
     assert cluster.finish(job, "limit")["weights_sha256"] == undisturbed
-    (told,) = rows(cluster.path("limit"), "preempted")
+    (preempted,) = rows(cluster.path("limit"), "preempted")
     starts = [row["step"] for row in rows(cluster.path("limit"), "start")]
-    assert starts == [0, told["step"]]  # not one step is computed twice
+    assert starts == [0, preempted["step"]]  # not one step is computed twice
     assert "exit code 75; requeued from" in cluster.log(job)
     assert cluster.job(job)["Restarts"] == "1"
 
@@ -213,8 +213,8 @@ def test_preemption(cluster: Cluster, undisturbed: str) -> None:
     urgent = ["-p", "urgent", "--nodes", "3", "--ntasks-per-node", "8", "--output", "/dev/null"]
     cluster.run("sbatch", *urgent, "--wrap", "sleep 2")
     assert cluster.finish(job, "preempted")["weights_sha256"] == undisturbed
-    (told,) = rows(cluster.path("preempted"), "preempted")
-    assert [row["step"] for row in rows(cluster.path("preempted"), "start")] == [0, told["step"]]
+    (preempted,) = rows(cluster.path("preempted"), "preempted")
+    assert [row["step"] for row in rows(cluster.path("preempted"), "start")] == [0, preempted["step"]]
 
 
 @pytest.mark.parametrize("which", ["batch node", "other node"])
@@ -246,7 +246,7 @@ def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
     assert cluster.summary("silent")["weights_sha256"] == undisturbed
 
 
-def test_scancel_ends_it_for_good_and_the_same_name_goes_on(cluster: Cluster, undisturbed: str) -> None:
+def test_scancel_ends_a_job_for_good_and_the_same_name_resumes(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("cancelled", "--nodes", "2", SECONDS_PER_STEP="0.1")
     wait_for_step(cluster.path("cancelled"), 12)
     cluster.run("scancel", job)
@@ -257,7 +257,7 @@ def test_scancel_ends_it_for_good_and_the_same_name_goes_on(cluster: Cluster, un
     assert cluster.finish(cluster.submit("cancelled"), "cancelled")["weights_sha256"] == undisturbed
 
 
-def test_poison_is_tried_so_often_and_then_held(cluster: Cluster) -> None:
+def test_poison_is_held_after_its_attempts(cluster: Cluster) -> None:
     job = cluster.submit("poison", POISON_STEP="25", LOCKSTEP_ATTEMPTS="2")
     deadline = time.monotonic() + WAIT_SECONDS
     while "held" not in (found := cluster.job(job))["Reason"].lower():

@@ -158,7 +158,7 @@ def test_permission_lost_on_the_way_costs_checkpoints(tmp_path: Path, open_place
 @needs_strace
 @needs_root
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "words"),
     [
         ("fsync:error=EDQUOT", "Disk quota exceeded"),
         ("fsync:error=EIO", "Input/output error"),
@@ -166,21 +166,21 @@ def test_permission_lost_on_the_way_costs_checkpoints(tmp_path: Path, open_place
         ("fsync:delay_enter=400000", None),
     ],
 )
-def test_disk_that_fails_or_is_slow_for_a_while(tmp_path: Path, fault: str, says: str | None) -> None:
+def test_disk_that_fails_or_is_slow_for_a_while(tmp_path: Path, fault: str, words: str | None) -> None:
     undisturbed, run = train(1, tmp_path / "undisturbed", FLAGS), tmp_path / "run"
     ranks = Ranks(1, arguments(run, FLAGS), tmp_path / "logs", MUTANT="slow_steps")
     wait_for_step(run, 5)
     command = ["strace", "-f", "-qq", "-p", str(ranks.processes[0].pid), "-o", str(tmp_path / "strace")]
     with subprocess.Popen([*command, "-e", f"trace={fault.split(':')[0]}", "-e", f"inject={fault}"]) as strace:
-        if says:
+        if words:
             wait_for_warning(ranks)
         else:
             wait_for_step(run, 14)
         strace.send_signal(signal.SIGTERM)  # the disk works again
     assert ranks.wait() == [0], ranks.output()
     assert json.loads((run / "summary.json").read_text())["weights_sha256"] == undisturbed["weights_sha256"]
-    assert says is None or says in warnings(ranks)[0]
-    assert bool(warnings(ranks)) == bool(says)
+    assert words is None or words in warnings(ranks)[0]
+    assert bool(warnings(ranks)) == bool(words)
     assert "INJECTED" in (tmp_path / "strace").read_text() or "DELAYED" in (tmp_path / "strace").read_text()
     check_whole(run)
     assert not list((run / "checkpoints").glob(".writing*"))

@@ -55,11 +55,11 @@ def test_ranks_with_unequal_shares_wait_for_each_other_at_the_same_steps(tmp_pat
     late = {"MUTANT": "accidents.runs_ahead", "MOST_ROWS": "190"}
     undisturbed = train(3, tmp_path / "undisturbed", *flags, **late)
     assert undisturbed["weights_sha256"] == train(1, tmp_path / "one", *flags)["weights_sha256"]
-    ranks = Ranks(3, arguments(tmp_path / "told", *flags), tmp_path / "logs", **late)
-    wait_for_step(tmp_path / "told", 30)
+    ranks = Ranks(3, arguments(tmp_path / "stopped", *flags), tmp_path / "logs", **late)
+    wait_for_step(tmp_path / "stopped", 30)
     ranks.signal(signal.SIGTERM, rank=2)
     assert set(ranks.wait()) == {75}, ranks.output()
-    assert train(3, tmp_path / "told", *flags, **late)["weights_sha256"] == undisturbed["weights_sha256"]
+    assert train(3, tmp_path / "stopped", *flags, **late)["weights_sha256"] == undisturbed["weights_sha256"]
 
 
 def test_ranks_stay_together_while_one_is_traced(tmp_path: Path) -> None:
@@ -91,16 +91,16 @@ def test_late_results_count_skips_in_their_order(tmp_path: Path) -> None:
 def test_a_signal_is_seen_late_and_loses_no_step(tmp_path: Path, world_size: int) -> None:
     flags = (FLAGS, "--train.max_steps 300 --eval.every_steps 1000 --checkpoint.every_steps 1000")
     undisturbed = train(world_size, tmp_path / "undisturbed", *flags)
-    ranks = Ranks(world_size, arguments(tmp_path / "told", *flags), tmp_path / "logs", MUTANT="accidents.runs_ahead")
-    wait_for_step(tmp_path / "told", 30)
+    ranks = Ranks(world_size, arguments(tmp_path / "stopped", *flags), tmp_path / "logs", MUTANT="accidents.runs_ahead")
+    wait_for_step(tmp_path / "stopped", 30)
     ranks.signal(signal.SIGTERM, rank=world_size - 1)
     assert set(ranks.wait()) == {75}, ranks.output()
-    told = json.loads((tmp_path / "told" / "summary.json").read_text())
-    assert max(row["step"] for row in rows(tmp_path / "told", "train")) == told["step"] // 3 * 3
-    resumed = train(world_size, tmp_path / "told", *flags, MUTANT="accidents.runs_ahead")
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert max(row["step"] for row in rows(tmp_path / "stopped", "train")) == summary["step"] // 3 * 3
+    resumed = train(world_size, tmp_path / "stopped", *flags, MUTANT="accidents.runs_ahead")
     assert resumed["weights_sha256"] == undisturbed["weights_sha256"]
     assert resumed["fingerprints"]["sha256"] == undisturbed["fingerprints"]["sha256"]
-    assert rows(tmp_path / "told", "start")[1]["step"] == told["step"]
+    assert rows(tmp_path / "stopped", "start")[1]["step"] == summary["step"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

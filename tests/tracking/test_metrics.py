@@ -100,7 +100,7 @@ def test_remove_rows_after_removes_exactly_the_later_steps(
     assert RunDir(tmp_path).remove_rows_after(step) == expected
 
 
-def test_resume_after_a_torn_line_goes_on_in_a_new_one(tmp_path: Path) -> None:
+def test_resume_after_a_torn_line_continues_in_a_new_one(tmp_path: Path) -> None:
     write_rows(tmp_path / "metrics.jsonl", rows_of(EVENTS), '{"event": "train", "st')
     with opened(tmp_path) as metrics:
         assert len(metrics.open(10, 100)) == 6

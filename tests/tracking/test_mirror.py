@@ -138,7 +138,7 @@ def test_a_fallback_and_a_loss_that_is_not_finite_are_announced(
     assert (server.artifacts, server.run.events) == ([], [])
 
 
-def test_a_sweep_trains_what_its_agent_says(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
+def test_a_sweep_trains_what_its_agent_requests(tmp_path: Path, server: Server, env: dict[str, str]) -> None:
     """wandb's own `sweep` and `agent` write the command lines."""
     bin_dir = Path(sys.executable).parent
     os_env = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}

@@ -156,10 +156,10 @@ def test_a_server_that_fails_is_not_in_the_way(
         core = int(Path(f"/proc/{follower}/task/{follower}/children").read_text().split()[0])
         os.kill(core, signal.SIGKILL)
     assert ranks.wait() == [0]
-    said = {"silent from the start": "wandb: offline (", "wandb dies": "wandb: stopped ("}.get(
+    warning = {"silent from the start": "wandb: offline (", "wandb dies": "wandb: stopped ("}.get(
         fate, "wandb: not done after 20 s"
     )
-    assert said in ranks.output()
+    assert warning in ranks.output()
     assert f"`python -m launch sync {run}`" in ranks.output()
     assert json.loads((run / "summary.json").read_text())["weights_sha256"] == undisturbed
     until(lambda: not followers(run))
@@ -257,10 +257,10 @@ def test_sync_refuses_a_run_of_another_version(tmp_path: Path) -> None:
     assert "is of another lockstep version" in shown
 
 
-def test_a_follower_that_cannot_start_says_so(tmp_path: Path) -> None:
-    said: list[str] = []
-    follower = Follower(WandbConfig(), tmp_path, said.append)  # ends at once: there is no run
+def test_a_follower_that_cannot_start_is_reported(tmp_path: Path) -> None:
+    lines: list[str] = []
+    follower = Follower(WandbConfig(), tmp_path, lines.append)  # ends at once: there is no run
     follower.close()
     assert follower.process.stdout
     follower.process.stdout.close()
-    assert any("wandb: stopped" in line for line in said)
+    assert any("wandb: stopped" in line for line in lines)

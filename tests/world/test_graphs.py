@@ -123,10 +123,10 @@ def test_a_recording_that_fails_costs_a_warning_and_not_the_run(world: World, mo
 
     monkeypatch.setattr(graphs, "record", record)
     plan = dataclasses.replace(given_up.plan, should_record=True)
-    said: list[str] = []
-    assert warm_up(plan, given_up.state, said.append) is train_step
-    assert len(said) == 1
-    assert "warning: the step cannot be recorded as a CUDA graph: operation not permitted." in said[0]
+    lines: list[str] = []
+    assert warm_up(plan, given_up.state, lines.append) is train_step
+    assert len(lines) == 1
+    assert "warning: the step cannot be recorded as a CUDA graph: operation not permitted." in lines[0]
     for run in (ordinary, given_up):
         run.steps(3)
     assert ordinary.sha256() == given_up.sha256()
@@ -160,7 +160,7 @@ def test_warm_up_leaves_no_trace(world: World, flags: str, before: int) -> None:
     assert states[0] == states[1]
 
 
-def test_warm_up_is_not_training_time_and_stands_in_the_summary(tmp_path: Path) -> None:
+def test_warm_up_is_not_training_time_and_is_in_the_summary(tmp_path: Path) -> None:
     flags = "--train.max_steps 4 --model.name tiny"
     summary = train(1, tmp_path / "run", flags, MUTANT="accidents.slow_first_call")
     assert summary["train_seconds"] < 3 <= summary["warm_up_seconds"]
@@ -183,7 +183,7 @@ def test_lr_of_the_tables_is_that_of_the_step(world: World) -> None:
 
 
 @pytest.mark.parametrize("asked", ["auto", "on", "off"])
-def test_graphs_change_nothing_where_there_is_no_gpu_and_the_headline_says_so(tmp_path: Path, asked: str) -> None:
+def test_graphs_change_nothing_without_a_gpu_and_the_headline_reports_it(tmp_path: Path, asked: str) -> None:
     flags = "--train.max_steps 6 --train.device cpu"
     plain, other = (
         train(1, tmp_path / "plain", flags),
