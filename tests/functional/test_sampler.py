@@ -1,4 +1,4 @@
-"""The sampler uses each example once, in a random order that is the same on any world size."""
+"""The sampler uses each example once, in an order that looks random and is the same on any world size."""
 
 import itertools
 import time

@@ -112,7 +112,7 @@ def fails() -> None:
 
 
 def fails_and_cannot_close() -> None:
-    """As `fails`, but leaving the process group waits for ever, as NCCL does for collectives that others never join."""
+    """As `fails`, but leaving the process group never ends, as with NCCL after collectives that others never join."""
     fails()
     torch.distributed.destroy_process_group = lambda *_: time.sleep(1000)
 
@@ -155,7 +155,7 @@ def waits_in_start() -> None:
 
 
 def nobody() -> None:
-    """The rank runs as a user who owns nothing."""
+    """The rank runs as a user without any files."""
     importlib.import_module("psutil")  # accelerate imports it later, and that user may not be able to read this Python
     os.setgroups([])
     os.setgid(65534)

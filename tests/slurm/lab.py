@@ -72,7 +72,7 @@ def why_not() -> str | None:
 
 
 class Lab:
-    """The cluster: a head and `nodes` nodes with `gpus` fake GPUs each."""
+    """A cluster of a head and `nodes` nodes with `gpus` fake GPUs each."""
 
     def __init__(self, place: Path, nodes: int = 3, gpus: int = 2) -> None:
         self.place, self.nodes = place, [f"node{number}" for number in range(1, nodes + 1)]

@@ -159,7 +159,7 @@ def test_three_nodes_with_two_gpus_each(cluster: Cluster, undisturbed: str) -> N
     for rank, facts in ranks.items():
         assert facts["host"] == f"node{rank // 2 + 1}"
         assert (facts["LOCAL_RANK"], facts["LOCAL_WORLD_SIZE"], facts["WORLD_SIZE"]) == (str(rank % 2), "2", "6")
-        assert facts["CUDA_VISIBLE_DEVICES"] == "0,1"  # each sees its node's, and takes the one of its local rank
+        assert facts["CUDA_VISIBLE_DEVICES"] == "0,1"  # each sees its node's, and uses the one of its local rank
         assert facts["MASTER_ADDR"] == "node1"
     assert len({facts["MASTER_PORT"] for facts in ranks.values()}) == 1
     assert "ranks share" in cluster.log(job)  # no CPUs were asked for
