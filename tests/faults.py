@@ -1,10 +1,7 @@
-"""Run the long fault campaigns from a seed: `python tests/faults.py WHAT` prints a table, or --json.
+"""Run the long fault campaigns from a seed: `python tests/faults.py WHAT`. A sample of them is in test_faults.py.
 
-test_faults.py runs a sample of them.
-
-kills         kill -9 a random rank at a random moment, in a save, in an evaluation or at the start: of single
-              processes, two ranks, torchrun and launch run. Each is resumed to its end and compared with the
-              undisturbed run
+kills         kill -9 a random rank at any moment, in a save, in an evaluation or at the start (single processes,
+              two ranks, torchrun, launch run). Resume each to its end and compare it with the undisturbed run
 elastic       kill workers under torchrun --max-restarts and measure how long until they train again; kill agents and
               measure how long until no orphan is left
 crash-points  kill a process at every system call that writes a checkpoint
