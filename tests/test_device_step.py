@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, TORCH
+from in_process import Run
 from ranks.processes import Ranks
-from runs import Run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

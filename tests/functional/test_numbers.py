@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import Run
 from ranks.processes import Ranks, arguments, rows, train, wait_for_step
-from runs import Run
 from safetensors.torch import load_file
 
 from train.config import Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig

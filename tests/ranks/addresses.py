@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from runs import Run
+from in_process import Run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.cli import parse

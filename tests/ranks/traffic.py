@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from runs import Run
+from in_process import Run
 
 from train.cli import parse
 from train.world.world import World

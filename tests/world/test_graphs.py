@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import Run
 from ranks.processes import train
-from runs import Run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.cli import parse
