@@ -124,7 +124,7 @@ def follow(job: str, log: Path) -> int:
         answered_at, fields = time.monotonic(), dict(re.findall(r"(\S+?)=(\S*)", text))
         state, reason = fields["JobState"], fields["Reason"]
         position = print_new(log, position)
-        now = f"{state} ({reason}) {fields.get('NodeList', '')}".replace("(None)", "").replace("(null)", "")
+        now = f"{state} ({reason}) {fields.get('NodeList', '')}".replace("(None) ", "").replace("(null)", "")
         if now != shown:
             print(f"{time.strftime('%H:%M:%S')} job {job}: {now}", flush=True)
             shown = now

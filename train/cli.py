@@ -46,8 +46,9 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError instead of printing the usage and exiting."""
         hint = "See --help."
         if wrong := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            guess = did_you_mean(wrong[1], list(self._option_string_actions), "")
             hint = "Pass training options after `--`." if "TRAIN ARGUMENTS" in (self.usage or "") else hint
-            hint = did_you_mean(wrong[1], list(self._option_string_actions), hint)
+            hint = f"{guess} {hint}".lstrip()
             message = f"{self.prog} has no option {wrong[1]}"
         elif wrong := re.match(r"argument ([^:]+): invalid choice: '?([^' ]*)", message):
             names = wrong[1].split("/")

@@ -243,6 +243,8 @@ def on_main_rank(world: World, place: Path, kind: type[UserError | RunError], ac
     with world.raising_together():
         try:
             result = action() if world.is_main else None
+        except UserError as problem:  # a file that cannot be read
+            raise kind(str(problem)) from problem
         except OSError as problem:
             raise kind(
                 f"{problem.filename or place} cannot be written: {problem.strerror}. Nothing was deleted."

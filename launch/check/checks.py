@@ -106,7 +106,7 @@ def gpus(config: Config) -> Iterator[Finding]:
 
 
 def precision(config: Config) -> Iterator[Finding]:
-    """Check that this machine has the config's device, and that it computes in the config's precision."""
+    """Check that this machine has the config's device, and that it can compute in the config's precision."""
     from train.world.device import choose_device
 
     try:
@@ -139,8 +139,16 @@ def deterministic(config: Config) -> Iterator[Finding]:
     """Check that two trainings of the config's model give the same bits: a few steps in exact mode, on noise."""
     micro_batches = config.train.num_micro_batches or 1
     batch = micro_batches * max(1, min(config.train.global_batch_size, MAX_EXAMPLES) // micro_batches)
-    exact = dataclasses.replace(config.train, exact=True, num_micro_batches=micro_batches, global_batch_size=batch)
-    quick = dataclasses.replace(exact, max_steps=STEPS, max_micro_batch_size=0, compile=False, cuda_graphs="off")
+    quick = dataclasses.replace(
+        config.train,
+        max_steps=STEPS,
+        exact=True,
+        global_batch_size=batch,
+        num_micro_batches=micro_batches,
+        max_micro_batch_size=0,
+        compile=False,
+        cuda_graphs="off",
+    )
     noise = DataConfig(name="random", random_examples=6 + STEPS * batch)
     status: Status = "fail" if config.train.exact else "warn"
     with tempfile.TemporaryDirectory() as directory:
@@ -190,7 +198,8 @@ def disk(config: Config) -> Iterator[Finding]:
         yield Finding("disk", "fail", f"{place} cannot be written: {error.strerror}", remedy)
         return
     free = shutil.disk_usage(place).free
-    yield Finding("disk", "warn" if free < SPARE_BYTES else "OK", f"{free / 1e9:,.1f} GB free in {place}", remedy)
+    status: Status = "fail" if free < SPARE_BYTES / 10 else "warn" if free < SPARE_BYTES else "OK"
+    yield Finding("disk", status, f"{free / 1e9:,.1f} GB free in {place}", remedy)
 
 
 def wandb(config: Config) -> Iterator[Finding]:

@@ -5,12 +5,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from train.config import Config
 from train.functional.hashing import key, mix64
 from train.functional.sampler import Sampler, coverage_checksum, expected_coverage, permute, share
+from train.functional.tables import StepTables
 
 PINNED = ([9306, 53218, 21082, 21579], [54210, 22312, 48372, 26207])  # the first rows of epochs 0 and 1 of seed 0
 WORLD_SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 60, 64, 100, 1000, 4095, 4096)
@@ -227,3 +230,23 @@ def test_coverage_checksum_finds_one_doubled_and_one_missing(size: int, data: st
 @given(size=st.integers(1, 2000), chunk_size=st.integers(1, 2500))
 def test_coverage_checksum_adds_up_over_chunks_of_any_size(size: int, chunk_size: int) -> None:
     assert expected_coverage(size, chunk_size) == (coverage_checksum(np.arange(size)), size)
+
+
+@settings(deadline=None, max_examples=300)
+@given(size=st.integers(1, 40), batch=st.integers(1, 12), world_size=st.integers(1, 8), data=st.data())
+def test_tables_hold_the_examples_of_every_rank_in_every_step(
+    size: int, batch: int, world_size: int, data: st.DataObject
+) -> None:
+    """A rank may have more rows of a shorter last batch than of a whole one: 8 rows on 5 ranks, then 7."""
+    sampler = Sampler(size, batch, data.draw(st.sampled_from([min(batch, world_size), batch])), 0)
+    steps, cpu = sampler.steps_per_epoch, torch.device("cpu")
+    found: list[list[int]] = [[] for _ in range(steps)]
+    for rank in range(world_size):
+        tables = StepTables(Config(), sampler, steps, 0, rank, world_size, cpu, loss_scale=1.0, has_scaler=False)
+        for step in range(steps):
+            if not tables.start <= step < tables.stop:
+                tables.fill(step)
+            start, stop = sampler.rank_rows(step, rank, world_size)
+            found[step] += tables.rows[step - tables.start, : stop - start].tolist()
+    for step in range(steps):
+        assert found[step] == sampler.examples(step, 0, sampler.batch_rows(step)).tolist()

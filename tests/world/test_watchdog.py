@@ -1,4 +1,4 @@
-"""If a rank hangs, dies or fails, all end in time. One line names the rank, step, operation and reason."""
+"""If a rank hangs, dies or fails, all end in time. One line names the rank, step, collective and reason."""
 
 import dataclasses
 import os

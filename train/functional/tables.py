@@ -87,11 +87,13 @@ class StepTables:
         size = min(sampler.steps_per_epoch, MAX_STEPS, max(1, MAX_EXAMPLES // sampler.global_batch_size))
         self.start = self.stop = 0  # the stretch is the steps [start, stop), counted from 0; empty at first
         self.examples: list[NDArray[np.int64]] = []  # of this rank, by step
-        start, stop = sampler.rank_rows(0, rank, world_size)
+        # With uneven shares a rank may have more rows of an epoch's shorter last batch than of a whole one.
+        bounds = [sampler.rank_rows(step, rank, world_size) for step in (0, sampler.steps_per_epoch - 1)]
+        width = max(1, *(stop - start for start, stop in bounds))
 
         self.row_index = torch.zeros(1, dtype=torch.int64, device=device)
-        # Examples. Only the last step of an epoch may have fewer. A rank without any computes one, with weight 0.
-        self.rows = torch.zeros(size, max(stop - start, 1), dtype=torch.int64, device=device)
+        # Examples. A rank without any computes one, with weight 0.
+        self.rows = torch.zeros(size, width, dtype=torch.int64, device=device)
         self.keys = torch.zeros(size, 2, dtype=torch.int64, device=device)  # of augmentation and dropout
         self.lrs = torch.zeros(size, device=device)
         self.lr: Tensor | None = None  # float32 [1], of the current step; None if the host sets the optimizer's

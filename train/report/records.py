@@ -16,7 +16,7 @@ from train.errors import UserError
 from train.functional.trajectory import trajectory
 from train.rundir import EXAMPLE, Row, RunDir, Summary
 
-# The fields of the config that stand in the page's subtitle.
+# The fields of the config in the page's subtitle.
 RECIPE = (
     "model.name",
     "train.global_batch_size",
@@ -24,6 +24,7 @@ RECIPE = (
     "optim.lr",
     "optim.schedule",
     "train.precision",
+    "train.exact",
     "seed",
 )
 
@@ -175,7 +176,7 @@ def facts(records: list[Record]) -> dict[str, str]:
     outcomes = {record.summary.outcome if record.summary else "unfinished" for record in records} - {"finished"}
     attempts = [attempt for record in records for attempt in record.attempts]
     num_restarts = max(len(attempts) - len(records), 0)
-    sizes = " → ".join(dict.fromkeys(str(attempt.world_size) for attempt in attempts))
+    sizes = " → ".join(size for size, _ in itertools.groupby(str(attempt.world_size) for attempt in attempts))
     hashes = {record.weights for record in records}
     return {
         "accuracy": spread([result["accuracy"] for result in results], ".2%"),

@@ -59,8 +59,8 @@ def choose_backend(device: torch.device) -> str:
 def set_arithmetic(*, is_exact: bool, is_tf32: bool) -> None:
     """Switch deterministic algorithms on or off, and TF32 in a GPU's convolutions and matrix products.
 
-    By default, torch has TF32 on in convolutions. Its newer `fp32_precision` settings are not used: code that still
-    reads these ones, such as Inductor, would raise. Neither affects the CPU.
+    By default, torch has TF32 on in convolutions. `World.close` leaves it off. Torch's newer `fp32_precision` settings
+    are not used: code that still reads these ones, such as Inductor, would raise. Neither affects the CPU.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = is_tf32
     if is_exact:
