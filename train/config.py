@@ -55,7 +55,8 @@ class Section:
         for declared in dataclasses.fields(self):
             path, value = f"{section}.{declared.name}".removeprefix("."), getattr(self, declared.name)
             if value is None and declared.default is not None:
-                raise UserError(f"{path} is null. Give a value, or leave it out.")
+                expected = declared.type.__name__ if isinstance(declared.type, type) else "a value"
+                raise UserError(f"{path} is null. Expected {expected}.")
             allowed = declared.metadata.get("range")
             if allowed is not None and not allowed.holds(value):
                 raise UserError(f"{path} is {value!s:.40}{' ' + allowed.unit if allowed.unit else ''}. Use {allowed}.")
