@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -39,10 +40,18 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise torch keeps its f
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one worker, where they share fixtures. All tests that start Slurm share one, too."""
+    """Mark as slow the cases that a `sample` leaves out. Keep a file's tests, and all of Slurm, in one worker."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
         is_slurm = item.path.parent.name == "slurm"
         item.add_marker(pytest.mark.xdist_group("slurm" if is_slurm else item.path.name))
+    for same in cases.values():
+        if sample := same[0].get_closest_marker("sample"):
+            distance = len(same) / sample.args[0]
+            kept = {int(number * distance) for number in range(sample.args[0])}
+            for number in set(range(len(same))) - kept:
+                same[number].add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

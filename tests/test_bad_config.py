@@ -157,6 +157,7 @@ def test_malformed_flag_is_refused(case: str, place: Path, capsys: pytest.Captur
 BOTH_RANKS = ["billion laughs", "bytes", "name leaves the directory"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", [*BOTH_RANKS, "config is a pipe", "laughs in tags"])
 def test_malformed_config_ends_two_ranks(case: str, place: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(FILES[case][0] if case in FILES else b"")

@@ -17,6 +17,7 @@ def options(**values: Any) -> argparse.Namespace:
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", ["one process", "two ranks"])
 def test_killed_again_and_again_a_run_ends_with_the_bits_of_the_undisturbed_one(tmp_path: Path, way: str) -> None:
     result = faults.kills(options(ways=[way]), tmp_path)
@@ -25,6 +26,7 @@ def test_killed_again_and_again_a_run_ends_with_the_bits_of_the_undisturbed_one(
     assert f"| {way} |" in faults.kills_table(result)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_and_a_killed_agent_leaves_no_orphan(tmp_path: Path) -> None:
     result = faults.elastic(options(kills=2, agents=1), tmp_path)
     assert len(result["kills"]) == 2

@@ -55,6 +55,7 @@ def test_progress_is_plain_lines_elsewhere_and_other_ranks_are_silent(tmp_path: 
     assert second == ""
 
 
+@pytest.mark.slow
 def test_compiled_model_computes_the_same_up_to_round_off(tmp_path: Path) -> None:
     flags = "--train.max_steps 5 --optim.lr 0.01"
     train(1, tmp_path / "eager", flags)
@@ -115,6 +116,7 @@ def test_every_recipe_starts_and_names_its_command(tmp_path: Path, recipe: Path)
     assert str(run / "summary.json") in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 def test_quickstart_reaches_99_percent_on_mnist(tmp_path: Path, mnist_root: Path) -> None:
     command = [

@@ -229,6 +229,7 @@ def test_every_training_of_a_visit_has_flags_that_exist(monkeypatch: pytest.Monk
         assert parse(text.split()), name
 
 
+@pytest.mark.slow
 def test_dry_run_on_a_cpu(tmp_path: Path) -> None:
     """This starts the whole script as a user does."""
     environment = {name: value for name, value in os.environ.items() if name not in ("OUT", "MNIST_ROOT")}

@@ -73,8 +73,9 @@ def test_two_gpus_agree_with_one(tmp_path: Path, precision: str, tolerance: floa
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
-@pytest.mark.parametrize(("world_size", "step"), [(1, 12), (1, 47), (2, 12), (2, 47), (2, 90), (3, 47)])
-@pytest.mark.parametrize(("model", "precision"), [("tiny", "fp32"), ("tiny_bn", "bf16")])
+@pytest.mark.sample(2)
+@pytest.mark.parametrize(("world_size", "step"), [(2, 47), (1, 12), (1, 47), (2, 12), (2, 90), (3, 47)])
+@pytest.mark.parametrize(("model", "precision"), [("tiny_bn", "bf16"), ("tiny", "fp32")])
 def test_killed_run_resumes_to_the_same_bits(
     tmp_path: Path, world_size: int, step: int, model: str, precision: str
 ) -> None:

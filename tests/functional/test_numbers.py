@@ -28,6 +28,7 @@ EXACT = (
 )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("accident", ["broken_loss", "broken_gradient"])
 def test_stop_names_step_micro_batch_and_examples(tmp_path: Path, world_size: int, accident: str) -> None:
@@ -58,6 +59,7 @@ def test_stop_after_a_real_divergence_leaves_finite_weights(tmp_path: Path) -> N
         assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["sgd --optim.lr 0.05", "adamw --optim.lr 0.003"])
 def test_skipping_is_the_same_on_every_world_size_and_through_kills(tmp_path: Path, name: str) -> None:
     flags = (EXACT, f"--optim.nonfinite skip --optim.name {name} --optim.clip_norm 1")

@@ -88,6 +88,7 @@ def test_throughput_compares_our_step_with_a_bare_one(
     assert all(len(row["values"]) == 2 and min(row["values"]) > 0 for row in shown["rows"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", peers.PEERS)
 def test_peer_trains_in_its_own_idiom(peer: str) -> None:
     flags = measures.LOOP.replace("cnn", "tiny") + " --data.random_examples 1024"

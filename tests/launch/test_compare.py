@@ -149,6 +149,7 @@ def test_receipt_does_not_depend_on_how_steps_are_cut_into_rows() -> None:
     assert fingerprint.receipt([changed]) != whole
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGTERM)])
 def test_resumed_run_has_each_fingerprint_once(tmp_path: Path, world_size: int, number: signal.Signals) -> None:
     flags = (EXACT, "--train.epochs 4 --log.every_steps 7 --checkpoint.every_steps 10 --optim.lr 0.02")

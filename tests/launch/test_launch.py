@@ -145,6 +145,7 @@ def test_an_abort_in_the_interpreters_clean_up_does_not_reach_a_rank(tmp_path: P
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_launch_run_restarts_after_a_killed_rank_with_the_same_bits(tmp_path: Path, victim: int) -> None:
     flags = "--train.epochs 60 --checkpoint.every_steps 20 --model.dropout 0.3 --eval.every_steps 500"
@@ -172,6 +173,7 @@ def test_launch_run_without_restarts_left_fails(tmp_path: Path) -> None:
     wait_for_none(tmp_path / "run", 5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_launch_run_passes_signals_and_75_on(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path / "run", *launch_run(2, "--max-restarts", "3"), flags="--train.epochs 2000")
@@ -266,6 +268,7 @@ def agent(port: int, run: Path) -> subprocess.Popen:
     return start(run, *command.split(), flags=EXACT, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", GLOO_SOCKET_IFNAME="lo")
 
 
+@pytest.mark.slow
 def test_torchrun_continues_with_the_nodes_that_are_left(tmp_path: Path) -> None:
     """One of two elastic nodes dies. The other continues alone and ends with the bits of an undisturbed run."""
     port, run = free_port(), tmp_path / "elastic"
@@ -314,6 +317,7 @@ def test_launch_run_continues_with_fewer_processes_and_the_same_bits(tmp_path: P
     assert hit["weights_sha256"] == alone["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_demo_shows_the_same_bits() -> None:
     done = subprocess.run([sys.executable, "-m", "launch", "demo"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -68,6 +68,7 @@ def test_all_laws_hold(judge: Callable[[str], tuple[int, list[str]]]) -> None:
     assert {*laws, "training"} == set(CAUGHT_BY.values()), "every law has its mutant"
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mutant", CAUGHT_BY)
 def test_mutant_is_caught(judge: Callable[[str], tuple[int, list[str]]], mutant: str) -> None:
     code, lines = judge(mutant)

@@ -158,7 +158,7 @@ class Terminal:
     def wait(self, ready: Callable[[str], bool], seconds: float = 100) -> None:
         """Return once what was drawn since the last call satisfies `ready`."""
         deadline = time.monotonic() + seconds
-        while not ready(re.sub(r" +", " ", self.drawn)):
+        while not ready(" ".join(self.drawn.split())):  # a long path wraps
             assert time.monotonic() < deadline, self.drawn[-3000:]
             assert self.process.poll() is None, self.drawn[-3000:]
             time.sleep(0.05)

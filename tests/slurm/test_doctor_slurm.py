@@ -87,6 +87,7 @@ def test_a_good_cluster_is_ok(lab: Cluster) -> None:
     assert done.returncode == ("fail" in [status for status, _ in found.values()])
 
 
+@pytest.mark.slow
 def test_a_directory_that_one_node_does_not_share_fails(lab: Cluster) -> None:
     runs = str(lab.place / "runs")
     assert lab("node2", "mount", "-t", "tmpfs", "tmpfs", runs).returncode == 0
@@ -115,6 +116,7 @@ def replaced(lab: Cluster, node: str, target: Path, content: str) -> Iterator[No
 ALLREDUCE = ROOT / "launch" / "check" / "allreduce.py"
 
 
+@pytest.mark.slow
 def test_other_versions_on_one_node_fail(lab: Cluster) -> None:
     older = ALLREDUCE.read_text().replace("platform.python_version()", "'3.9.1'")
     with replaced(lab, "node2", ALLREDUCE, older):
@@ -124,12 +126,14 @@ def test_other_versions_on_one_node_fail(lab: Cluster) -> None:
     assert "same environment" in remedy
 
 
+@pytest.mark.slow
 def test_a_node_that_adds_wrong_fails(lab: Cluster) -> None:
     wrong = ALLREDUCE.read_text().replace("dist.all_reduce(values)", "dist.all_reduce(values); values += 1")
     with replaced(lab, "node2", ALLREDUCE, wrong):
         assert lab.doctor()["network"][:2] == ("fail", "1 wrong sums")
 
 
+@pytest.mark.slow
 def test_a_blocked_way_between_nodes_fails(lab: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lab.env, "JOIN_SECONDS", "10")
     assert lab("node2", "ip", "route", "add", "unreachable", "10.78.0.11").returncode == 0
@@ -142,6 +146,7 @@ def test_a_blocked_way_between_nodes_fails(lab: Cluster, monkeypatch: pytest.Mon
     assert "GLOO_SOCKET_IFNAME" in remedy
 
 
+@pytest.mark.slow
 def test_names_that_mean_the_loopback_fail(lab: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian writes a node's own name to /etc/hosts as 127.0.1.1: the other nodes get that address."""
     monkeypatch.setitem(lab.env, "JOIN_SECONDS", "10")
@@ -156,6 +161,7 @@ def test_names_that_mean_the_loopback_fail(lab: Cluster, monkeypatch: pytest.Mon
     assert "/etc/hosts" in remedy
 
 
+@pytest.mark.slow
 def test_an_interface_that_is_not_there_fails(lab: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lab.env, "GLOO_SOCKET_IFNAME", "ib0")
     status, text, remedy = lab.doctor()["network"]
@@ -164,6 +170,7 @@ def test_an_interface_that_is_not_there_fails(lab: Cluster, monkeypatch: pytest.
     assert "GLOO_SOCKET_IFNAME" in remedy
 
 
+@pytest.mark.slow
 def test_a_node_without_the_program_fails(lab: Cluster) -> None:
     with replaced(lab, "node2", ALLREDUCE, "raise SystemExit('nothing here')\n"):
         status, text, _ = lab.doctor()["nodes"]
@@ -171,6 +178,7 @@ def test_a_node_without_the_program_fails(lab: Cluster) -> None:
     assert text.startswith(("0 of 2", "1 of 2"))
 
 
+@pytest.mark.slow
 def test_a_busy_cluster_is_a_warning(lab: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(lab.env, "QUEUE_SECONDS", "5")
     batch = lab("head", "sbatch", "--parsable", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 300")
@@ -186,6 +194,7 @@ def test_a_busy_cluster_is_a_warning(lab: Cluster, monkeypatch: pytest.MonkeyPat
     assert "busy" in remedy
 
 
+@pytest.mark.slow
 def test_jobs_that_cannot_be_are_refused(lab: Cluster) -> None:
     status, text, _ = lab.doctor(3)["submit"]
     assert status == "fail"
@@ -195,6 +204,7 @@ def test_jobs_that_cannot_be_are_refused(lab: Cluster) -> None:
     assert "partition" in text
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_a_warning(lab: Cluster) -> None:
     assert lab("head", "scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test").returncode == 0
     try:

@@ -3,7 +3,6 @@
 Exact mode gives all world sizes the same bits, so one undisturbed run is the reference for every test.
 """
 
-import json
 import os
 import re
 import shlex
@@ -12,23 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT
 from ranks.processes import rows, wait_for_step
 
-from slurm.lab import Lab, lab, why_not
+from slurm.cluster import TRAIN, WAIT_SECONDS, Cluster
+from slurm.lab import lab, why_not
 
-STEPS = 60
-TRAIN = f"""
---data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.num_micro_batches 8
---train.num_threads 1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1 --eval.every_steps 1000
---log.progress false --train.device cpu
-""".split()
-WAIT_SECONDS = 180.0
 PYTHON = """#!/bin/bash
 # Runs the training slower (tests/slurm/rank.py); everything else as it is.
 if [ "$2" = train ]; then exec {python} {root}/tests/slurm/rank.py "${{@:3}}"; fi
@@ -52,65 +43,6 @@ print(f"{place['LOCAL_RANK']} sees {os.environ['CUDA_VISIBLE_DEVICES']}: {found}
 REFUSED = "2 processes on this machine, but 1 GPU(s). Start 1, or use --train.device cpu."
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-
-class Cluster:
-    """The lab, and a copy of the project to submit from."""
-
-    def __init__(self, running: Lab, project: Path) -> None:
-        self.lab, self.project = running, project
-
-    def run(self, *command: str, check: bool = True, **env: str) -> str:
-        variables = [f"{name}={value}" for name, value in env.items()]
-        return self.lab.sh("env", *variables, *command, check=check, cwd=self.project)
-
-    def launch(self, *argv: str, **env: str) -> tuple[int, str]:
-        """Run `python -m launch slurm` on the head; return (exit code, output)."""
-        command = (sys.executable, "-m", "launch", "slurm", *argv)
-        text = self.run("bash", "-c", '"$@"; echo "code $?"', "bash", *command, **env)
-        output, code = text.rstrip().rsplit("code ", 1)
-        return int(code), output
-
-    def submit(self, name: str, *options: str, flags: tuple[str, ...] = (), **env: str) -> str:
-        """Submit by hand, as the script's first lines describe; return the job's id."""
-        arguments = [*TRAIN, "--run.name", name, *flags]
-        return self.run("sbatch", "--parsable", *options, "slurm/train.sbatch", *arguments, **env).split()[-1]
-
-    def job(self, job: str) -> dict[str, str]:
-        return dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", self.run("scontrol", "show", "job", "-o", job).strip()))
-
-    def wait(self, job: str, *states: str) -> dict[str, str]:
-        """Wait until a job has one of these states and is not being requeued."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while (found := self.job(job))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"{found}\n{self.log(job)}"
-            time.sleep(0.3)
-        return found
-
-    def finish(self, job: str, name: str) -> dict[str, Any]:
-        """Wait for the job's end; return the summary of its run, whose directory must be tidy."""
-        found = self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        assert found["JobState"] == "COMPLETED", f"{found}\n{self.log(job)}"
-        return self.summary(name)
-
-    def summary(self, name: str) -> dict[str, Any]:
-        run = self.path(name)
-        steps = [row["step"] for row in rows(run, "train")]
-        assert steps == list(range(1, STEPS + 1))
-        assert not list(run.rglob(".*")), "something temporary is left"
-        return json.loads((run / "summary.json").read_text())
-
-    def path(self, name: str) -> Path:
-        return self.project / "runs" / name
-
-    def log(self, job: str) -> str:
-        path = self.project / f"slurm-{job}.log"
-        return path.read_text() if path.exists() else "no log"
-
-    def ranks(self, job: str, attempt: int = 0) -> dict[int, dict[str, str]]:
-        """Return what the ranks of one attempt of a job recorded about themselves."""
-        found = [json.loads(path.read_text()) for path in (self.project / "ranks" / job).glob(f"{attempt}-*.json")]
-        return {int(facts["RANK"] or 0): facts for facts in found}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +82,7 @@ def undisturbed(cluster: Cluster) -> str:
     return cluster.finish(cluster.submit("undisturbed"), "undisturbed")["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_three_nodes_with_two_gpus_each(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("three", "--nodes", "3", "--gpus-per-node", "2")
     summary = cluster.finish(job, "three")
@@ -165,6 +98,7 @@ def test_three_nodes_with_two_gpus_each(cluster: Cluster, undisturbed: str) -> N
     assert "ranks share" in cluster.log(job)  # no CPUs were asked for
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -180,6 +114,7 @@ def test_each_task_chooses_a_gpu_of_its_own(cluster: Cluster, options: str, expe
     assert sorted(output.splitlines()) == sorted(expected * 2)
 
 
+@pytest.mark.slow
 def test_one_gpu_bound_to_each_task(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("bound", "--nodes", "2", "--ntasks-per-node", "2", "--gpus-per-task", "1")
     summary = cluster.finish(job, "bound")
@@ -198,6 +133,7 @@ def test_time_limit(cluster: Cluster, undisturbed: str) -> None:
     assert cluster.job(job)["Restarts"] == "1"
 
 
+@pytest.mark.slow
 def test_scontrol_requeue(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("requeue", "--nodes", "2", "--ntasks-per-node", "2", SECONDS_PER_STEP="0.1")
     wait_for_step(cluster.path("requeue"), 15)
@@ -207,6 +143,7 @@ def test_scontrol_requeue(cluster: Cluster, undisturbed: str) -> None:
     assert rows(cluster.path("requeue"), "start")[1]["step"] >= 10
 
 
+@pytest.mark.slow
 def test_preemption(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("preempted", "--nodes", "2", "--ntasks-per-node", "2", SECONDS_PER_STEP="0.1")
     wait_for_step(cluster.path("preempted"), 12)
@@ -217,6 +154,7 @@ def test_preemption(cluster: Cluster, undisturbed: str) -> None:
     assert [row["step"] for row in rows(cluster.path("preempted"), "start")] == [0, preempted["step"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["batch node", "other node"])
 def test_node_dies(cluster: Cluster, undisturbed: str, which: str) -> None:
     name = which.replace(" ", "-")
@@ -227,6 +165,7 @@ def test_node_dies(cluster: Cluster, undisturbed: str, which: str) -> None:
     assert [row["step"] for row in rows(cluster.path(name), "start")] == [0, 10]
 
 
+@pytest.mark.slow
 def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
     """A node is cut off and its rank keeps training. The job's next attempt takes over; the old one cannot write."""
     job = cluster.submit("silent", SECONDS_PER_STEP="2")
@@ -246,6 +185,7 @@ def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
     assert cluster.summary("silent")["weights_sha256"] == undisturbed
 
 
+@pytest.mark.slow
 def test_scancel_ends_a_job_for_good_and_the_same_name_resumes(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("cancelled", "--nodes", "2", SECONDS_PER_STEP="0.1")
     wait_for_step(cluster.path("cancelled"), 12)
@@ -257,6 +197,7 @@ def test_scancel_ends_a_job_for_good_and_the_same_name_resumes(cluster: Cluster,
     assert cluster.finish(cluster.submit("cancelled"), "cancelled")["weights_sha256"] == undisturbed
 
 
+@pytest.mark.slow
 def test_poison_is_held_after_its_attempts(cluster: Cluster) -> None:
     job = cluster.submit("poison", POISON_STEP="25", LOCKSTEP_ATTEMPTS="2")
     deadline = time.monotonic() + WAIT_SECONDS
@@ -269,6 +210,7 @@ def test_poison_is_held_after_its_attempts(cluster: Cluster) -> None:
     assert [row["step"] for row in rows(cluster.path("poison"), "start")] == [0, 20, 20]
 
 
+@pytest.mark.slow
 def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
     for arguments, word in (
         (["--", *TRAIN, "--optim.lrr", "1"], "optim.lr"),
@@ -321,6 +263,7 @@ def test_launch_slurm_passes_hostile_arguments_and_follows(cluster: Cluster, und
     assert not (cluster.project / "broken").exists()
 
 
+@pytest.mark.slow
 def test_sweep(cluster: Cluster) -> None:
     short = [*TRAIN, "--train.max_steps", "5"]
     (cluster.project / "lines.txt").write_text("--seed 1 --wandb.notes 'two words, one flag'\n--optim.lr 0.02\n")

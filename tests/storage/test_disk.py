@@ -115,6 +115,7 @@ def open_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(place)
 
 
+@pytest.mark.sample(4)
 @needs_root
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("what", ["run.dir", "run", "checkpoints", "metrics.jsonl", "a file"])

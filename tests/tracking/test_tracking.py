@@ -127,7 +127,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return train(1, tmp_path_factory.mktemp("runs") / "r", MEDIUM)["weights_sha256"]
 
 
-@pytest.mark.parametrize("fate", ["silent from the start", "silent later", "gone later", "wandb dies"])
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("fate", ["silent from the start", "silent later", "wandb dies", "gone later"])
 def test_a_server_that_fails_is_not_in_the_way(
     fate: str, undisturbed: str, tmp_path: Path, server: Server, env: dict[str, str]
 ) -> None:

@@ -71,6 +71,7 @@ def test_device_work_is_the_same_in_every_step_and_waits_for_nothing(world: Worl
     assert not operations & {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_replayed_steps_are_the_ordinary_ones(
@@ -132,6 +133,7 @@ def test_a_recording_that_fails_costs_a_warning_and_not_the_run(world: World, mo
     assert ordinary.sha256() == given_up.sha256()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "flags", [f"{ALL} --train.exact true", f"{ALL} --optim.name adamw", "--optim.momentum 0 --model.name tiny"]
 )

@@ -47,6 +47,7 @@ CASES = [(moment, number, 1) for moment in MOMENTS for number in SIGNALS]
 CASES += [("evaluate", signal.SIGTERM, 2), ("save", signal.SIGTERM, 2), ("save", signal.SIGINT, 2)]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("moment", "number", "times"), CASES)
 def test_signal_at_a_bad_moment_loses_nothing(
     tmp_path: Path, undisturbed: dict[str, Any], moment: str, number: signal.Signals, times: int
@@ -65,6 +66,7 @@ def test_signal_at_a_bad_moment_loses_nothing(
     check_preempted(run, ranks, undisturbed, MOMENTS[moment])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("who", ["one", "all", "one after the other"])
 def test_signal_while_training_loses_nothing(
@@ -122,6 +124,7 @@ def has_handlers(pid: int) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_while_torch_is_being_imported_loses_nothing(
     tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals

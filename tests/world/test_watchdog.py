@@ -218,6 +218,7 @@ def test_a_clock_costs_little() -> None:
     assert best < 20e-6
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "phase", ["data", "augment", "forward_backward", "optimizer", "log", "evaluate", "save", "reduce"]
 )

@@ -1,0 +1,79 @@
+"""The lab with a copy of the project: submit a training by hand or by `launch slurm`, and wait for it."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ranks.processes import rows
+
+from slurm.lab import Lab
+
+STEPS = 60
+TRAIN = f"""
+--data.name digits --model.name tiny --train.global_batch_size 64 --train.exact true --train.num_micro_batches 8
+--train.num_threads 1 --train.max_steps {STEPS} --checkpoint.every_steps 10 --log.every_steps 1 --eval.every_steps 1000
+--log.progress false --train.device cpu
+""".split()
+WAIT_SECONDS = 180.0
+
+
+class Cluster:
+    """The lab, and a copy of the project to submit from."""
+
+    def __init__(self, running: Lab, project: Path) -> None:
+        self.lab, self.project = running, project
+
+    def run(self, *command: str, check: bool = True, **env: str) -> str:
+        variables = [f"{name}={value}" for name, value in env.items()]
+        return self.lab.sh("env", *variables, *command, check=check, cwd=self.project)
+
+    def launch(self, *argv: str, **env: str) -> tuple[int, str]:
+        """Run `python -m launch slurm` on the head; return (exit code, output)."""
+        command = (sys.executable, "-m", "launch", "slurm", *argv)
+        text = self.run("bash", "-c", '"$@"; echo "code $?"', "bash", *command, **env)
+        output, code = text.rstrip().rsplit("code ", 1)
+        return int(code), output
+
+    def submit(self, name: str, *options: str, flags: tuple[str, ...] = (), **env: str) -> str:
+        """Submit by hand, as the script's first lines describe; return the job's id."""
+        arguments = [*TRAIN, "--run.name", name, *flags]
+        return self.run("sbatch", "--parsable", *options, "slurm/train.sbatch", *arguments, **env).split()[-1]
+
+    def job(self, job: str) -> dict[str, str]:
+        return dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", self.run("scontrol", "show", "job", "-o", job).strip()))
+
+    def wait(self, job: str, *states: str) -> dict[str, str]:
+        """Wait until a job has one of these states and is not being requeued."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while (found := self.job(job))["JobState"] not in states:
+            assert time.monotonic() < deadline, f"{found}\n{self.log(job)}"
+            time.sleep(0.3)
+        return found
+
+    def finish(self, job: str, name: str) -> dict[str, Any]:
+        """Wait for the job's end; return the summary of its run, whose directory must be tidy."""
+        found = self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        assert found["JobState"] == "COMPLETED", f"{found}\n{self.log(job)}"
+        return self.summary(name)
+
+    def summary(self, name: str) -> dict[str, Any]:
+        run = self.path(name)
+        steps = [row["step"] for row in rows(run, "train")]
+        assert steps == list(range(1, STEPS + 1))
+        assert not list(run.rglob(".*")), "something temporary is left"
+        return json.loads((run / "summary.json").read_text())
+
+    def path(self, name: str) -> Path:
+        return self.project / "runs" / name
+
+    def log(self, job: str) -> str:
+        path = self.project / f"slurm-{job}.log"
+        return path.read_text() if path.exists() else "no log"
+
+    def ranks(self, job: str, attempt: int = 0) -> dict[int, dict[str, str]]:
+        """Return what the ranks of one attempt of a job recorded about themselves."""
+        found = [json.loads(path.read_text()) for path in (self.project / "ranks" / job).glob(f"{attempt}-*.json")]
+        return {int(facts["RANK"] or 0): facts for facts in found}
