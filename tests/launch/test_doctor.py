@@ -164,7 +164,7 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert look(checks.disk, f"--run.dir {tmp_path / 'not' / 'yet'}").status == "OK"
     assert not (tmp_path / "not").exists()
     usage = namedtuple("usage", "free")
-    for free, status in ((50_000_000, "warn"), (5_000_000_000, "OK")):
+    for free, status in ((50_000_000, "fail"), (500_000_000, "warn"), (5_000_000_000, "OK")):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: usage(free))
         assert look(checks.disk, f"--run.dir {tmp_path}").status == status
     (tmp_path / "file").touch()
