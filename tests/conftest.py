@@ -40,12 +40,10 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise torch keeps its f
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow the cases that a `sample` leaves out. Keep a file's tests, and all of Slurm, in one worker."""
+    """Mark as slow the cases that a `sample` leaves out."""
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
-        is_slurm = item.path.parent.name == "slurm"
-        item.add_marker(pytest.mark.xdist_group("slurm" if is_slurm else item.path.name))
     for same in cases.values():
         if sample := same[0].get_closest_marker("sample"):
             distance = len(same) / sample.args[0]

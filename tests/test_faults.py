@@ -17,7 +17,7 @@ def options(**values: Any) -> argparse.Namespace:
     )
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["one process", "two ranks"])
 def test_killed_again_and_again_a_run_ends_with_the_bits_of_the_undisturbed_one(tmp_path: Path, way: str) -> None:
     result = faults.kills(options(ways=[way]), tmp_path)

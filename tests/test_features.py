@@ -101,6 +101,7 @@ def test_resolved_config_trains_the_same_run(tmp_path: Path) -> None:
 RECIPES = [path for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")) if path.stem != "sweep"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_starts_and_names_its_command(tmp_path: Path, recipe: Path) -> None:
     text = recipe.read_text()

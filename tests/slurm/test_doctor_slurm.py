@@ -17,7 +17,10 @@ from conftest import ROOT
 from slurm.lab import Lab, why_not
 from slurm.lab import lab as start
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.xdist_group("slurm"),
+]  # one lab at a time
 ONLY_SLURM = """
 import json, os, sys
 from launch.check import cluster, doctor

@@ -42,7 +42,10 @@ print(f"{place['LOCAL_RANK']} sees {os.environ['CUDA_VISIBLE_DEVICES']}: {found}
 """
 REFUSED = "2 processes on this machine, but 1 GPU(s). Start 1, or use --train.device cpu."
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.xdist_group("slurm"),
+]  # one lab at a time
 
 
 @pytest.fixture(scope="module")
