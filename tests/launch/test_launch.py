@@ -148,7 +148,7 @@ def test_an_abort_in_the_interpreters_clean_up_does_not_reach_a_rank(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_launch_run_restarts_after_a_killed_rank_with_the_same_bits(tmp_path: Path, victim: int) -> None:
-    flags = "--train.epochs 60 --checkpoint.every_steps 20 --model.dropout 0.3 --eval.every_steps 500"
+    flags = "--train.epochs 20 --checkpoint.every_steps 20 --model.dropout 0.3 --eval.every_steps 500"
     code, output = finish(start(tmp_path / "whole", *launch_run(2), flags=flags))
     assert code == 0, output
     process = start(tmp_path / "hit", *launch_run(2, "--max-restarts", "1"), flags=flags)
