@@ -13,18 +13,19 @@ def table(directory: Path) -> str:
     runs = sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
     if not runs:
         raise UserError(f"{directory} holds no runs. Expected the directory of a sweep, such as runs/sweep-42.")
-    lines, accuracies = [f"{'run':24} {'accuracy':>9} {'step':>7}  weights"], []
+    width = max(24, *(len(run.name) for run in runs))
+    lines, accuracies = [f"{'run':{width}} {'accuracy':>9} {'step':>7}  weights"], []
     for run in runs:
         try:
             summary = RunDir(run).read_summary()
         except UserError as error:
-            lines.append(f"{run.name:24} {error}")
+            lines.append(f"{run.name:{width}} {error}")
             continue
         if summary and summary.outcome == "finished" and summary.final:
             accuracies.append(summary.final.accuracy)
-            lines.append(f"{run.name:24} {accuracies[-1]:9.2%} {summary.step:7}  {summary.weights_sha256[:16]}")
+            lines.append(f"{run.name:{width}} {accuracies[-1]:9.2%} {summary.step:7}  {summary.weights_sha256[:16]}")
         else:
-            lines.append(f"{run.name:24} {'not finished':>9}")
+            lines.append(f"{run.name:{width}} {'not finished':>9}")
     mean = f"mean {statistics.mean(accuracies):.2%}" if accuracies else "none is finished"
     if len(accuracies) > 1:
         mean += f" +- {statistics.stdev(accuracies):.2%} (standard deviation)"
