@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
     for finding in examine(todo, config):
         found[finding.status] += 1
         remedy = f" -> {finding.remedy}" if finding.remedy else ""
-        print(*f"{finding.status:5}{finding.name:14}{finding.text}{remedy}".splitlines(), flush=True)
+        line = f"{finding.status:5}{finding.name:14}{finding.text}{remedy}"
+        print(" ".join(line.splitlines()), flush=True)
     print(f"{sum(found.values())} checks: {found['fail']} fail, {found['warn']} warn")
     return CRASHED if found["fail"] else FINISHED

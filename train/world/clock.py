@@ -19,10 +19,18 @@ from typing import Any
 
 import torch
 
-# In `reduce` a rank waits for the others, outside and at the end of the backward pass.
 PHASES = (
-    *("start", "data", "augment", "forward_backward", "reduce", "optimizer"),
-    *("log", "evaluate", "save", "finish", "failed"),
+    "start",
+    "data",
+    "augment",
+    "forward_backward",
+    "reduce",  # waiting for the other ranks, outside and at the end of the backward pass
+    "optimizer",
+    "log",
+    "evaluate",
+    "save",
+    "finish",
+    "failed",
 )
 OWN_WORK = ("data", "augment", "forward_backward", "optimizer")
 MARK = struct.Struct("=qqid")  # step, sequence, phase, time of entering the phase
