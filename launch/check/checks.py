@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 from urllib.parse import urlsplit
 
 from launch.check import allreduce, selftest
@@ -151,7 +152,8 @@ def deterministic(config: Config) -> Iterator[Finding]:
     )
     noise = DataConfig(name="random", random_examples=6 + STEPS * batch)
     status: Status = "fail" if config.train.exact else "warn"
-    with tempfile.TemporaryDirectory() as directory:
+    # In exact mode torch makes a folder of Inductor's, which would stay.
+    with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=directory):
         file, runs = Path(directory) / "config.yaml", [RunDir(Path(directory) / name) for name in ("first", "second")]
         file.write_text(to_yaml(dataclasses.replace(config, train=quick, data=noise, run=RunConfig())))
         try:
