@@ -76,7 +76,7 @@ def introduce(shared: Path) -> dict[str, Any]:
 
 def run_local(program: Command, nproc: int, arguments: list[str], seconds: float) -> list[dict[str, Any]]:
     """Start processes on this machine and return what each printed. Raise RunError if one fails, or TimeoutError."""
-    with tempfile.TemporaryFile("w+") as output:  # a pipe would fill up
+    with tempfile.TemporaryFile("a+") as output:  # a pipe would fill up; appended lines stay whole
         try:
             code = Ranks(nproc, arguments, output=output, program=program).wait(seconds)
         finally:
