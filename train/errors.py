@@ -3,6 +3,9 @@
 Anything else raised is a bug and keeps its traceback.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 FINISHED, CRASHED, BAD_INPUT = 0, 1, 2
 PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL. A checkpoint was saved; the same command continues the run.
 
@@ -18,3 +21,14 @@ class RunError(RuntimeError):
 def one_line(error: BaseException, max_length: int = 200) -> str:
     """Return an error's message as one line, or the name of its type if it has none."""
     return (" ".join(str(error).split()) or type(error).__name__)[:max_length]
+
+
+@contextlib.contextmanager
+def refused(message: str) -> Iterator[None]:
+    """Turn any error of the block into a UserError: the message, then the error's own, in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what libraries raise for a damaged file has no common class
+        raise UserError(f"{message}: {one_line(error, 120).rstrip('.')}.") from None
