@@ -4,8 +4,7 @@ import importlib
 import sys
 
 from train import __version__
-from train.cli import did_you_mean
-from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError
+from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError, did_you_mean
 from train.world.process import keep_others_from_writing
 
 ROOMS = {  # subcommands whose module is not next to this file, or whose function is not main

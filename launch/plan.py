@@ -11,7 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from train.cli import Parser, parse, split_arguments
-from train.config import Config
+from train.config import Config, DataConfig
 from train.errors import FINISHED, UserError
 
 if TYPE_CHECKING:
@@ -21,21 +21,24 @@ if TYPE_CHECKING:
 Shares = list[tuple[range, range]]  # of each rank: its micro-batches, and its rows of the global batch
 
 
-def num_examples(config: Config) -> tuple[int, int]:
-    """Return how many examples are trained and evaluated on. The files are not needed."""
-    from train.storage import data
+def describe_data(config: DataConfig) -> tuple[int, int, tuple[int, int, int], int]:
+    """Return how many examples are trained and evaluated on, an image's shape, and the number of classes.
 
-    options = config.data
-    if options.name in data.FOLDERS:
-        train, test = data.COUNTS["train"], data.COUNTS["t10k"]
-    elif options.name == "random":
-        train, test = options.random_examples, options.random_examples // 6
-    else:
-        labels = data.read_digits()
-        train, test = len(labels["train_labels"]), len(labels["t10k_labels"])
-    if options.validation >= train:
-        raise UserError(f"data.validation is {options.validation}, but {options.name} has {train} training examples.")
-    return (train - options.validation, options.validation) if options.validation else (train, test)
+    The files of a data set that would be downloaded are not needed.
+    """
+    import torch
+
+    from train.storage import data
+    from train.storage.built_in import PUBLISHED
+
+    if config.name not in PUBLISHED:
+        source = data.split(config, config.short_name, data.prepare(config), torch.device("cpu"))
+        return len(source.train), len(source.test), source.shape, source.num_classes
+    known, held = PUBLISHED[config.name], config.validation
+    if held >= known.num_train:
+        raise UserError(f"data.validation is {held}, but {config.name} has {known.num_train} training examples.")
+    num_test = held if held and config.eval_split != "test" else known.num_test
+    return known.num_train - held, num_test, known.shape, known.num_classes
 
 
 def shares(sampler: "Sampler", step: int, world_size: int) -> Shares:
@@ -95,8 +98,9 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[st
     from train.state import resolve_num_micro_batches
 
     world_size = nodes * max(gpus_per_node, 1)  # without GPUs: one rank per node
-    model = models.build(config.model, 0)
-    norms, (num_train, num_test) = models.batch_norms(model), num_examples(config)
+    num_train, num_test, shape, num_classes = describe_data(config.data)
+    model = models.build(config.model, shape, num_classes, 0)
+    norms = models.batch_norms(model)
     num_micro_batches = resolve_num_micro_batches(config.train, world_size, has_batch_norm=bool(norms))
     sampler = Sampler(num_train, config.train.global_batch_size, num_micro_batches, config.seed)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch

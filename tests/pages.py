@@ -17,7 +17,8 @@ from train.rundir import Evaluation, Summary
 STEPS = 60
 SHA256 = "0123456789abcdef" * 4
 EVIL = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
-DATA = {"name": "mnist", "num_train_examples": 60000, "num_test_examples": 10000, "is_fallback": False}
+SIZES = {"num_train_examples": 60000, "num_test_examples": 10000, "shape": [1, 28, 28]}
+DATA = {"name": "mnist", **SIZES, "class_names": list("0123456789"), "is_fallback": False}
 MISTAKES = {(4, 9): 21, (7, 2): 13, (3, 5): 6}
 VOID = {"meta", "link", "img", "br"}
 
@@ -124,7 +125,7 @@ def make_summary(**changes: Any) -> Summary:
 def make_samples(path: Path, count: int) -> None:
     confidences = np.linspace(0.99, 0.5, count, dtype=np.float32)
     labels = np.arange(count, dtype=np.int64) % 10
-    images = np.arange(count * 784, dtype=np.uint64).reshape(count, 28, 28).astype(np.uint8)
+    images = np.arange(count * 784, dtype=np.uint64).reshape(count, 1, 28, 28).astype(np.uint8)
     tensors = {"images": images, "labels": labels, "predictions": (labels + 1) % 10, "confidences": confidences}
     named = {f"mistakes_{name}": tensor for name, tensor in {**tensors, "positions": labels * 7}.items()}
     safetensors.numpy.save_file({**named, "filters": np.linspace(-1, 1, 75, dtype=np.float32).reshape(3, 5, 5)}, path)

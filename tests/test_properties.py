@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train import cli
-from train.cli import did_you_mean, parse, to_yaml
+from train.cli import parse, to_yaml
 from train.config import Config
-from train.errors import UserError
+from train.errors import UserError, did_you_mean
 
 VALUES = st.recursive(
     st.none()

@@ -6,7 +6,6 @@ no tags. jsonargparse does the rest; `_one_line` puts its messages into our word
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import yaml
 
 from train import __version__
 from train.config import Config
-from train.errors import UserError
+from train.errors import UserError, did_you_mean
 
 MAX_BYTES = 65536  # of a YAML file
 MAX_DEPTH = 8
@@ -56,12 +55,6 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(wrong[2], list(choices), hint)
             message = f"{wrong[1]} is {wrong[2]}. Use one of: {', '.join(choices)}"
         raise UserError(f"{' '.join(message.split())[:MAX_MESSAGE]}. {hint}")
-
-
-def did_you_mean(wrong: str, names: Sequence[str], otherwise: str) -> str:
-    """Return `Did you mean NAME?` for the nearest of the valid names, or `otherwise`."""
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}?" if near else otherwise
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -8,9 +8,10 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from train.errors import UserError
+from train.errors import UserError, did_you_mean
 
 LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product of two fits 64 bits
 SECONDS, STEPS, EXAMPLES, PIXELS, DEGREES = "seconds", "steps", "examples", "pixels", "degrees"
@@ -94,33 +95,46 @@ class RunConfig(Section):
             raise UserError("run.resume is empty. Use auto, never, or the path of a checkpoint.")
 
 
+INK_NAMES = ("mnist", "fashion_mnist", "kmnist", "digits")  # light ink on black
+DATA_NAMES = (*INK_NAMES, "cifar10", "cifar100", "random")
+
+
 @dataclass(frozen=True)
 class DataConfig(Section):
     """Which images, and where they come from."""
 
-    name: Literal["mnist", "fashion_mnist", "kmnist", "digits", "random"] = "mnist"
-    """Data set. digits: 1,797 real digits that come with scikit-learn; random: noise, for measuring throughput."""
+    name: str = "mnist"
+    """Built-in data set (mnist, fashion_mnist, kmnist, cifar10, cifar100, digits: 1,797 real digits of scikit-learn,
+    random: noise, for measuring throughput), or the path of a .npz or .safetensors file (docs/your-own.md)."""
     root: str | None = None
-    """Directory in torchvision's layout (ROOT/MNIST/raw/*.gz). Default: $MNIST_ROOT, else a cache directory."""
+    """Directory of a built-in data set, as torchvision lays it out (ROOT/MNIST/raw/*.gz). Default: $MNIST_ROOT, else a
+    cache directory."""
     download: bool = True
     """Download the files if root does not hold them."""
     fallback: bool = False
     """Fall back to digits, with a warning, if the data set is unavailable."""
     validation: int = number(0, 0, unit=EXAMPLES, zero="off")
-    """Hold out the last N training examples and evaluate on them instead of on the test split (to choose recipes)."""
+    """Hold out the last N training examples as a validation split (to choose recipes)."""
+    eval_split: Literal["auto", "test", "validation"] = "auto"
+    """Split that is evaluated. auto: the validation split, if examples are held out or the file has one; else test."""
     random_examples: int = number(60000, 6, unit=EXAMPLES)
     """Training examples of the random data set (its test split has a sixth of it)."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is None and self.name not in DATA_NAMES:
+            names = f"Use {', '.join(DATA_NAMES)}, or the path of a .npz or .safetensors file."
+            raise UserError(f"data.name is {self.name[:80]!r}. {did_you_mean(self.name, DATA_NAMES, names)}")
 
-CLASS_NAMES = {
-    "fashion_mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"],
-    "kmnist": ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"],
-}
+    @property
+    def path(self) -> Path | None:
+        """The file that holds the data; None if they are built in."""
+        return Path(self.name) if self.name.endswith((".npz", ".safetensors")) else None
 
-
-def class_names(data_name: str) -> list[str]:
-    """Return one name per label of a data set: the digits 0..9 where the labels are digits."""
-    return CLASS_NAMES.get(data_name, [str(digit) for digit in range(10)])
+    @property
+    def short_name(self) -> str:
+        """What the data are called in a line: the name, or that of the file."""
+        return self.path.name if self.path else self.name
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,9 @@ class ModelConfig(Section):
 class AugmentConfig(Section):
     """Random changes of training images, each off at 0 and a function of (seed, step, row of the global batch)."""
 
-    shift: int = number(0, 0, 14, PIXELS, zero="off")
+    flip: float = number(0.0, 0, 1, zero="off")
+    """Probability of mirroring an image left to right: 0.5 for photographs, 0 where sides matter, as in digits."""
+    shift: int = number(0, 0, unit=PIXELS, zero="off")
     """Largest shift in x and in y, in pixels."""
     rotate: float = number(0.0, 0, 180, DEGREES, zero="off")
     """Largest rotation, in degrees."""
@@ -147,13 +163,13 @@ class AugmentConfig(Section):
     """Largest shear, in degrees."""
     erase: float = number(0.0, 0, 1, zero="off")
     """Probability of blanking a square of the image."""
-    erase_size: int = number(8, 1, 28, PIXELS)
+    erase_size: int = number(8, 1, unit=PIXELS)
     """Largest side of the blanked square, in pixels."""
 
     @property
     def is_on(self) -> bool:
         """Whether anything changes the images."""
-        return any((self.shift, self.rotate, self.scale, self.shear, self.erase))
+        return any((self.flip, self.shift, self.rotate, self.scale, self.shear, self.erase))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Anything else raised is a bug and keeps its traceback.
 """
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 
 FINISHED, CRASHED, BAD_INPUT = 0, 1, 2
 PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL. A checkpoint was saved; the same command continues the run.
@@ -32,3 +33,9 @@ def refused(message: str) -> Iterator[None]:
         raise
     except Exception as error:  # what libraries raise for a damaged file has no common class
         raise UserError(f"{message}: {one_line(error, 120).rstrip('.')}.") from None
+
+
+def did_you_mean(wrong: str, names: Sequence[str], otherwise: str) -> str:
+    """Return `Did you mean NAME?` for the nearest of the valid names, or `otherwise`."""
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}?" if near else otherwise

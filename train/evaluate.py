@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.functional.augment import lay_out, normalize
-from train.functional.models import NUM_CLASSES
 from train.functional.sampler import share
 from train.rundir import Evaluation
 from train.storage.data import Data
@@ -47,13 +46,14 @@ class Result:
 
     def evaluation(self) -> Evaluation:
         """Return what the summary says of these counts."""
-        sha256 = predictions_sha256(self.predictions)
+        sha256 = predictions_sha256(self.predictions, len(self.confusion))
         return Evaluation(self.accuracy, self.loss, self.correct, sha256, self.confusion)
 
 
-def predictions_sha256(predictions: Tensor) -> str:
-    """SHA-256 of predictions, int64 [N] on the CPU, as one byte each."""
-    return hashlib.sha256(predictions.to(torch.uint8).numpy().tobytes()).hexdigest()
+def predictions_sha256(predictions: Tensor, num_classes: int) -> str:
+    """Return the SHA-256 of predictions, int64 [N] on the CPU: a byte each, or eight if there are over 256 classes."""
+    dtype = torch.uint8 if num_classes <= 256 else torch.int64
+    return hashlib.sha256(predictions.to(dtype).numpy().tobytes()).hexdigest()
 
 
 @torch.no_grad()
@@ -92,10 +92,8 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, world: World, memory
         raise RuntimeError(
             f"The evaluation used {wrong} of {num_examples} examples not exactly once. Its sums are void."
         )
-    predicted, labels = predictions.long(), split.labels.cpu()
-    confusion = torch.bincount(labels * NUM_CLASSES + predicted, minlength=NUM_CLASSES**2).view(
-        NUM_CLASSES, NUM_CLASSES
-    )
+    predicted, labels, num_classes = predictions.long(), split.labels.cpu(), data.num_classes
+    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
     return Result(
         num_examples=num_examples,
         correct=int((predicted == labels).sum()),

@@ -14,6 +14,7 @@ from torch import nn
 from train.config import Config, TrainConfig
 from train.errors import UserError, one_line
 from train.functional import models, optim
+from train.functional.augment import check_sizes
 from train.functional.sampler import Sampler, coverage_checksum
 from train.functional.tables import StepTables
 from train.functional.trajectory import differences, trajectory
@@ -163,7 +164,8 @@ def resolve_num_micro_batches(config: TrainConfig, world_size: int, *, has_batch
 
 def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     """Build the plan and the state before the first step. Collective: every rank must call it."""
-    module = models.build(config.model, config.seed)
+    check_sizes(config.augment, data.shape)
+    module = models.build(config.model, data.shape, data.num_classes, config.seed)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     module = module.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
     if config.train.compile:
@@ -210,7 +212,7 @@ def snapshot(plan: Plan, state: State) -> checkpoint.Snapshot:
         "trajectory": trajectory(plan.config),
         "num_micro_batches": plan.sampler.num_micro_batches if plan.config.train.num_micro_batches else 0,
         "data_sha256": plan.data.sha256,
-        "normalization": {"mean": plan.data.mean, "std": plan.data.std},
+        "data": plan.data.facts(),
         "ledger": dict(zip(("sum", "count"), state.ledger.reduced(plan.world), strict=True)),
         "closed_epoch": state.closed_epoch,
         "best": state.best,

@@ -121,7 +121,7 @@ def bare_compute(config: "Config", source: "Data") -> Callable[["Tensor"], None]
 
     device = source.train.images.device
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    model = models.build(config.model, config.seed).to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    model = models.build(config.model, source.shape, source.num_classes, config.seed).to(device=device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = optim.build(config.optim, model)
     lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
 

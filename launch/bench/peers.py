@@ -114,18 +114,18 @@ def peer_seconds(peer: str, flags: str, workers: int) -> float:
 
     from train.cli import parse
     from train.functional import models, optim
-    from train.storage.data import read_random
+    from train.storage.built_in import read_random
 
     config, device = parse(flags.split()), "cuda" if torch.cuda.is_available() else "cpu"
     noise = read_random(config.data.random_examples)
     images = object.__new__(datasets.MNIST)  # its constructor reads files
-    images.data, images.targets = noise["train_images"], noise["train_labels"]
+    images.data, images.targets = noise.tensors["train_images"], noise.tensors["train_labels"]
     images.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     images.target_transform = None
     make: Any = getattr(data, "DataLoader")  # noqa: B009
     options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": device == "cuda"}
     batches = make(images, config.train.global_batch_size, shuffle=True, **options)
-    model: Any = models.build(config.model, config.seed)
+    model: Any = models.build(config.model, (1, *images.data.shape[1:]), len(noise.class_names), config.seed)
     model = model.to(device=device, memory_format=torch.channels_last)
     return PEERS[peer](model, optim.build(config.optim, model), batches, device)
 

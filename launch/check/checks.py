@@ -173,17 +173,18 @@ def deterministic(config: Config) -> Iterator[Finding]:
 def data(config: Config) -> Iterator[Finding]:
     """Check that the config's data set is on this machine and whole."""
     from train.storage import data
+    from train.storage.built_in import DataMissing
 
-    remedy = f"python -m launch data --name {config.data.name}"
+    remedy = f"python -m launch data {config.data.path or f'--name {config.data.name}'}"
     remedy += f" --root {config.data.root}" if config.data.root else ""
     try:
-        tensors, sha256 = data.prepare(dataclasses.replace(config.data, download=False))
-    except data.DataMissing as error:
+        found, sha256 = data.prepare(dataclasses.replace(config.data, download=False))
+    except DataMissing as error:
         yield Finding("data", "fail", str(error).split(". ")[0], remedy)
     except UserError as error:
         yield Finding("data", "fail", str(error), f"delete it, then {remedy}")
     else:
-        text = f"{config.data.name}, {len(tensors['train_labels']):,} images, sha256 {sha256[:12]}"
+        text = f"{config.data.short_name}, {len(found.tensors['train_labels']):,} images, sha256 {sha256[:12]}"
         yield Finding("data", "OK", text)
 
 

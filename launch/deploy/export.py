@@ -40,16 +40,16 @@ def verify(path: Path, original: Deployed, images: "Tensor") -> "Tensor":
     """Read a file back and return its predictions, int64 [N]. Raises RunError if they are not the checkpoint's."""
     found, expected = formats.read(path).scores(images), original.scores(images)
     predictions, wanted = found.argmax(1), expected.argmax(1)
-    margins = (expected.gather(1, wanted[:, None]) - expected.gather(1, predictions[:, None]))[:, 0]
+    margins = (expected.gather(1, wanted[:, None]) - expected.gather(1, predictions[:, None])).squeeze(1)
     if wrong := int((~(margins <= TIE) | ~found.isfinite().all(1)).sum()):
         total = len(images)
         raise RunError(f"The exported file predicts {wrong} of {total} images other than its checkpoint. It is void.")
     return predictions
 
 
-def recorded_correct(run: RunDir, facts: Facts) -> int | None:
-    """Return how many images were right when the run evaluated these weights; None if it did not."""
-    rows = [row for row in run.read_rows() if row["event"] == "eval" and row["step"] == facts.step]
+def recorded_correct(run: RunDir, facts: Facts, split: str) -> int | None:
+    """Return how many images of a split were right when the run evaluated these weights; None if it did not."""
+    rows = [row for row in run.read_rows() if (row["event"], row["step"], row.get("split")) == ("eval", facts.step, split)]
     return next((row.get("correct") for row in rows if row.get("ema") == (facts.weights == "ema")), None)
 
 
@@ -62,7 +62,7 @@ def load_data(run: RunDir, config: DataConfig) -> "Data":
     recorded = records.read(run.path, run.name).data
     if recorded.get("is_fallback"):  # the config names the data that were missing
         config = dataclasses.replace(config, name=recorded["name"])
-    source = data.split(config, config.name, data.prepare(config), torch.device("cpu"))
+    source = data.split(config, config.short_name, data.prepare(config), torch.device("cpu"))
     if (trained := recorded.get("sha256", source.sha256)) != source.sha256:
         change = f"SHA-256 {trained[:12]} -> {source.sha256[:12]} ({source.name})"
         raise UserError(f"The data are not the run's: {change}. Pass its --data.root after `--`.")
@@ -94,11 +94,14 @@ def card(
         correct=correct,
         accuracy=correct / len(source.test),
         recorded="no evaluation of this step" if recorded is None else f"{recorded} right ones",
-        predictions_sha256=predictions_sha256(predictions),
+        predictions_sha256=predictions_sha256(predictions, source.num_classes),
         trained_by=(summary and summary.git_commit) or "unknown",
         exported_by=git_commit() or "unknown",
         version=__version__,
         torch=torch.__version__,
+        shape=",".join(map(str, facts.shape)),
+        mean=facts.mean[0] if len(facts.mean) == 1 else facts.mean,
+        std=facts.std[0] if len(facts.std) == 1 else facts.std,
         classes=", ".join(facts.class_names),
         use=USE[path.suffix].format(name=path.name, model=facts.model),
         config=yaml.safe_dump(facts.config, sort_keys=False),
@@ -109,7 +112,7 @@ def export(run: RunDir, config: DataConfig, options: argparse.Namespace, path: P
     """Write and verify a file, then name it. Return what to print."""
     original = formats.from_run(run.path, options.weights, options.checkpoint)
     facts, source = original.facts, load_data(run, config)
-    recorded = recorded_correct(run, facts)
+    recorded = recorded_correct(run, facts, source.eval_split)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

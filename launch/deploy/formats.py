@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from train.config import ModelConfig, class_names
+from train.config import ModelConfig
 from train.errors import UserError, one_line
 from train.report import records
 from train.rundir import EXAMPLE, RunDir
@@ -46,9 +46,10 @@ class Facts:
 
     model: str
     data: str
+    shape: list[int]  # of an image: channels, height, width
     class_names: list[str]
-    mean: float  # of the training pixels, 0..255: inputs = (images - mean) / std
-    std: float
+    mean: list[float]  # of each channel's training pixels, 0..255: inputs = (images - mean) / std
+    std: list[float]
     weights: str  # raw, or ema: averaged
     weights_sha256: str
     step: int
@@ -71,25 +72,30 @@ class Facts:
 
     def check(self) -> None:
         """Raise ValueError if a field is not what it must be."""
-        from train.functional.models import MODELS, NUM_CLASSES
+        from train.functional.models import MODELS
 
         if self.model not in MODELS:
             raise ValueError(f"a known model (got {self.model!r:.40})")
-        if [type(name) for name in self.class_names] != [str] * NUM_CLASSES:
-            raise ValueError(f"{NUM_CLASSES} class_names")
-        if not (isinstance(self.mean, (int, float)) and isinstance(self.std, (int, float)) and 0 < self.std < 256):
-            raise ValueError(f"mean and std of pixels (got {self.mean!r:.20}, {self.std!r:.20})")
+        names, shape = self.class_names, self.shape
+        if not (isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"a list of class_names (got {names!r:.40})")
+        if not (isinstance(shape, list) and [type(size) for size in shape] == [int] * 3 and min(shape) > 0):
+            raise ValueError(f"a shape of images (got {shape!r:.40})")
+        for name, low in (("mean", 0), ("std", 1e-9)):
+            values = getattr(self, name)
+            if not (isinstance(values, list) and len(values) == shape[0] and all(low <= v < 256 for v in values)):
+                raise ValueError(f"{name} of each channel's pixels (got {values!r:.40})")
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """A model that classifies: `logits` maps inputs float32 [B,1,28,28] to float32 [B,10], on the CPU."""
+    """A model that classifies: `logits` maps inputs float32 [B,C,H,W] to float32 [B,K], on the CPU."""
 
     facts: Facts
     logits: "Callable[[Tensor], Tensor]"
 
     def scores(self, images: "Tensor") -> "Tensor":
-        """Return logits float32 [N,10] of images uint8 or float [N,1,28,28] in 0..255."""
+        """Return logits float32 [N,K] of images uint8 or float [N,C,H,W] in 0..255."""
         import torch
 
         from train.functional.augment import normalize
@@ -128,7 +134,6 @@ def from_run(run_dir: Path, weights: str | None = None, path: Path | None = None
     from train.storage import checkpoint
 
     run = RunDir(run_dir)
-    data_name = records.read(run_dir, run.name).data_name  # what was trained on; the config may name what was missing
     with refused(f"A checkpoint in {run.checkpoints} is not one of this program's. It lacks"):
         path, state = (path, checkpoint.decode(checkpoint.read(path))) if path else choose_checkpoint(run)
         weights = weights or ("ema" if state.ema else "raw")
@@ -137,10 +142,8 @@ def from_run(run_dir: Path, weights: str | None = None, path: Path | None = None
             raise UserError(f"{path} has no averaged weights: the run's optim.ema is 0. Use --weights raw.")
         facts = Facts(
             model=state.meta["trajectory"]["model.name"],
-            data=data_name,
-            class_names=class_names(data_name),
-            mean=state.meta["normalization"]["mean"],
-            std=state.meta["normalization"]["std"],
+            data=state.meta["data"]["name"],
+            **{name: state.meta["data"][name] for name in ("shape", "class_names", "mean", "std")},
             weights=weights,
             weights_sha256=checkpoint.tensors_sha256(tensors),
             step=state.meta["step"],
@@ -155,7 +158,9 @@ def build(facts: Facts, tensors: "dict[str, Tensor]") -> "nn.Module":
     from train.functional import models
     from train.storage import checkpoint
 
-    module = models.build(ModelConfig(name=facts.model), 0).eval().requires_grad_(False)  # type: ignore[arg-type]
+    channels, height, width = facts.shape
+    module = models.build(ModelConfig(name=facts.model), (channels, height, width), len(facts.class_names), 0)
+    module.eval().requires_grad_(False)
     checkpoint.restore_model(module, tensors)
     return module
 
@@ -191,7 +196,7 @@ def write(deployed: Deployed, path: Path) -> None:
     onnx, _ = require_onnx()
     options: Any = {"dynamic_shapes": {"inputs": {0: torch.export.Dim("batch")}}}
     options |= {"input_names": ["inputs"], "output_names": ["logits"]}
-    example = (torch.zeros(2, 1, 28, 28),)  # 2: a batch of 1 would be fixed
+    example = (torch.zeros(2, *facts.shape),)  # 2: a batch of 1 would be fixed
     graph = torch.onnx.export(module, example, dynamo=True, verbose=False, **options)
     assert graph is not None
     proto = graph.model_proto

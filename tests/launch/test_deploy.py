@@ -31,7 +31,7 @@ def copies(exported: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def images_of_the_test_split() -> torch.Tensor:
-    return data.prepare(DataConfig(name="digits"))[0]["t10k_images"][:, None]
+    return data.prepare(DataConfig(name="digits"))[0].tensors["test_images"][:, None]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,7 +50,8 @@ def test_exported_files_work_without_this_project(exported: dict[str, Path], dig
     with safetensors.safe_open(exported["safetensors"], "pt") as file:
         facts = file.metadata()
     images = images_of_the_test_split()
-    inputs = (images.float() - float(facts["mean"])) / float(facts["std"])
+    (mean,), (std,) = (json.loads(facts[name]) for name in ("mean", "std"))
+    inputs = (images.float() - mean) / std
     wanted = from_run(digits_run).scores(images)
     assert facts["model"] == "tiny"
     assert json.loads(facts["class_names"]) == list("0123456789")
@@ -128,10 +129,15 @@ DAMAGES: list[tuple[str, str, Callable[[Path], Any], str]] = [
     ("safetensors", "unknown model", metadata(model="resnet"), "lack: a known model"),
     ("safetensors", "no mean", metadata(mean=None), "lack: 'mean'"),
     ("safetensors", "mean of words", metadata(mean="many"), "lack"),
-    ("safetensors", "std 0", metadata(std="0"), "lack: mean and std"),
-    ("safetensors", "std NaN", metadata(std="NaN"), "lack: mean and std"),
-    ("safetensors", "nine classes", metadata(class_names=NINE_CLASSES), "lack: 10 class_names"),
-    ("safetensors", "classes are numbers", metadata(class_names=str(list(range(10)))), "lack: 10 class_names"),
+    ("safetensors", "std 0", metadata(std="[0]"), "lack: std of each channel's pixels"),
+    ("safetensors", "std NaN", metadata(std="[NaN]"), "lack: std of each channel's pixels"),
+    ("safetensors", "a number as std", metadata(std="78.5"), "lack: std of each channel's pixels"),
+    ("safetensors", "two means", metadata(mean="[33, 33]"), "lack: mean of each channel's pixels"),
+    ("safetensors", "nine classes", metadata(class_names=NINE_CLASSES), "do not fit this model"),
+    ("safetensors", "classes are numbers", metadata(class_names=str(list(range(10)))), "lack: a list of class_names"),
+    ("safetensors", "one class", metadata(class_names='["a"]'), "lack: a list of class_names"),
+    ("safetensors", "another shape", metadata(shape="[1, 28, 32]"), "do not fit this model"),
+    ("safetensors", "a shape of words", metadata(shape='["1", "28", "28"]'), "lack: a shape of images"),
     ("safetensors", "deep config", metadata(config="[" * 100_000), "lack"),
     ("safetensors", "another model", metadata(model="cnn"), "do not fit this model"),
     ("safetensors", "foreign weights", weights_of({"a": torch.zeros(3)}), "lack"),

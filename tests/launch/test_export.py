@@ -41,7 +41,7 @@ def refusal(argv: list[Any], capsys: pytest.CaptureFixture[str], code: int = 2) 
 
 
 def images_of_the_test_split() -> torch.Tensor:
-    return data.prepare(DataConfig(name="digits"))[0]["t10k_images"][:, None]
+    return data.prepare(DataConfig(name="digits"))[0].tensors["test_images"][:, None]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,6 +224,6 @@ def test_command_line_exports_and_predicts(digits_run: Path, tmp_path: Path, pyt
     done = python("-m", "launch", "predict", str(tmp_path / "m.safetensors"), str(tmp_path / "0.png"), "--json")
     assert (done.returncode, done.stderr) == (0, "")
     (row,) = json.loads(done.stdout)
-    assert row["label"] == str(data.prepare(DataConfig(name="digits"))[0]["t10k_labels"][0].item())
+    assert row["label"] == str(data.prepare(DataConfig(name="digits"))[0].tensors["test_labels"][0].item())
     assert sum(row["probabilities"].values()) == pytest.approx(1)
     assert np.argmax(list(row["probabilities"].values())) == int(row["label"])

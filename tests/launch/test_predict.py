@@ -39,8 +39,8 @@ def model(digits_run: Path) -> formats.Deployed:
 @pytest.fixture(scope="module")
 def digits() -> tuple[NDArray[np.uint8], torch.Tensor]:
     """Return handwritten digits that the model has not seen: images [N,28,28], light on black, and labels."""
-    tensors = data.prepare(DataConfig(name="digits"))[0]
-    return tensors["t10k_images"][:NUM_EXAMPLES].numpy(), tensors["t10k_labels"][:NUM_EXAMPLES].long()
+    tensors = data.prepare(DataConfig(name="digits"))[0].tensors
+    return tensors["test_images"][:NUM_EXAMPLES].numpy(), tensors["test_labels"][:NUM_EXAMPLES].long()
 
 
 def drawn(
@@ -151,7 +151,7 @@ def test_exif_orientation_is_undone(orientation: int, digits: tuple) -> None:
 @pytest.mark.mnist
 def test_mnist_images_come_out_as_they_went_in(mnist_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The preprocessing is MNIST's own. An image cropped to its faintest pixel returns to its place, bit for bit."""
-    images = data.prepare(DataConfig(root=str(mnist_root)))[0]["t10k_images"][:2000].numpy()
+    images = data.prepare(DataConfig(root=str(mnist_root)))[0].tensors["test_images"][:2000].numpy()
     monkeypatch.setattr(image, "IN_BOX", 0.0)
     assert [
         at for at, digit in enumerate(images) if not np.array_equal(image.fit(digit.astype(np.float32), "mnist"), digit)

@@ -314,12 +314,13 @@ def slow_steps() -> None:
 def other_pixel() -> None:
     """One pixel of the digits is changed. Use it with a cache of its own."""
     import train.storage.data
+    from train.storage.arrays import Arrays
 
     read_digits = train.storage.data.read_digits
 
-    def changed() -> dict[str, Tensor]:
-        tensors = read_digits()
-        tensors["train_images"][7, 14, 14] ^= 1
-        return tensors
+    def changed() -> Arrays:
+        digits = read_digits()
+        digits.tensors["train_images"][7, 14, 14] ^= 1
+        return digits
 
     train.storage.data.read_digits = changed

@@ -15,17 +15,17 @@ from conftest import ROOT
 from filelock import FileLock
 
 from train.config import DataConfig
-from train.storage import data
+from train.storage import built_in, data
 from train.world.world import World
 
 SCRIPT = """
 import sys
 from train.config import DataConfig
 from train.storage.data import prepare
-tensors, sha256 = prepare(DataConfig(name=sys.argv[1], download=False))
-print(sha256, len(tensors["train_labels"]), sorted({"torchvision", "sklearn"} & set(sys.modules)))
+found, sha256 = prepare(DataConfig(name=sys.argv[1], download=False))
+print(sha256, len(found.tensors["train_labels"]), sorted({"torchvision", "sklearn"} & set(sys.modules)))
 """
-MNIST_SHA256 = "684eb9755d282ecaad7c8831258dbefcfcc8be9c90983540ddee884623313a3c"
+MNIST_SHA256 = "2c3caa71b3aa4e51b9c1a979edfa9e62e586ff3155cb59dfe526d7af40e9a699"
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def listing(root: Path) -> list[tuple[str, int, int]]:
 
 def test_cache_dir_honours_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data.cache_dir() == tmp_path / "lockstep"
+    assert built_in.cache_dir() == tmp_path / "lockstep"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert data.cache_dir() == tmp_path / "home" / ".cache" / "lockstep"
+    assert built_in.cache_dir() == tmp_path / "home" / ".cache" / "lockstep"
 
 
 @pytest.mark.mnist
@@ -56,7 +56,7 @@ def test_mnist_is_read_from_packed_files_verified_and_cached(
     monkeypatch.setenv("MNIST_ROOT", str(mnist_root))
     found = data.load(DataConfig(download=False), world)
     assert (found.name, len(found.train), len(found.test), found.sha256) == ("mnist", 60_000, 10_000, MNIST_SHA256)
-    assert (found.mean / 255, found.std / 255) == pytest.approx((0.1307, 0.3081), abs=5e-5)
+    assert (found.mean[0] / 255, found.std[0] / 255) == pytest.approx((0.1307, 0.3081), abs=5e-5)
     assert found.train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert found.test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
     # A second start needs no torchvision.
@@ -74,7 +74,7 @@ def without_checksum(content: bytes) -> bytes:
 
 def with_tensor_missing(content: bytes) -> bytes:
     tensors = safetensors.torch.load(content)
-    del tensors["t10k_labels"]
+    del tensors["test_labels"]
     return safetensors.torch.save(tensors, {"sha256": "0" * 64})
 
 
@@ -94,26 +94,27 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_rebuilt(damage: str, cache: Path) -> None:
     config = DataConfig(name="digits")
-    tensors, sha256 = data.prepare(config)
+    first, sha256 = data.prepare(config)
     (path,) = cache.glob("digits-*.safetensors")
     good = path.read_bytes()
-    path.unlink()  # `tensors` are mapped from it
+    path.unlink()  # `first` is mapped from it
     path.write_bytes(DAMAGES[damage](good))
     assert data.load_cache(path) is None
     again, found = data.prepare(config)
     assert found == sha256
-    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in first.tensors)
+    assert again.class_names == first.class_names
     assert path.read_bytes() == good
     assert sorted(file.suffix for file in cache.iterdir()) == [".lock", ".safetensors"]
 
 
 def test_touched_source_is_another_source(tmp_path: Path, cache: Path) -> None:
-    for name in data.FILES:
+    for name in built_in.IDX_FILES:
         (tmp_path / name).write_bytes(b"x")
     config = DataConfig(root=str(tmp_path), download=False)
     before = data.cache_file(config)
     assert data.cache_file(config) == before
-    os.utime(tmp_path / data.FILES[0], ns=(1, 1))
+    os.utime(tmp_path / built_in.IDX_FILES[0], ns=(1, 1))
     assert data.cache_file(config) != before
 
 
@@ -158,6 +159,6 @@ def test_full_disk_costs_the_cache_and_not_the_run(cache: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
-    tensors, sha256 = data.prepare(DataConfig(name="digits"))
-    assert data.content_sha256(tensors) == sha256
+    found, sha256 = data.prepare(DataConfig(name="digits"))
+    assert data.content_sha256(found.tensors) == sha256
     assert [path.name for path in cache.iterdir()] == ["digits.lock"]

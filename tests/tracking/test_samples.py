@@ -22,7 +22,7 @@ def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World)
     run = tmp_path / "run"
     summary = train(2, run, f"{SMALL} --optim.ema 0.5 --eval.batch_size 70 --train.num_micro_batches 2")
     shown = safetensors.torch.load_file(run / "samples.safetensors")
-    module = models.build(ModelConfig(name="tiny"), 0)
+    module = models.build(ModelConfig(name="tiny"), (1, 28, 28), 10, 0)
     state = checkpoint.decode(checkpoint.read(run / "checkpoints" / "step-00000012"))
     checkpoint.restore_model(module, state.ema)
     digits = data.load(DataConfig(name="digits"), world)
@@ -40,10 +40,10 @@ def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World)
     )
     assert torch.equal(shown["mistakes_labels"], digits.test.labels[at])
     assert torch.equal(shown["mistakes_predictions"], probabilities.argmax(1)[at])
-    assert torch.equal(shown["mistakes_images"], digits.test.images[at, 0])
+    assert torch.equal(shown["mistakes_images"], digits.test.images[at])
     assert torch.equal(shown["filters"], state.ema["conv1.weight"][:, 0])
     assert {(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in shown.items()} == {
-        ("mistakes_images", torch.uint8, (MAX_MISTAKES, 28, 28)),
+        ("mistakes_images", torch.uint8, (MAX_MISTAKES, 1, 28, 28)),
         ("mistakes_confidences", torch.float32, (MAX_MISTAKES,)),
         ("filters", torch.float32, (4, 5, 5)),
         *((f"mistakes_{name}", torch.int64, (MAX_MISTAKES,)) for name in ("labels", "predictions", "positions")),

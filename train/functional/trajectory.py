@@ -12,7 +12,7 @@ from train.config import Config
 # such step both policies do the same, and after it only `skip` continues.)
 NOT_TRAJECTORY = {
     *("run", "eval", "checkpoint", "log", "wandb", "optim.nonfinite", "optim.max_skips"),
-    *("data.root", "data.download", "data.fallback"),
+    *("data.name", "data.root", "data.download", "data.fallback", "data.eval_split"),  # `data_sha256` decides
     *("train.max_micro_batch_size", "train.cuda_graphs", "train.device", "train.num_threads", "train.timeout"),
     "train.profile_steps",
 }

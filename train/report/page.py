@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from train.config import Config, class_names
+from train.config import INK_NAMES, Config
 from train.errors import UserError
 from train.report import records as recorded
 from train.report.charts import PANELS, VARIABLES, colour_of, legend, svg
@@ -21,6 +21,7 @@ from train.rundir import RunDir, write_atomically
 
 MISSING = 'A report needs matplotlib and jinja2: pip install "lockstep[report]".'
 MAX_MISTAKES = 100  # of all runs together, but 10 of each
+MAX_CLASSES = 40  # more are not drawn as a matrix
 Table = list[tuple[str, list[str]]]  # rows (name, texts), with one text where all columns have the same
 
 
@@ -67,6 +68,7 @@ def page(records: list[Record]) -> str:
             legend=[(text, VARIABLES[colour], kind) for text, colour, kind in legend(groups)],
             charts={name: markupsafe.Markup(svg(groups, name)) for name in PANELS},
             samples=[(each, *samples(each, max(MAX_MISTAKES // len(records), 10)), matrix(each)) for each in records],
+            has_ink=all(record.data_name in INK_NAMES for record in records),
             attempts=[(record, attempts(record)) for record in records],
             phases=table([recorded.phases(record) for record in records]),
             config=changes(records),
@@ -106,24 +108,36 @@ def attempts(record: Record) -> list[list[str]]:
 def matrix(record: Record) -> dict[str, Any] | None:
     """Return the confusion matrix for the template; None if there is none.
 
-    It has rows of cells (count, heat 0..1), and per class a bar (name, accuracy, mistakes, length 0..1).
+    It has rows of cells (count, heat 0..1), and per class a bar (name, accuracy, mistakes, length 0..1). With more than
+    MAX_CLASSES classes it has no rows, but the most frequent confusions (label, prediction, count) and the worst bars.
     """
     summary = record.summary
     if not summary or not summary.final:
         return None
-    counts, names = summary.final.confusion, class_names(record.data_name)
+    counts, names = summary.final.confusion, summary.data["class_names"]
     wrong = [sum(row) - row[label] for label, row in enumerate(counts)]
     shares = [row[label] / max(sum(row), 1) for label, row in enumerate(counts)]
     floor = max(min(math.floor(min(shares) * 100 - 1) / 100, 0.99), 0.0)  # where the bars begin
     lengths = [(share - floor) / (1 - floor) for share in shares]
-    most = max(count for label, row in enumerate(counts) for guess, count in enumerate(row) if label != guess)
-    rows = [[(count, math.log1p(count) / math.log1p(max(most, 1))) for count in row] for row in counts]
+    confusions = [
+        (names[label], names[guess], count)
+        for label, row in enumerate(counts)
+        for guess, count in enumerate(row)
+        if label != guess
+    ]
+    confusions.sort(key=lambda confusion: -confusion[2])
+    most = max(confusions[0][2], 1)
+    rows = [[(count, math.log1p(count) / math.log1p(most)) for count in row] for row in counts]
+    classes = list(zip(names, shares, wrong, lengths, strict=True))
+    if len(names) > MAX_CLASSES:
+        rows, classes = [], sorted(classes, key=lambda bar: bar[1])[:MAX_CLASSES]
     num_wrong = summary.num_examples - summary.final.correct
     return {
         "heading": f"{num_wrong:,} of {summary.num_examples:,} {summary.split} images wrong",
         "names": names,
-        "rows": list(zip(names, rows, strict=True)),
-        "classes": list(zip(names, shares, wrong, lengths, strict=True)),
+        "rows": list(zip(names, rows, strict=False)),
+        "confusions": confusions[:MAX_CLASSES],
+        "classes": classes,
         "floor": floor,
     }
 
@@ -136,20 +150,26 @@ def samples(record: Record, most: int) -> tuple[list[tuple[Any, ...]], list[str]
     import safetensors.numpy
 
     try:
-        tensors, names = safetensors.numpy.load_file(path), class_names(record.data_name)
+        tensors, names = safetensors.numpy.load_file(path), record.summary.data["class_names"]
         fields = ("labels", "predictions", "confidences", "positions", "images")
         mistakes = zip(*(tensors[f"mistakes_{name}"][:most] for name in fields), strict=True)
-        limit = float(abs(tensors["filters"]).max())
+        filters = tensors.get("filters", ())
+        limit = max((float(abs(values).max()) for values in filters), default=0.0)
         return [
-            (names[label], names[guess], confidence, position, image_uri(image, "gray", 0, 255))
+            (names[label], names[guess], confidence, position, image_uri(pixels(image), "gray", 0, 255))
             for label, guess, confidence, position, image in mistakes
-        ], [image_uri(values, "RdBu_r", -limit, limit) for values in tensors["filters"]]
+        ], [image_uri(values, "RdBu_r", -limit, limit) for values in filters]
     except (OSError, KeyError, IndexError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete it to draw the run without it.") from error
 
 
+def pixels(image: Any) -> Any:
+    """Return an image [C,H,W] as [H,W], or [H,W,3] if it has colours."""
+    return image.squeeze(0) if len(image) == 1 else image.transpose(1, 2, 0)
+
+
 def image_uri(pixels: Any, colours: str, low: float, high: float) -> str:
-    """Return a two-dimensional array as a PNG in a data URI."""
+    """Return an array [H,W], or [H,W,3] of 0..255, as a PNG in a data URI."""
     from matplotlib.image import imsave
 
     content = io.BytesIO()

@@ -280,7 +280,7 @@ def phases(record: Record) -> dict[str, str]:
 def environment(record: Record) -> dict[str, Any]:
     """Return where and with what a run was trained, by name."""
     command = map(str, record.last("start").get("command", []))
-    found = {f"data.{name}": value for name, value in record.data.items()}
+    found = {f"data.{name}": value for name, value in record.data.items() if name != "class_names"}
     found["command"] = shlex.join(["python", "-m", "train", *command])
     if record.summary:
         machine = record.summary.environment

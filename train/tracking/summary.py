@@ -110,20 +110,21 @@ def read_finished(run_dir: RunDir, plan: Plan, state: State) -> Summary | None:
 def collect_samples(plan: Plan, state: State, results: dict[str, Result]) -> dict[str, Tensor]:
     """Return CPU tensors of the last of `results`: K mistakes, the most confident first, and the first convolution.
 
-    `mistakes_images` uint8 [K,28,28]; `mistakes_labels`, `mistakes_predictions`, `mistakes_positions` (in the evaluated
-    split) int64 [K]; `mistakes_confidences` float32 [K], 0..1; `filters` float32 [C,h,w]. A host-device sync.
+    `mistakes_images` uint8 [K,C,H,W]; `mistakes_labels`, `mistakes_predictions`, `mistakes_positions` (in the evaluated
+    split) int64 [K]; `mistakes_confidences` float32 [K], 0..1. `filters` float32 [F,h,w], averaged over the channels,
+    only if the network has a two-dimensional convolution. A host-device sync.
     """
     result, labels = list(results.values())[-1], plan.data.test.labels.cpu()
-    wrong = (result.predictions != labels).nonzero()[:, 0]
+    wrong = (result.predictions != labels).nonzero().squeeze(1)
     order = result.confidences[wrong].argsort(descending=True, stable=True)
     at = wrong[order[:MAX_MISTAKES]]
-    module = list(state.modules.values())[-1]
-    first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    modules = list(state.modules.values())[-1].modules()
+    filters = [layer.weight.detach().mean(1).cpu() for layer in modules if isinstance(layer, nn.Conv2d)][:1]
     return {
-        "mistakes_images": plan.data.test.images[at.to(plan.world.device), 0].cpu(),
+        "mistakes_images": plan.data.test.images[at.to(plan.world.device)].cpu().contiguous(),
         "mistakes_labels": labels[at],
         "mistakes_predictions": result.predictions[at],
         "mistakes_confidences": result.confidences[at],
         "mistakes_positions": at,
-        "filters": first.weight.detach()[:, 0].to("cpu", torch.float32).contiguous(),
+        **{"filters": weights.contiguous() for weights in filters},
     }

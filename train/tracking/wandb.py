@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.config import WandbConfig, class_names
+from train.config import WandbConfig
 from train.errors import CRASHED, FINISHED, PREEMPTED, UserError, one_line
 from train.rundir import Row, RunDir, Summary, Tail
 from train.world import signals
@@ -173,7 +173,7 @@ class Mirror:
                 f"finished/{name}": value for name, value in fields.items() if isinstance(value, (int, float, str))
             }
             if self.options.media:
-                shown |= media(self.run_dir, summary.data["name"], summary.final.confusion)
+                shown |= media(self.run_dir, summary.data["class_names"], summary.final.confusion)
             self._log({**shown, "step": step, "_timestamp": self.last["time"]})
             if self.options.artifacts:
                 self._send_checkpoints(summary)
@@ -212,14 +212,14 @@ def payload(row: Row) -> dict[str, Any]:
     return shown
 
 
-def media(run_dir: RunDir, data_name: str, confusion: list[list[int]]) -> dict[str, Any]:
+def media(run_dir: RunDir, names: list[str], confusion: list[list[int]]) -> dict[str, Any]:
     """Return the confusion matrix of a finished run and images of its most confident mistakes."""
+    import numpy as np
     import safetensors.numpy
     import wandb
 
-    names = class_names(data_name)
     columns: list[Any] = ["Actual", "Predicted", "nPredictions"]
-    cells = [[names[i], names[j], count] for i, counts in enumerate(confusion) for j, count in enumerate(counts)]
+    cells = [[names[i], names[j], count] for i, row in enumerate(confusion) for j, count in enumerate(row) if count]
     table, axes = wandb.Table(columns, cells), {name: name for name in columns}
     title = {"title": "confusion matrix"}
     shown: dict[str, Any] = {"confusion": wandb.plot_table("wandb/confusion_matrix/v1", table, axes, title)}
@@ -228,7 +228,7 @@ def media(run_dir: RunDir, data_name: str, confusion: list[list[int]]) -> dict[s
         fields = ("images", "labels", "predictions", "confidences")
         mistakes = zip(*(tensors[f"mistakes_{field}"][:MAX_MISTAKES] for field in fields), strict=True)
         shown["mistakes"] = [
-            wandb.Image(pixels, caption=f"{names[label]} taken for {names[guess]}, {confidence:.1%}")
+            wandb.Image(np.moveaxis(pixels, 0, -1), caption=f"{names[label]} taken for {names[guess]}, {confidence:.1%}")
             for pixels, label, guess, confidence in mistakes
         ]
     return shown

@@ -1,0 +1,170 @@
+"""The data sets that have a name: four downloaded by torchvision in two formats, scikit-learn's digits, and noise.
+
+Invariant: files are those that were published. Their MD5 is compared before anything is parsed, so that a damaged or
+forged file is an error, with or without `data.fallback`. torchvision and scikit-learn are imported in functions.
+"""
+
+import gzip
+import hashlib
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.config import DataConfig
+from train.errors import UserError, one_line
+from train.functional.hashing import GOLDEN, mix64
+from train.storage.arrays import Arrays, read_idx
+
+MAX_FILE_BYTES = 200_000_000  # the largest file has 26,421,880
+DOWNLOAD_TIMEOUT_SECONDS = 10
+
+
+class DataMissing(UserError):
+    """The files were not found, so `data.fallback` applies. Damaged files are an error with or without it."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set that torchvision downloads."""
+
+    dataset: str  # torchvision's class
+    folder: str  # below the root
+    files: tuple[str, ...]
+    shape: tuple[int, int, int] = (1, 28, 28)  # channels, height, width
+    num_classes: int = 10
+    num_train: int = 60_000
+    num_test: int = 10_000
+
+    def missing_files(self, folder: Path) -> list[str]:
+        """Return those of the files that a folder lacks."""
+        return [file for file in self.files if not (folder / file).exists()]
+
+
+IDX_FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
+PUBLISHED = {
+    "mnist": Published("MNIST", "MNIST/raw", IDX_FILES),
+    "fashion_mnist": Published("FashionMNIST", "FashionMNIST/raw", IDX_FILES),
+    "kmnist": Published("KMNIST", "KMNIST/raw", IDX_FILES),
+    "cifar10": Published("CIFAR10", "cifar-10-batches-py", CIFAR10_FILES, (3, 32, 32), 10, 50_000),
+    "cifar100": Published("CIFAR100", "cifar-100-python", ("train", "test", "meta"), (3, 32, 32), 100, 50_000),
+}
+
+
+def cache_dir() -> Path:
+    """Return the directory for parsed and downloaded data: $XDG_CACHE_HOME/lockstep or ~/.cache/lockstep."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
+
+
+def find_folder(config: DataConfig) -> Path:
+    """Return the folder with the data set's files, downloading them if allowed. Raises DataMissing if there is none.
+
+    Looks in data.root if given, else in $MNIST_ROOT and then in the cache, in torchvision's layout or flat.
+    """
+    published = PUBLISHED[config.name]
+    roots = [Path(config.root)] if config.root else [cache_dir() / "data"]
+    if not config.root and os.environ.get("MNIST_ROOT"):
+        roots.insert(0, Path(os.environ["MNIST_ROOT"]))
+    for folder in (root / layout for root in roots for layout in (published.folder, ".")):
+        if not published.missing_files(folder):
+            return folder
+    folders = [root / published.folder for root in roots]
+    places = " or ".join(f"{folder} (no {published.missing_files(folder)[0]})" for folder in folders)
+    reason = "--data.download is false"
+    if config.download:
+        try:
+            return download(published, roots[-1])
+        except Exception as error:  # torchvision and urllib raise many types
+            reason = f"downloading failed: {one_line(error, 80)}"
+    raise DataMissing(
+        f"{config.name} not found in {places}, and {reason}. Set MNIST_ROOT or --data.root to a folder with its "
+        f"files (`python -m launch data --name {config.name} --root DIR` downloads them), or pass "
+        "--data.fallback true to train on digits."
+    )
+
+
+def download(published: Published, root: Path) -> Path:
+    """Download a data set with torchvision, from its mirrors and with its checksums, and return its folder."""
+    import torchvision.datasets
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # a firewall that drops packets would block for minutes
+    try:
+        getattr(torchvision.datasets, published.dataset)(str(root), download=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return root / published.folder
+
+
+def read_file(path: Path, md5: str) -> bytes:
+    """Return the content of a file. Raises UserError unless it has this MD5."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:  # reading a pipe or a device would never end
+            raise UserError(f"{path} is not a file of at most {MAX_FILE_BYTES:,} bytes. Get it again.")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Get it again.") from error
+    if (found := hashlib.md5(content).hexdigest()) != md5:
+        raise UserError(f"{path} has MD5 {found}, expected {md5}. Delete it and get it again.")
+    return content
+
+
+def read_published(config: DataConfig) -> Arrays:
+    """Read the files of a data set that torchvision downloads, where `find_folder` finds them."""
+    import torchvision.datasets
+
+    folder = find_folder(config)
+    dataset = getattr(torchvision.datasets, PUBLISHED[config.name].dataset)
+    if issubclass(dataset, torchvision.datasets.CIFAR10):
+        return read_cifar(dataset, folder)
+    tensors = {}
+    for file, md5 in dataset.resources:
+        content = gzip.decompress(read_file(folder / file, md5))
+        part, kind = file.replace("t10k", "test").split("-")[:2]
+        values = torch.from_numpy(read_idx(content, file))
+        tensors[f"{part}_{kind}"] = values.long() if kind == "labels" else values
+    return Arrays(tensors, [name.partition(" - ")[0] for name in dataset.classes])  # MNIST's are "0 - zero" and so on
+
+
+def read_cifar(dataset: Any, folder: Path) -> Arrays:
+    """Read CIFAR-10 or CIFAR-100 with torchvision, which unpickles the files once their MD5 is right."""
+    try:
+        parts = {part: dataset(str(folder.parent), train=part == "train") for part in ("train", "test")}
+    except RuntimeError as error:
+        raise UserError(f"{folder} is damaged: {one_line(error, 80)}. Delete it and get it again.") from None
+    tensors = {f"{part}_images": torch.from_numpy(read.data).contiguous() for part, read in parts.items()}
+    tensors |= {f"{part}_labels": torch.tensor(read.targets) for part, read in parts.items()}
+    return Arrays(tensors, parts["train"].classes)
+
+
+def read_digits() -> Arrays:
+    """Return scikit-learn's 1,797 digits (UCI, 8x8 pixels), resized to 28x28. A fixed fifth is the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).to(torch.float32)[:, None] * (255 / 16)
+    large = torch.nn.functional.interpolate(small, (28, 28), mode="bilinear", align_corners=False)
+    images, labels = large.round().clamp(0, 255).to(torch.uint8).squeeze(1), torch.from_numpy(digits.target).long()
+    # A hash draws the fifth. The labels repeat in order, so every fifth example would give a split with 5.8 % ones.
+    order = mix64(np.arange(len(labels), dtype=np.uint64) * np.uint64(GOLDEN)).argsort(kind="stable")
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    is_test[torch.from_numpy(order[: len(labels) // 5])] = True
+    parts = {"train": ~is_test, "test": is_test}
+    tensors = {f"{part}_images": images[rows] for part, rows in parts.items()}
+    return Arrays(tensors | {f"{part}_labels": labels[rows] for part, rows in parts.items()}, list("0123456789"))
+
+
+def read_random(num_examples: int) -> Arrays:
+    """Return fixed noise with random labels: `num_examples` for training and a sixth as many for the test."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    tensors = {}
+    for part, size in (("train", num_examples), ("test", num_examples // 6)):
+        tensors[f"{part}_images"] = torch.from_numpy(generator.integers(0, 256, (size, 28, 28), dtype=np.uint8))
+        labels = generator.integers(0, 10, size, dtype=np.uint8)
+        tensors[f"{part}_labels"] = torch.from_numpy(labels).long()
+    return Arrays(tensors, list("0123456789"))
