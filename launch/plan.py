@@ -15,7 +15,7 @@ from train.config import Config, DataConfig
 from train.errors import FINISHED, UserError
 
 if TYPE_CHECKING:
-    from train.functional.models import BatchNorm2d
+    from train.functional.layers import BatchNorm
     from train.functional.sampler import Sampler
 
 Shares = list[tuple[range, range]]  # of each rank: its micro-batches, and its rows of the global batch
@@ -61,7 +61,7 @@ def check_epoch(sampler: "Sampler", world_size: int) -> str:
     return f"{total:016x}"
 
 
-def traffic(config: Config, num_parameters: int, norms: "list[BatchNorm2d]", ranks: Shares) -> dict[str, int]:
+def traffic(config: Config, num_parameters: int, norms: "list[BatchNorm]", ranks: Shares) -> dict[str, int]:
     """Return {what: bytes} that each rank hands to torch.distributed in a step."""
     from train.world.reduce import Tree
 
@@ -93,14 +93,14 @@ def state_bytes(config: Config, model: Any) -> dict[str, int]:
 
 def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[str]) -> dict[str, Any]:
     """Work everything out and return what `--json` prints. Names that end in bytes hold bytes."""
-    from train.functional import models, optim
+    from train.functional import layers, models, optim
     from train.functional.sampler import Sampler
     from train.state import resolve_num_micro_batches
 
     world_size = nodes * max(gpus_per_node, 1)  # without GPUs: one rank per node
     num_train, num_test, shape, num_classes = describe_data(config.data)
     model = models.build(config.model, shape, num_classes, 0)
-    norms = models.batch_norms(model)
+    norms = layers.batch_norms(model)
     num_micro_batches = resolve_num_micro_batches(config.train, world_size, has_batch_norm=bool(norms))
     sampler = Sampler(num_train, config.train.global_batch_size, num_micro_batches, config.seed)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch

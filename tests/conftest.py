@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TORCH = tuple(int(part) for part in version("torch").split(".")[:2])
 ROOT = Path(__file__).parent.parent
+MNIST = ((1, 28, 28), 10)  # an image's shape, and the number of classes
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",

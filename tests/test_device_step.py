@@ -200,6 +200,7 @@ DEVICE_CODE = {  # functions of each module that work on the host
     "augment": set(),
     "rng": set(),
     "models": set(),
+    "layers": set(),
     "graphs": set(),
     "optim": {"lr"},
     "tables": {"fill", "_send", "fetch_results", "decode_results", "read_results"},

@@ -13,7 +13,7 @@ from torch import nn
 
 from train.config import Config, TrainConfig
 from train.errors import UserError, one_line
-from train.functional import models, optim
+from train.functional import layers, models, optim
 from train.functional.augment import check_sizes
 from train.functional.sampler import Sampler, coverage_checksum
 from train.functional.tables import StepTables
@@ -132,9 +132,9 @@ class State:
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
-        """List the parameters and the BatchNorm layers in a fixed order."""
-        self.parameters = list(self.module.parameters())
-        self.batch_norms = models.batch_norms(self.module)
+        """List the trainable parameters and our layers in a fixed order."""
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.batch_norms, self.dropouts = layers.batch_norms(self.module), layers.dropouts(self.module)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -170,7 +170,7 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     module = module.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
     if config.train.compile:
         module.compile()
-    batch_norms = models.batch_norms(module)
+    batch_norms = layers.batch_norms(module)
     num_micro_batches = resolve_num_micro_batches(config.train, world.world_size, has_batch_norm=bool(batch_norms))
     sampler = Sampler(len(data.train), config.train.global_batch_size, num_micro_batches, config.seed)
     ema = optim.Ema(module, config.optim.ema) if config.optim.ema else None
@@ -179,10 +179,11 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     reducer = ExactTree(model, world, num_micro_batches, owners) if config.train.exact else Allreduce(model, world)
     total_steps = config.train.max_steps or config.train.epochs * sampler.steps_per_epoch
     num_channels = sum(layer.num_features for layer in batch_norms)
-    place = (world.rank, world.world_size, world.device)
-    has_scaler = world.accelerator.scaler is not None
     tables = StepTables(
-        config, sampler, total_steps, num_channels, *place, loss_scale=reducer.loss_scale, has_scaler=has_scaler
+        *(config, sampler, total_steps, num_channels, world.rank, world.world_size, world.device),
+        loss_scale=reducer.loss_scale,
+        has_dropout=bool(layers.dropouts(module)),
+        has_scaler=world.accelerator.scaler is not None,
     )
     if world.device.type != "cpu":
         tables.keep_lr_on_device(optimizer)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from train.functional import models, optim, rng
+from train.functional import layers, optim, rng
 from train.functional.augment import augment, lay_out
 from train.state import Plan, State
 from train.world import signals
@@ -43,16 +43,16 @@ def train_step(plan: Plan, state: State) -> None:
     loss_weight, shares = tables.loss_weights(num_examples)
     if not is_alone:
         statistics.summed.zero_()
-    batch = _own_rows(plan, state.step)
+    batch = _own_rows(plan, state)
     clock.enter("forward_backward")
     for index in plan.own:
         with plan.reducer.micro_batch(index, plan.own):
-            loss_sum = _micro_batch_loss(plan, state.model, index, batch)
+            loss_sum = _micro_batch_loss(plan, state, index, batch)
             _backward(plan, loss_sum, loss_weight)
             clock.enter("forward_backward")
         statistics.loss_sums[index] = loss_sum.detach()
         if state.batch_norms:
-            statistics.batch_norms[index] = models.batch_statistics(state.batch_norms)
+            statistics.batch_norms[index] = layers.batch_statistics(state.batch_norms)
     clock.enter("optimizer")
     if not is_alone:
         if signals.requested() is not None:
@@ -64,7 +64,7 @@ def train_step(plan: Plan, state: State) -> None:
     statistics.grad_norm.copy_(_clip(plan, state))
     found_inf = tables.found_inf()
     if state.batch_norms:
-        models.merge_statistics(state.batch_norms, statistics.batch_norms.float(), shares, found_inf == 0)
+        layers.merge_statistics(state.batch_norms, statistics.batch_norms.float(), shares, found_inf == 0)
     tables.load_lr()
     optimizer = state.optimizer.optimizer
     optimizer.found_inf = found_inf  # the fused kernels read it on the device
@@ -82,15 +82,15 @@ class _Rows:
 
     step: int
     start: int
-    inputs: Tensor  # float32 [B,1,28,28]
+    inputs: Tensor  # float32 [B,C,H,W]
     labels: Tensor  # int64 [B]
     keys: Tensor | None  # int64 [B], of dropout
 
 
-def _own_rows(plan: Plan, step: int) -> _Rows:
+def _own_rows(plan: Plan, state: State) -> _Rows:
     """Gather and augment the examples of this rank's micro-batches."""
     config, data, tables = plan.config, plan.data, plan.tables
-    start, stop = plan.sampler.rank_rows(step, plan.world.rank, plan.world.world_size)
+    start, stop = plan.sampler.rank_rows(state.step, plan.world.rank, plan.world.world_size)
     rows = tables.rows.index_select(0, tables.row_index)[0, : max(stop - start, 1)]
     images, labels = data.train.images[rows], data.train.labels[rows]
     keys = tables.keys.index_select(0, tables.row_index)[0] if tables.has_keys else None
@@ -100,10 +100,10 @@ def _own_rows(plan: Plan, step: int) -> _Rows:
 
     plan.world.clock.enter("augment")
     inputs = augment(images, row_keys(0, config.augment.is_on), config.augment, data.mean, data.std)
-    return _Rows(step, start, lay_out(inputs, plan.memory_format), labels, row_keys(1, config.model.dropout))
+    return _Rows(state.step, start, lay_out(inputs, plan.memory_format), labels, row_keys(1, state.dropouts))
 
 
-def _micro_batch_loss(plan: Plan, model: nn.Module, index: int, batch: _Rows) -> Tensor:
+def _micro_batch_loss(plan: Plan, state: State, index: int, batch: _Rows) -> Tensor:
     """Return the summed loss, float32 [], over micro-batch `index`."""
     start, stop = plan.sampler.micro_batch(batch.step, index)
     inputs, labels, keys = batch.inputs, batch.labels, batch.keys
@@ -111,7 +111,8 @@ def _micro_batch_loss(plan: Plan, model: nn.Module, index: int, batch: _Rows) ->
         first = min(start - batch.start, len(labels) - 1)
         part = slice(first, first + max(stop - start, 1))  # of no examples: one that weighs nothing
         inputs, labels, keys = inputs[part], labels[part], keys[part] if keys is not None else None
-    logits = model(inputs, keys)
+    with layers.row_keys(state.dropouts, keys):
+        logits = state.model(inputs)
     smoothing = plan.config.optim.label_smoothing
     loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
     return loss_sum if stop > start else loss_sum * 0

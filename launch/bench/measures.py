@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.run import Ranks, count_gpus
 from train.errors import RunError
@@ -121,7 +121,8 @@ def bare_compute(config: "Config", source: "Data") -> Callable[["Tensor"], None]
 
     device = source.train.images.device
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    model = models.build(config.model, source.shape, source.num_classes, config.seed).to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    model: Any = models.build(config.model, source.shape, source.num_classes, config.seed)
+    model = model.to(device=device, memory_format=layout)
     optimizer = optim.build(config.optim, model)
     lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
 

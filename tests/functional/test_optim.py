@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from conftest import MNIST
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from train.config import ModelConfig, OptimConfig
-from train.functional.models import batch_norms
+from train.functional.layers import batch_norms
 from train.functional.models import build as build_model
 from train.functional.optim import Ema, build, grad_norm, lr
 
@@ -112,7 +113,7 @@ def test_lr_rises_then_falls_and_stays_within_its_bounds(schedule: str, warmup: 
 @pytest.mark.parametrize("name", ["cnn", "tiny_bn"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_build_decays_kernels_and_matrices_only(name: str, optimizer: str) -> None:
-    model = build_model(ModelConfig(name=name), 0)  # type: ignore[arg-type]
+    model = build_model(ModelConfig(name=name), *MNIST, 0)  # type: ignore[arg-type]
     built = build(OptimConfig(name=optimizer, weight_decay=0.05, momentum=0.8, beta2=0.95), model)  # type: ignore[arg-type]
     decays = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
     assert len(decays) == len(list(model.parameters()))
@@ -126,7 +127,7 @@ def test_build_decays_kernels_and_matrices_only(name: str, optimizer: str) -> No
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_build_updates_as_torchs_plain_optimizer(name: str) -> None:
     config = OptimConfig(name=name, lr=0.05, momentum=0.8, beta2=0.95, weight_decay=0.0)  # type: ignore[arg-type]
-    model = build_model(ModelConfig(name="tiny"), 0)
+    model = build_model(ModelConfig(name="tiny"), *MNIST, 0)
     other = copy.deepcopy(model)
     ours = build(config, model)
     theirs: torch.optim.Optimizer = (
@@ -155,7 +156,7 @@ def test_build_accepts_sgd_without_momentum() -> None:
 @pytest.mark.parametrize("name", ["tiny", "tiny_bn"])
 @pytest.mark.parametrize("decay", [0.5, 0.999])
 def test_ema_matches_torchs_averaged_model(name: str, decay: float) -> None:
-    model = build_model(ModelConfig(name=name), 0)  # type: ignore[arg-type]
+    model = build_model(ModelConfig(name=name), *MNIST, 0)  # type: ignore[arg-type]
     ours = Ema(model, decay)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     theirs.update_parameters(model)  # its first update copies
@@ -172,7 +173,7 @@ def test_ema_matches_torchs_averaged_model(name: str, decay: float) -> None:
 
 
 def test_ema_is_a_copy_in_evaluation_mode() -> None:
-    model = build_model(ModelConfig(name="tiny_bn"), 0).train()
+    model = build_model(ModelConfig(name="tiny_bn"), *MNIST, 0).train()
     ema = Ema(model, 0.9)
     assert model.training
     assert not ema.model.training
@@ -187,7 +188,7 @@ def test_ema_is_a_copy_in_evaluation_mode() -> None:
 
 
 def test_grad_norm_is_the_norm_over_all_gradients() -> None:
-    model = build_model(ModelConfig(name="tiny"), 0)
+    model = build_model(ModelConfig(name="tiny"), *MNIST, 0)
     parameters = list(model.parameters())
     for number, parameter in enumerate(parameters[1:]):
         parameter.grad = torch.full_like(parameter, number + 1.0)

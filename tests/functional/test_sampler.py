@@ -242,7 +242,9 @@ def test_tables_hold_the_examples_of_every_rank_in_every_step(
     steps, cpu = sampler.steps_per_epoch, torch.device("cpu")
     found: list[list[int]] = [[] for _ in range(steps)]
     for rank in range(world_size):
-        tables = StepTables(Config(), sampler, steps, 0, rank, world_size, cpu, loss_scale=1.0, has_scaler=False)
+        tables = StepTables(
+            Config(), sampler, steps, 0, rank, world_size, cpu, loss_scale=1.0, has_dropout=False, has_scaler=False
+        )
         for step in range(steps):
             if not tables.start <= step < tables.stop:
                 tables.fill(step)

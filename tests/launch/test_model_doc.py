@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import MNIST, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.functional.models import MODELS, Cnn
+from train.config import ModelConfig
+from train.functional.models import Cnn, build
 
 Table = dict[str, list[str]]  # a row's title -> its other cells
 
@@ -24,7 +25,7 @@ def table() -> Table:
 @pytest.fixture(scope="module")
 def volumes() -> dict[str, torch.Tensor]:
     """Return what enters and leaves the layers in the forward pass of one image."""
-    model, found = MODELS["cnn"](0.0), {}
+    model, found = build(ModelConfig(name="cnn"), *MNIST, 0), {}
     for name, layer in model.named_children():
         layer.register_forward_hook(lambda _, given, out, name=name: found.update({f"{name} in": given[0], name: out}))
     with torch.no_grad():
@@ -61,7 +62,7 @@ def test_volumes_are_those_of_the_forward_pass(table: Table, volumes: dict[str, 
 
 
 def test_parameters_and_kernels_are_those_of_the_layers(table: Table) -> None:
-    model = MODELS["cnn"](0.0)
+    model = build(ModelConfig(name="cnn"), *MNIST, 0)
     for name, layer in model.named_children():
         if parameters := [parameter.numel() for parameter in layer.parameters()]:
             assert total(table[f"`{name}`"][2]) == sum(parameters)
@@ -74,26 +75,27 @@ def test_parameters_and_kernels_are_those_of_the_layers(table: Table) -> None:
 def multiply_adds(name: str) -> int:
     """Return the multiply-adds as torch counts them: two operations each, without BatchNorm."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        MODELS[name](0.0).eval()(torch.zeros(1, 1, 28, 28))
+        build(ModelConfig(name=name), *MNIST, 0).eval()(torch.zeros(1, 1, 28, 28))
     return counter.get_total_flops() // 2
 
 
 def test_multiply_adds_are_what_torch_counts(table: Table, volumes: dict[str, torch.Tensor]) -> None:
-    for name, layer in MODELS["cnn"](0.0).named_children():
+    for name, layer in build(ModelConfig(name="cnn"), *MNIST, 0).named_children():
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
             assert total(table[f"`{name}`"][4]) == volumes[name].numel() * layer.weight[0].numel()
     assert total(table["**sum**"][4]) == multiply_adds("cnn")
 
 
 def test_vgg_has_one_percent_fewer_parameters_and_five_times_the_work() -> None:
-    cnn, vgg = (sum(parameter.numel() for parameter in MODELS[name](0.0).parameters()) for name in ("cnn", "vgg"))
+    models = (build(ModelConfig(name=name), *MNIST, 0) for name in ("cnn", "vgg"))
+    cnn, vgg = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
     assert round(100 * vgg / cnn) == 99
     assert round(multiply_adds("vgg") / multiply_adds("cnn")) == 5
 
 
 def test_receptive_fields_are_what_gradients_reach(table: Table) -> None:
     """The field of a number in the middle of a volume is the pixels that have a gradient over many random images."""
-    model = Cnn((4, 8), 16)
+    model = Cnn(*MNIST, 0.0, (4, 8), 16)
     inputs = torch.rand(256, 1, 28, 28, generator=torch.Generator().manual_seed(0), requires_grad=True)
     first = model.conv1(inputs)
     pooled = F.max_pool2d(first, 2)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import MNIST, ROOT
 from ranks.processes import Ranks, arguments, rows, train
 from safetensors.torch import load_file
 
 from launch import plan, slurm
 from launch.__main__ import main
 from train.cli import parse
-from train.functional.models import MODELS
+from train.config import ModelConfig
+from train.functional.models import build
 from train.functional.sampler import Sampler
 
 SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.num_threads", "1"]
@@ -160,7 +161,8 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--json", "--gpus-per-node", "0", "--", *SMALL, "--data.name", "random"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["command"].startswith("python -m launch slurm --nodes 1 -- --data.name")
-    assert made["num_parameters"] == sum(parameter.numel() for parameter in MODELS["tiny"](0.0).parameters())
+    model = build(ModelConfig(name="tiny"), *MNIST, 0)
+    assert made["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_cluster_commands_of_the_docs_name_trainings_that_so_many_ranks_can_share() -> None:

@@ -20,7 +20,7 @@ import train.tracking.journal
 import train.world.world
 from ranks import mutants
 from train.functional.sampler import Sampler
-from train.state import Plan
+from train.state import Plan, State
 from train.storage import checkpoint
 
 RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
@@ -29,8 +29,8 @@ RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
 def _in_micro_batch(change: Callable[[Any, nn.Module, int, torch.Tensor], torch.Tensor]) -> None:
     inner = train.step._micro_batch_loss
 
-    def loss(plan: Plan, model: nn.Module, index: int, batch: Any) -> torch.Tensor:
-        return change(batch, model, index, inner(plan, model, index, batch))
+    def loss(plan: Plan, state: State, index: int, batch: Any) -> torch.Tensor:
+        return change(batch, state.model, index, inner(plan, state, index, batch))
 
     train.step._micro_batch_loss = loss
 
@@ -40,9 +40,9 @@ def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
     own_rows, inner = train.step._own_rows, train.step.augment
     steps = [0]
 
-    def here(plan: Plan, step: int) -> Any:
-        steps.append(step + 1)
-        return own_rows(plan, step)
+    def here(plan: Plan, state: State) -> Any:
+        steps.append(state.step + 1)
+        return own_rows(plan, state)
 
     def augment(*arguments: Any) -> torch.Tensor:
         if steps[-1] == STEP and rank in (None, RANK):
@@ -233,7 +233,7 @@ def runs_ahead_with_broken_loss() -> None:
 
 def _in_forward(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     inner = train.functional.models.Cnn.forward
-    forward = lambda self, images, keys=None: change(inner(self, images, keys))  # noqa: E731
+    forward = lambda self, images: change(inner(self, images))  # noqa: E731
     train.functional.models.Cnn.forward = forward  # type: ignore[method-assign]
 
 

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import train.functional.augment
-import train.functional.models
+import train.functional.layers
 import train.loop
 import train.rundir
 import train.state
 import train.step
 from launch.check.selftest import BATCH
 from train.functional import optim, rng
-from train.functional.models import Dropout
+from train.functional.layers import Dropout
 from train.functional.sampler import Sampler, share
 from train.state import Plan, State
 from train.storage import checkpoint
@@ -94,7 +94,7 @@ def constant_dropout() -> None:
     def constant(keys: Tensor, num: int, salt: int = 0) -> Tensor:
         return uniform(torch.arange(len(keys)), num, salt)
 
-    train.functional.models.uniform = constant
+    train.functional.layers.uniform = constant
 
 
 def constant_augmentation() -> None:
@@ -110,8 +110,8 @@ def constant_augmentation() -> None:
 def global_stream_dropout() -> None:
     """Dropout draws from the process's stream, which a resume restarts (every trainer that saves no RNG state)."""
 
-    def forward(self: Dropout, features: Tensor, keys: Tensor | None) -> Tensor:
-        return features if keys is None else F.dropout(features, self.probability)
+    def forward(self: Dropout, features: Tensor) -> Tensor:
+        return F.dropout(features, self.p, self.training)
 
     Dropout.forward = forward  # type: ignore[method-assign]
 
@@ -146,24 +146,24 @@ def mean_of_means() -> None:
     """Micro-batches of unequal size weigh the same: a mean over means (gradient accumulation in transformers, 2024)."""
     micro_batch_loss = train.step._micro_batch_loss
 
-    def loss(plan: Plan, model: nn.Module, index: int, batch: Any) -> Tensor:
+    def loss(plan: Plan, state: State, index: int, batch: Any) -> Tensor:
         sampler = plan.sampler
         start, stop = sampler.micro_batch(batch.step, index)
         weight = sampler.batch_rows(batch.step) / sampler.num_micro_batches / max(stop - start, 1)
-        return micro_batch_loss(plan, model, index, batch) * weight
+        return micro_batch_loss(plan, state, index, batch) * weight
 
     train.step._micro_batch_loss = loss
 
 
 def rank_local_statistics() -> None:
     """BatchNorm averages in only what this rank has seen: DDP without SyncBatchNorm, of which rank 0's are saved."""
-    merge = train.functional.models.merge_statistics
+    merge = train.functional.layers.merge_statistics
 
     def local(norms: Any, found: Tensor, shares: Tensor, is_sound: Tensor) -> None:
         own = slice(*share(len(found), WORLD_SIZE, RANK))
         merge(norms, found[own], shares[own] / shares[own].sum(), is_sound)
 
-    train.functional.models.merge_statistics = local
+    train.functional.layers.merge_statistics = local
 
 
 def clip_by_shard() -> None:

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import MNIST, ROOT
 from conftest import small_state as state
 from torch import Tensor, nn
 
@@ -66,7 +66,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, stop: 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_optimizer_resumes_from_a_checkpoint_with_the_same_bits(name: str, memory_format: torch.memory_format) -> None:
     def fresh(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = models.build(ModelConfig(name="tiny_bn"), seed).to(memory_format=memory_format)  # type: ignore[call-overload]
+        model = models.build(ModelConfig(name="tiny_bn"), *MNIST, seed).to(memory_format=memory_format)  # type: ignore[call-overload]
         return model, optim.build(OptimConfig(name=name, weight_decay=0.01), model)  # type: ignore[arg-type]
 
     model, optimizer = fresh(0)
@@ -94,14 +94,14 @@ def test_optimizer_resumes_from_a_checkpoint_with_the_same_bits(name: str, memor
 
 
 def test_restore_model_refuses_another_models_tensors() -> None:
-    model = models.build(ModelConfig(name="tiny"), 0)
-    own = checkpoint.model_tensors(models.build(ModelConfig(name="tiny"), 1))
+    model = models.build(ModelConfig(name="tiny"), *MNIST, 0)
+    own = checkpoint.model_tensors(models.build(ModelConfig(name="tiny"), *MNIST, 1))
     before = checkpoint.tensors_sha256(model.state_dict())
     wrong = {
         "fc2.bias": {name: tensor for name, tensor in own.items() if name != "fc2.bias"},
         "extra": {**own, "extra": torch.zeros(1)},
         "fc1.weight": {**own, "fc1.weight": own["fc1.weight"].t().contiguous()},
-        "conv1": checkpoint.model_tensors(models.build(ModelConfig(name="cnn"), 0)),
+        "conv1": checkpoint.model_tensors(models.build(ModelConfig(name="cnn"), *MNIST, 0)),
     }
     for word, tensors in wrong.items():
         with pytest.raises(Damaged, match=word):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from conftest import MNIST
 from ranks.processes import train
 
 from train.config import DataConfig, ModelConfig
@@ -22,7 +23,7 @@ def test_samples_are_those_of_the_averaged_weights(tmp_path: Path, world: World)
     run = tmp_path / "run"
     summary = train(2, run, f"{SMALL} --optim.ema 0.5 --eval.batch_size 70 --train.num_micro_batches 2")
     shown = safetensors.torch.load_file(run / "samples.safetensors")
-    module = models.build(ModelConfig(name="tiny"), (1, 28, 28), 10, 0)
+    module = models.build(ModelConfig(name="tiny"), *MNIST, 0)
     state = checkpoint.decode(checkpoint.read(run / "checkpoints" / "step-00000012"))
     checkpoint.restore_model(module, state.ema)
     digits = data.load(DataConfig(name="digits"), world)

@@ -65,7 +65,8 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average by 1 - decay towards `model`'s weights."""
-        average, current = (list(m.state_dict().values()) for m in (self.model, model))
+        tensors = (m.state_dict().values() for m in (self.model, model))
+        average, current = ([tensor for tensor in each if tensor.is_floating_point()] for each in tensors)
         torch._foreach_lerp_(average, current, 1 - self.decay)
 
 

@@ -72,13 +72,14 @@ class StepTables:
         device: torch.device,
         *,
         loss_scale: float,
+        has_dropout: bool,
         has_scaler: bool,
     ) -> None:
         self.config, self.sampler, self.total_steps, self.device = config, sampler, total_steps, device
         self.rank, self.world_size = rank, world_size
         num_micro_batches = sampler.num_micro_batches
         self.statistics = StepStatistics(num_micro_batches, num_channels, world_size, device)
-        self.has_keys = config.augment.is_on or config.model.dropout > 0
+        self.has_keys = config.augment.is_on or has_dropout
         self.loss_scale = loss_scale  # undoes DDP's division by the world size
         self.has_scaler = has_scaler  # whether fp16's scaler checks the gradients
         self._loss_weights: dict[int, tuple[Tensor, Tensor]] = {}  # by batch size; CUDA graphs hold their addresses

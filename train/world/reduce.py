@@ -74,7 +74,8 @@ class Allreduce:
         self.loss_scale = float(world.world_size)  # undoes DDP's division: the loss is divided by the examples alone
         if world.world_size > 1:
             # The first layer's gradient is the last to arrive. What is left of the backward pass then is waiting.
-            next(model.parameters()).register_post_accumulate_grad_hook(self._begin_waiting)
+            first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+            first.register_post_accumulate_grad_hook(self._begin_waiting)
 
     def _begin_waiting(self, _: Tensor) -> None:
         self.world.clock.enter("reduce")

@@ -1,0 +1,148 @@
+"""Dropout and BatchNorm whose results do not depend on who computes them. `convert` puts them in place of torch's.
+
+All randomness of a training pass comes in through `row_keys`, one key per example. Batch statistics go out through
+`BatchNorm.batch_mean` and `batch_var`, so that a step can merge those of its micro-batches in one fixed order.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.errors import UserError
+from train.functional.rng import uniform
+
+BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Dropout(nn.modules.dropout._DropoutNd):
+    """Dropout (Srivastava et al., 2014) whose mask is a function of the examples' keys, the layer and the call."""
+
+    keys: Tensor | None = None  # of the current pass: int64 [B]
+    number = 0  # of this layer among the network's
+    num_calls = 0  # so far in the current pass
+    is_by_channel = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop features of float [n * B,...] in training, or whole channels of [n * B,C,...] if `is_by_channel`.
+
+        The rows of an example must be next to each other. Raises UserError if B does not divide the first dimension.
+        """
+        if not self.training or self.p == 0:
+            return input
+        if self.keys is None:
+            raise RuntimeError(
+                "A dropout layer was called outside of a training step's forward pass, where it has no keys. "
+                "Activation checkpointing does that: it computes again in the backward pass."
+            )
+        num_rows, num_examples = len(input), len(self.keys)
+        if num_rows % num_examples:
+            raise UserError(f"A dropout layer got {num_rows} rows for {num_examples} examples. Put the batch first.")
+        shape = (*input.shape[:2], *[1] * (input.dim() - 2)) if self.is_by_channel else input.shape
+        # The columns of a row's random numbers: 2**32 for each call, 2**48 for each layer.
+        salt = (self.number << 48) + (self.num_calls << 32)
+        self.num_calls += 1
+        kept = uniform(self.keys, math.prod(shape) // num_examples, salt).view(shape) >= self.p
+        return input * kept * (1 / (1 - self.p))
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm (Ioffe and Szegedy, 2015) that stores a training pass's statistics instead of averaging them in.
+
+    A training pass normalizes by its own micro-batch and stores mean and unbiased variance, float32 [C] each, in
+    `batch_mean` and `batch_var`; a second call in the same pass replaces them. `merge_statistics` updates the running
+    ones once per step, the same on any world size.
+    """
+
+    momentum: float
+    batch_mean: Tensor
+    batch_var: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize float [B,C,...] by the micro-batch's statistics in training, by the running ones otherwise."""
+        affine = self.weight, self.bias
+        if not self.training:
+            return F.batch_norm(input, self.running_mean, self.running_var, *affine, False, self.momentum, self.eps)
+        if input.numel() == self.num_features:  # a single value has no unbiased variance; two equal ones have 0
+            return self.forward(input.expand(2, *input.shape[1:]))[:1]
+        self.batch_mean, self.batch_var = torch.zeros(2, self.num_features, device=self.batch_mean.device)
+        return F.batch_norm(input, self.batch_mean, self.batch_var, *affine, True, 1.0, self.eps)
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Turn torch's Dropout and BatchNorm layers of any dimension into ours, in place; return the model.
+
+    Weights, statistics, names and options stay. Raises UserError for a BatchNorm without running statistics or without
+    a fixed momentum.
+    """
+    for name, layer in model.named_modules():
+        kind: Any = type(layer)
+        if kind is nn.Dropout or kind in BY_CHANNEL:
+            layer.__class__ = Dropout
+            layer.is_by_channel = kind in BY_CHANNEL
+        elif kind in BATCH_NORMS:
+            if layer.momentum is None or not layer.track_running_stats:
+                option = "momentum=None" if layer.momentum is None else "track_running_stats=False"
+                raise UserError(f"{name} is {kind.__name__} with {option}, which is not supported. Leave it out.")
+            layer.__class__ = BatchNorm
+            layer.num_batches_tracked = None  # not used: momentum is fixed
+            like: Any = layer.running_mean
+            layer.register_buffer("batch_mean", torch.zeros_like(like), persistent=False)
+            layer.register_buffer("batch_var", torch.ones_like(like), persistent=False)
+    for number, layer in enumerate(dropouts(model)):
+        layer.number = number
+    return model
+
+
+def dropouts(model: nn.Module) -> list[Dropout]:
+    """Return the model's dropout layers that drop anything, in a fixed order."""
+    return [layer for layer in model.modules() if isinstance(layer, Dropout) and layer.p > 0]
+
+
+@contextmanager
+def row_keys(layers: list[Dropout], keys: Tensor | None) -> Iterator[None]:
+    """Give a model's dropout layers the keys, int64 [B], of the examples of the pass inside."""
+    for layer in layers:
+        layer.keys, layer.num_calls = keys, 0
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keys = None
+
+
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """Return the BatchNorm layers that are in training mode, in a fixed order. The others are frozen."""
+    return [layer for layer in model.modules() if isinstance(layer, BatchNorm) and layer.training]
+
+
+def batch_statistics(layers: list[BatchNorm]) -> Tensor:
+    """Return the last training pass's statistics, float32 [2 * channels]: all layers' means, then the variances."""
+    return torch.cat([*(layer.batch_mean for layer in layers), *(layer.batch_var for layer in layers)])
+
+
+def merge_statistics(layers: list[BatchNorm], found: Tensor, shares: Tensor, is_sound: Tensor) -> None:
+    """Update the running statistics of all layers from M micro-batches.
+
+    `found`, float32 [M, 2 * channels], holds the means of all layers, then the variances; `shares`, float32 [M], each
+    micro-batch's share of the examples. If `is_sound`, bool [], is false, nothing changes. The variance of the union
+    is the mean of the variances plus the variance of the means. That is exact for biased variances, and off by a
+    share of at most M / (B * H * W) for unbiased ones.
+    """
+    widths = [layer.num_features for layer in layers]
+    running: list[Any] = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
+
+    def sum_rows(values: Tensor) -> Tensor:  # layer by layer, because a tensor's width can change the order of addition
+        return torch.cat([part.sum(0) for part in values.split(widths, dim=1)])
+
+    means, variances = found.chunk(2, dim=1)
+    mean = sum_rows(shares[:, None] * means)
+    variance = sum_rows(shares[:, None] * (variances + (means - mean) ** 2))
+    merged = torch.where(is_sound, torch.cat((mean, variance)), torch.cat(running))
+    momentum: Any = [layer.momentum for layer in layers] * 2
+    torch._foreach_lerp_(running, merged.split(widths * 2), momentum)
