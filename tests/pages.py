@@ -1,6 +1,7 @@
 """Make up runs and their pages, for tests of programs that read run directories."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -122,10 +123,10 @@ def make_summary(**changes: Any) -> Summary:
     return Summary(**{**values, **changes})
 
 
-def make_samples(path: Path, count: int) -> None:
+def make_samples(path: Path, count: int, shape: tuple[int, int, int] = (1, 28, 28)) -> None:
     confidences = np.linspace(0.99, 0.5, count, dtype=np.float32)
     labels = np.arange(count, dtype=np.int64) % 10
-    images = np.arange(count * 784, dtype=np.uint64).reshape(count, 1, 28, 28).astype(np.uint8)
+    images = np.arange(count * math.prod(shape), dtype=np.uint64).reshape(count, *shape).astype(np.uint8)
     tensors = {"images": images, "labels": labels, "predictions": (labels + 1) % 10, "confidences": confidences}
     named = {f"mistakes_{name}": tensor for name, tensor in {**tensors, "positions": labels * 7}.items()}
     safetensors.numpy.save_file({**named, "filters": np.linspace(-1, 1, 75, dtype=np.float32).reshape(3, 5, 5)}, path)
@@ -159,7 +160,8 @@ def make_pages(directory: Path) -> dict[str, Path]:
         )
         for seed in (1, 2, 3)
     ]
-    evil_data = {"name": EVIL, "is_fallback": True, "sha256": EVIL, "num_test_examples": 1000}
+    names = [EVIL] * 10
+    evil_data = {"name": EVIL, "class_names": names, "is_fallback": True, "sha256": EVIL, "num_test_examples": 1000}
     evil_rows = [
         {**row, "signal": EVIL, "world_size": EVIL, "command": [EVIL], "split": EVIL}
         for row in make_rows(restarts=(30,), data=evil_data)

@@ -303,9 +303,18 @@ def test_recipe_name_is_the_last_files_stem(argv: list[str], name: str | None) -
 
 def test_trajectory_holds_what_decides_the_weights_and_nothing_else() -> None:
     flat = trajectory(Config())
-    assert {"seed", "optim.lr", "train.num_micro_batches", "train.precision", "data.validation", "augment.shift"} <= set(flat)
+    assert {
+        "seed",
+        "optim.lr",
+        "train.num_micro_batches",
+        "train.precision",
+        "data.validation",
+        "augment.shift",
+    } <= set(flat)
     assert not {path for path in flat if path.split(".")[0] in ("run", "eval", "checkpoint", "log", "wandb")}
-    assert not {"data.name", "data.root", "data.fallback", "train.device", "train.num_threads", "train.timeout"} & set(flat)
+    assert not {"data.name", "data.root", "data.fallback", "train.device", "train.num_threads", "train.timeout"} & set(
+        flat
+    )
     assert flat != trajectory(with_value("optim.lr", 0.2))
     assert flat == trajectory(with_value("train.device", "cpu"))
 

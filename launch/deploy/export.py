@@ -49,7 +49,9 @@ def verify(path: Path, original: Deployed, images: "Tensor") -> "Tensor":
 
 def recorded_correct(run: RunDir, facts: Facts, split: str) -> int | None:
     """Return how many images of a split were right when the run evaluated these weights; None if it did not."""
-    rows = [row for row in run.read_rows() if (row["event"], row["step"], row.get("split")) == ("eval", facts.step, split)]
+    rows = [
+        row for row in run.read_rows() if (row["event"], row["step"], row.get("split")) == ("eval", facts.step, split)
+    ]
     return next((row.get("correct") for row in rows if row.get("ema") == (facts.weights == "ema")), None)
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from train.config import ModelConfig
 from train.errors import UserError, one_line
-from train.report import records
 from train.rundir import EXAMPLE, RunDir
 
 if TYPE_CHECKING:

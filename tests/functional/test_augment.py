@@ -192,9 +192,7 @@ def test_augment_changes_all_channels_alike(options: dict[str, Any]) -> None:
 def test_flip_mirrors_left_to_right_with_its_probability() -> None:
     images, keys = batch(1000)
     found = flip(images, keys, 0.25)
-    is_same, is_mirrored = (
-        (found == wanted).flatten(1).all(1) for wanted in (images, images.flip(3))
-    )
+    is_same, is_mirrored = ((found == wanted).flatten(1).all(1) for wanted in (images, images.flip(3)))
     assert bool((is_same ^ is_mirrored).all())
     assert abs(float(is_mirrored.float().mean()) - 0.25) < 0.05
 

@@ -20,7 +20,7 @@ from launch.__main__ import main
 from launch.check import allreduce, checks, doctor
 from launch.check.checks import Finding
 from train.cli import parse
-from train.storage.data import FILES
+from train.storage.built_in import IDX_FILES
 from train.world import environment
 
 ALL_PACKAGES = [re.split(r"[^\w-]", text)[0] for text in requires("lockstep") or []]
@@ -138,7 +138,7 @@ def test_data_missing_damaged_and_whole(tmp_path: Path) -> None:
     finding = look(checks.data, f"--data.root {tmp_path}")
     assert finding.status == "fail"
     assert finding.remedy == f"python -m launch data --name mnist --root {tmp_path}"
-    for file in FILES:
+    for file in IDX_FILES:
         (tmp_path / file).write_bytes(b"damaged")
     finding = look(checks.data, f"--data.root {tmp_path}")
     assert finding.status == "fail"

@@ -296,7 +296,7 @@ def test_predict_refuses_before_it_prints(
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("absent", "is no model"), ("absent.onnx", "is no model"), ("0.png", "is no model"), (".", "metrics")],
+    [("absent", "is no model"), ("absent.onnx", "is no model"), ("0.png", "is no model"), (".", "has no checkpoint")],
 )
 def test_predict_refuses_what_is_no_model(
     name: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]

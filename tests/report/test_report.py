@@ -8,7 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pages import DATA, EVIL, SHA256, STEPS, Page, make_evaluation, make_pages, make_rows, make_run, make_summary
+from pages import (
+    DATA,
+    EVIL,
+    SHA256,
+    STEPS,
+    Page,
+    make_evaluation,
+    make_pages,
+    make_rows,
+    make_run,
+    make_summary,
+)
 from ranks.processes import train
 
 from launch.__main__ import main as launch
@@ -199,7 +210,8 @@ def test_extremes_are_drawn(tmp_path: Path) -> None:
     rows = make_rows(data={**DATA, "name": "fashion_mnist"})
     rows = [{**row, **perfect} if row["event"] == "eval" else {**row, "grad_norm": None} for row in rows]
     config = Config(data=DataConfig(name="fashion_mnist"))
-    summary = make_summary(results={"raw": make_evaluation(100, {})})
+    names = ["Trouser", *"123456789"]
+    summary = make_summary(results={"raw": make_evaluation(100, {})}, data={**DATA, "class_names": names})
     text = page(tmp_path, make_run(tmp_path / "perfect", rows, summary, config, mistakes=0)).text
     assert all(words in text for words in ("100.00%", "Trouser", "100.0% 0 wrong", "nothing recorded yet"))
     wrong = [{**row, "accuracy": 0.0, "correct": 0} if row["event"] == "eval" else row for row in make_rows()]

@@ -1,10 +1,8 @@
 """A run trains on verified data only, and distinguishes missing files from damaged ones."""
 
-import dataclasses
 import gzip
 import hashlib
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,7 @@ import torch
 
 from train.config import DataConfig
 from train.errors import UserError
-from train.storage import arrays, built_in, data
-from train.storage.arrays import Arrays
+from train.storage import built_in, data
 from train.world.world import World
 
 RAW = Path("MNIST") / "raw"
@@ -241,147 +238,3 @@ def test_validation_holds_out_the_last_training_examples(world: World) -> None:
     assert held.summary()["num_validation_examples"] == 20
     with pytest.raises(UserError, match=r"data\.validation is 60"):
         data.load(DataConfig(name="random", random_examples=60, validation=60), world)
-
-
-class Cifar:
-    """A root with a tiny CIFAR data set in its published form, whose checksums replace the original ones."""
-
-    def __init__(self, name: str, root: Path, patch: pytest.MonkeyPatch) -> None:
-        import torchvision.datasets
-
-        dataset = getattr(torchvision.datasets, built_in.PUBLISHED[name].dataset)
-        generator, self.root = np.random.default_rng(0), root
-        self.folder = root / dataset.base_folder
-        self.folder.mkdir(parents=True)
-        self.classes = [f"{name} {label}" for label in range(built_in.PUBLISHED[name].num_classes)]
-        self.images, self.labels = [], []
-        key = "labels" if name == "cifar10" else "fine_labels"
-        sums = {}
-        for file in built_in.PUBLISHED[name].files:
-            planes = generator.integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
-            labels = [int(label) for label in generator.integers(0, len(self.classes), 2)]
-            content = {"data": planes.reshape(2, -1), key: labels}
-            if "meta" in file:
-                content = {dataset.meta["key"]: self.classes}
-            else:
-                self.images.append(planes)
-                self.labels += labels
-            (self.folder / file).write_bytes(pickle.dumps(content))
-            sums[file] = hashlib.md5((self.folder / file).read_bytes()).hexdigest()
-        patch.setattr(dataset, "train_list", [(file, sums[file]) for file, _ in dataset.train_list])
-        patch.setattr(dataset, "test_list", [(file, sums[file]) for file, _ in dataset.test_list])
-        patch.setattr(dataset, "meta", dataset.meta | {"md5": sums[dataset.meta["filename"]]})
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_in_colour_with_its_class_names(
-    name: str, tmp_path: Path, cache: Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = Cifar(name, tmp_path, monkeypatch)
-    config = DataConfig(name=name, root=str(tmp_path), download=False)
-    for _ in range(2):  # from its files, then from the cache
-        found = data.load(config, world)
-        assert (found.shape, found.num_classes, found.class_names) == ((3, 32, 32), len(made.classes), made.classes)
-        images = torch.cat((found.train.images, found.test.images)).numpy()
-        assert np.array_equal(images, np.concatenate(made.images))
-        assert torch.cat((found.train.labels, found.test.labels)).tolist() == made.labels
-        planes = np.concatenate(made.images[:-1]).transpose(1, 0, 2, 3).reshape(3, -1)
-        assert found.mean == pytest.approx(planes.mean(1))
-        assert found.std == pytest.approx(planes.std(1))
-
-
-def test_cifar_with_another_checksum_is_refused_before_it_is_unpickled(
-    tmp_path: Path, cache: Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = Cifar("cifar10", tmp_path, monkeypatch)
-    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled"))
-    (made.folder / "data_batch_3").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(UserError, match=r"cifar-10-batches-py is damaged: .*Delete it and get it again"):
-        data.load(DataConfig(name="cifar10", root=str(tmp_path), download=False), world)
-
-
-def a_file(path: Path, *, num_validation: int = 0, shape: tuple[int, ...] = (24, 40, 3)) -> DataConfig:
-    """Write a file of random images in three classes, and return the config that names it."""
-    generator, tensors = torch.Generator().manual_seed(0), {}
-    for part, size in (("train", 30), ("validation", num_validation), ("test", 9)):
-        if size:
-            images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8, generator=generator)
-            tensors |= {f"{part}_images": images, f"{part}_labels": torch.arange(size) % 3}
-    arrays.write(path, Arrays(tensors, ["a", "b", "c"]))
-    return DataConfig(name=str(path))
-
-
-def test_a_file_decides_channels_sizes_and_classes(tmp_path: Path, world: World) -> None:
-    found = data.load(a_file(tmp_path / "x.safetensors"), world)
-    assert (found.name, found.shape, found.num_classes) == ("x.safetensors", (3, 24, 40), 3)
-    assert (found.class_names, found.eval_split, found.is_fallback) == (["a", "b", "c"], "test", False)
-    assert (len(found.train), len(found.test), len(found.mean), len(found.std)) == (30, 9, 3, 3)
-
-
-def test_the_sha256_of_a_file_is_that_of_its_content(tmp_path: Path, world: World, cache: Path) -> None:
-    first = data.load(a_file(tmp_path / "x.safetensors"), world)
-    tensors = arrays.read(tmp_path / "x.safetensors").tensors
-    path = tmp_path / "elsewhere" / "y.npz"
-    path.parent.mkdir()
-    np.savez_compressed(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
-    for _ in range(2):  # from the file, then from the cache
-        again = data.load(DataConfig(name=str(path)), world)
-        assert again.sha256 == first.sha256
-        assert torch.equal(again.train.images, first.train.images)
-    tensors["test_labels"][0] += 1
-    np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
-    assert data.load(DataConfig(name=str(path)), world).sha256 != first.sha256
-
-
-def test_a_validation_split_of_the_file_is_evaluated_unless_test_is_asked_for(tmp_path: Path, world: World) -> None:
-    config = a_file(tmp_path / "x.safetensors", num_validation=6)
-    for eval_split, expected in (("auto", "validation"), ("validation", "validation"), ("test", "test")):
-        found = data.load(dataclasses.replace(config, eval_split=eval_split), world)
-        assert (found.eval_split, len(found.test), len(found.train)) == (expected, {"validation": 6, "test": 9}[expected], 30)
-    with pytest.raises(UserError, match="has a validation split of its own"):
-        data.load(dataclasses.replace(config, validation=3), world)
-
-
-def test_held_out_examples_can_be_left_out_of_training_and_the_test_split_evaluated(world: World) -> None:
-    found = data.load(DataConfig(name="random", random_examples=60, validation=20, eval_split="test"), world)
-    assert (found.eval_split, len(found.train), len(found.test)) == ("test", 40, 10)
-    with pytest.raises(UserError, match=r"data\.eval_split is validation, and random has none"):
-        data.load(DataConfig(name="random", random_examples=60, eval_split="validation"), world)
-
-
-def test_holding_out_a_whole_class_of_a_sorted_file_is_refused(tmp_path: Path, world: World) -> None:
-    tensors = arrays.read(Path(a_file(tmp_path / "x.safetensors").name)).tensors
-    tensors["train_labels"] = tensors["train_labels"].sort().values
-    arrays.write(tmp_path / "sorted.safetensors", Arrays(tensors, ["a", "b", "c"]))
-    config = DataConfig(name=str(tmp_path / "sorted.safetensors"), validation=10)
-    with pytest.raises(UserError, match=r"holds out all training examples of class c of sorted\.safetensors"):
-        data.load(config, world)
-
-
-def test_images_of_one_colour_are_refused(tmp_path: Path, world: World) -> None:
-    tensors = arrays.read(Path(a_file(tmp_path / "x.safetensors").name)).tensors
-    tensors["train_images"] = tensors["train_images"].clone()
-    tensors["train_images"][..., 1] = 7
-    arrays.write(tmp_path / "flat.safetensors", Arrays(tensors, ["a", "b", "c"]))
-    with pytest.raises(UserError, match=r"All training images of flat\.safetensors have one colour"):
-        data.load(DataConfig(name=str(tmp_path / "flat.safetensors")), world)
-
-
-@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
-def test_data_that_do_not_fit_on_the_device_are_refused_before_they_are_read(
-    suffix: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = a_file(tmp_path / "x.safetensors")
-    if suffix == "npz":
-        np.savez(tmp_path / "x.npz", **{k: v.numpy() for k, v in arrays.read(tmp_path / "x.safetensors").tensors.items()})
-        config = DataConfig(name=str(tmp_path / "x.npz"))
-    monkeypatch.setattr(data, "free_bytes", lambda device: 100_000)
-    monkeypatch.setattr(arrays, "read", lambda path: pytest.fail("read"))
-    with pytest.raises(UserError, match=r"x\.(npz|safetensors) needs .* and .* free"):
-        data.load(config, world)
-
-
-def test_built_in_data_that_do_not_fit_on_the_device_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "free_bytes", lambda device: 1_000_000)
-    with pytest.raises(UserError, match=r"digits needs .* and .* free"):
-        data.load(DataConfig(name="digits"), world)

@@ -30,7 +30,15 @@ from train.errors import UserError
 from train.rundir import write_atomically
 from train.storage import arrays
 from train.storage.arrays import Arrays, check_fits
-from train.storage.built_in import PUBLISHED, DataMissing, cache_dir, find_folder, read_digits, read_published, read_random
+from train.storage.built_in import (
+    PUBLISHED,
+    DataMissing,
+    cache_dir,
+    find_folder,
+    read_digits,
+    read_published,
+    read_random,
+)
 from train.world.world import World
 
 CACHE_SCHEMA = 3  # increase it when the same files are parsed to other tensors
@@ -211,7 +219,9 @@ def split(config: DataConfig, name: str, prepared: Prepared, device: torch.devic
         if missing and config.path:
             which = f"all training examples of class {found.class_names[min(missing)]}"
             raise UserError(f"data.validation is {count}, which holds out {which} of {name}. Shuffle the file.")
-    eval_split = ("validation" if "validation" in parts else "test") if config.eval_split == "auto" else config.eval_split
+    eval_split = (
+        ("validation" if "validation" in parts else "test") if config.eval_split == "auto" else config.eval_split
+    )
     if eval_split not in parts:
         raise UserError(f"data.eval_split is validation, and {name} has none. Hold examples out: --data.validation N.")
     used = [parts["train"], parts[eval_split]]

@@ -126,5 +126,5 @@ def collect_samples(plan: Plan, state: State, results: dict[str, Result]) -> dic
         "mistakes_predictions": result.predictions[at],
         "mistakes_confidences": result.confidences[at],
         "mistakes_positions": at,
-        **{"filters": weights.contiguous() for weights in filters},
+        **({"filters": filters[0].contiguous()} if filters else {}),
     }

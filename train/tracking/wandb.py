@@ -25,6 +25,7 @@ from train.world import signals
 from train.world.process import die_with_parent
 
 SHOWN = ("train", "eval", "weights")  # events whose rows W&B shows
+MAX_CLASSES = 100  # of a confusion matrix with all its zeros
 POLL_SECONDS, SYNC_SECONDS, FINISH_SECONDS = 0.5, 10, 120
 MAX_MISTAKES = 24  # each is a file to upload
 
@@ -214,12 +215,12 @@ def payload(row: Row) -> dict[str, Any]:
 
 def media(run_dir: RunDir, names: list[str], confusion: list[list[int]]) -> dict[str, Any]:
     """Return the confusion matrix of a finished run and images of its most confident mistakes."""
-    import numpy as np
     import safetensors.numpy
     import wandb
 
     columns: list[Any] = ["Actual", "Predicted", "nPredictions"]
-    cells = [[names[i], names[j], count] for i, row in enumerate(confusion) for j, count in enumerate(row) if count]
+    counts = [(i, j, count) for i, row in enumerate(confusion) for j, count in enumerate(row)]
+    cells = [[names[i], names[j], count] for i, j, count in counts if count or len(names) <= MAX_CLASSES]
     table, axes = wandb.Table(columns, cells), {name: name for name in columns}
     title = {"title": "confusion matrix"}
     shown: dict[str, Any] = {"confusion": wandb.plot_table("wandb/confusion_matrix/v1", table, axes, title)}
@@ -228,7 +229,7 @@ def media(run_dir: RunDir, names: list[str], confusion: list[list[int]]) -> dict
         fields = ("images", "labels", "predictions", "confidences")
         mistakes = zip(*(tensors[f"mistakes_{field}"][:MAX_MISTAKES] for field in fields), strict=True)
         shown["mistakes"] = [
-            wandb.Image(np.moveaxis(pixels, 0, -1), caption=f"{names[label]} taken for {names[guess]}, {confidence:.1%}")
+            wandb.Image(pixels.transpose(1, 2, 0), caption=f"{names[label]} taken for {names[guess]}, {confidence:.1%}")
             for pixels, label, guess, confidence in mistakes
         ]
     return shown
