@@ -1,14 +1,14 @@
-"""Image files -> images uint8 [28,28], light ink on black, cropped, scaled and centred as the training images were.
+"""Image files -> images uint8 [C,H,W] as the training images were.
 
-Only PNG and JPEG are decoded, within a limit of pixels that is checked before any is. The border's median colour is the
-paper, and ink is what differs from it, whichever of the two is darker. numpy and Pillow are imported in functions.
+For a model of digits and the like, light ink on black is cropped, scaled and centred: the border's median colour is the
+paper, and ink is what differs from it, whichever of the two is darker. For any other model, the whole picture is
+resized, as `launch data --from` does it. numpy and Pillow are imported in functions.
 """
 
-import io
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from train.errors import UserError, one_line
+from launch.decode import decode, picture
+from train.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE = 28
-MAX_BYTES, MAX_PIXELS = 100_000_000, 50_000_000
 WORK_SIDE = 1024  # pixels; larger images are averaged down to it first
 MIN_CONTRAST = 16.0  # of 255, between ink and paper
 IN_BOX = 0.2  # share of the strongest ink from which a pixel is in the digit's box; the paper's texture is below it
@@ -25,42 +24,16 @@ IN_BOX = 0.2  # share of the strongest ink from which a pixel is in the digit's 
 # Cortes and Burges, The MNIST database of handwritten digits). The digits of scikit-learn fill their 8 rows: measured,
 # all 1,797 of them. Fashion-MNIST: "resizing the longest edge of the image to 28" (Xiao, Rasul and Vollgraf, 2017), and
 # kmnist fills its frame.
-FRAMES = {"mnist": (20, "mass")}
 FULL_FRAME = (28, "box")
-
-
-def decode(content: bytes, name: str) -> "Image":
-    """Decode PNG or JPEG into RGBA, upright and at most WORK_SIDE wide and high. Raises UserError, naming the image."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    if not content:
-        raise UserError(f"{name} is empty. Expected a PNG or JPEG image.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd but readable files
-            image: Any = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bit; convert() would cut off at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGBA")
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{name} is neither PNG nor JPEG. Convert it to one of them.") from None
-    except Image.DecompressionBombError:
-        raise UserError(f"{name} has too many pixels. Expected at most {MAX_PIXELS:,}: make it smaller.") from None
-    except Exception as error:  # what Pillow raises for a damaged file has no common class
-        raise UserError(f"{name} is damaged: {one_line(error, 100)}.") from None
-    factor = -(-max(image.size) // WORK_SIDE)
-    return image.reduce(factor) if factor > 1 else image
+FRAMES = {"mnist": (20, "mass"), **dict.fromkeys(("fashion_mnist", "kmnist", "digits"), FULL_FRAME)}
 
 
 def ink(image: "Image", name: str) -> "NDArray[np.float32]":
     """Return how much ink is where, float32 [H,W], 0 paper to 255 ink. Raises UserError for an image without any."""
     import numpy as np
 
-    pixels: NDArray[Any] = np.asarray(image, np.float32)
+    factor = -(-max(image.size) // WORK_SIDE)
+    pixels: NDArray[Any] = np.asarray(image.reduce(factor), np.float32)
     colour, alpha = pixels[..., :3], pixels[..., 3:] / 255
     if alpha.min() < 1:  # composite a transparent image onto a contrasting background
         brightness = (colour * alpha).sum() / max(float(3 * alpha.sum()), 1.0)
@@ -81,7 +54,7 @@ def fit(found: "NDArray[np.float32]", data_name: str) -> "NDArray[np.uint8]":
     import numpy as np
     from PIL import Image
 
-    side, middle = FRAMES.get(data_name, FULL_FRAME)
+    side, middle = FRAMES[data_name]
     mask = found > IN_BOX * 255
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = found[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -99,6 +72,14 @@ def fit(found: "NDArray[np.float32]", data_name: str) -> "NDArray[np.uint8]":
     return framed
 
 
-def read(content: bytes, name: str, data_name: str) -> "NDArray[np.uint8]":
-    """Turn the bytes of an image file into an image uint8 [28,28] like those of a data set. Raises UserError."""
-    return fit(ink(decode(content, name), name), data_name)
+def read(content: bytes, name: str, data_name: str, shape: tuple[int, int, int]) -> "NDArray[np.uint8]":
+    """Turn the bytes of an image file into an image uint8 of shape (C, H, W), like those of a data set.
+
+    Raises UserError, naming the image.
+    """
+    import numpy as np
+
+    if data_name in FRAMES:
+        return fit(ink(decode(content, name), name), data_name)[None]
+    found = picture(content, name, shape[1:]).convert("L" if shape[0] == 1 else "RGB")
+    return np.asarray(found).reshape(*shape[1:], shape[0]).transpose(2, 0, 1)

@@ -6,28 +6,14 @@ functions.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from launch.decode import read_bytes
 from launch.deploy import formats, image
 from launch.deploy.formats import Deployed
 from train.cli import Parser
 from train.errors import FINISHED, UserError
-
-
-def read_bytes(name: str) -> bytes:
-    """Return the content of an image file, or of standard input for `-`. Raises UserError, naming it."""
-    try:
-        if name != "-" and not Path(name).is_file():  # a pipe would block
-            raise UserError(f"{name} is not a file. Expected a PNG or JPEG image.")
-        with sys.stdin.buffer if name == "-" else open(name, "rb") as file:
-            content = file.read(image.MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}.") from None
-    if len(content) > image.MAX_BYTES:
-        raise UserError(f"{name} has more than {image.MAX_BYTES:,} bytes. Make it smaller.")
-    return content
 
 
 def predict(deployed: Deployed, names: list[str]) -> list[dict[str, Any]]:
@@ -36,8 +22,11 @@ def predict(deployed: Deployed, names: list[str]) -> list[dict[str, Any]]:
     import torch
 
     facts = deployed.facts
-    images = [image.read(read_bytes(name), "standard input" if name == "-" else name, facts.data) for name in names]
-    probabilities = deployed.scores(torch.from_numpy(np.stack(images))[:, None]).softmax(1)
+    shape = getattr(facts, "shape", (1, 28, 28))
+    images = [
+        image.read(read_bytes(name), "standard input" if name == "-" else name, facts.data, shape) for name in names
+    ]
+    probabilities = deployed.scores(torch.from_numpy(np.stack(images))).softmax(1)
     return [
         {
             "image": name,

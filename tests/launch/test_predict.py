@@ -25,6 +25,7 @@ from train.errors import UserError
 from train.storage import data
 
 NUM_EXAMPLES = 60
+SHAPE = (1, 28, 28)
 WRONG, OTHER = (
     0.07,
     0.05,
@@ -113,9 +114,9 @@ WAYS: dict[str, Callable[[NDArray[np.uint8]], bytes]] = {
 def test_digits_are_recognized_on_any_paper(way: str, model: formats.Deployed, digits: tuple) -> None:
     images, labels = digits
     some = 10 if way == "large" else NUM_EXAMPLES
-    seen = np.stack([image.read(WAYS[way](digit), way, "digits") for digit in images[:some]])
-    assert (seen.dtype, seen.shape) == (np.uint8, (some, 28, 28))
-    predictions = model.scores(torch.from_numpy(seen)[:, None]).argmax(1)
+    seen = np.stack([image.read(WAYS[way](digit), way, "digits", SHAPE) for digit in images[:some]])
+    assert (seen.dtype, seen.shape) == (np.uint8, (some, *SHAPE))
+    predictions = model.scores(torch.from_numpy(seen)).argmax(1)
     direct = model.scores(torch.from_numpy(images[:some])[:, None]).argmax(1)
     assert (predictions != direct).sum() <= 1 + OTHER * some
     assert (predictions != labels[:some]).sum() <= 1 + WRONG * some
@@ -124,7 +125,9 @@ def test_digits_are_recognized_on_any_paper(way: str, model: formats.Deployed, d
 @pytest.mark.parametrize("way", ["dark on light", "light on dark", "16 bit", "black on glass", "white on glass"])
 def test_the_way_that_a_digit_is_stored_changes_no_more_than_round_off(way: str, digits: tuple) -> None:
     for digit in digits[0][:20]:
-        seen, expected = (image.read(WAYS[name](digit), name, "digits").astype(int) for name in (way, "dark on light"))
+        seen, expected = (
+            image.read(WAYS[name](digit), name, "digits", SHAPE).astype(int) for name in (way, "dark on light")
+        )
         assert np.abs(seen - expected).max() <= 4
 
 
@@ -145,7 +148,7 @@ def test_exif_orientation_is_undone(orientation: int, digits: tuple) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = saved(picture.transpose(Image.Transpose[TURNS[orientation]]), exif=exif)
-    assert np.array_equal(image.read(stored, "x", "digits"), image.read(saved(picture), "x", "digits"))
+    assert np.array_equal(image.read(stored, "x", "digits", SHAPE), image.read(saved(picture), "x", "digits", SHAPE))
 
 
 @pytest.mark.mnist
@@ -237,7 +240,7 @@ BAD_IMAGES: dict[str, tuple[bytes, str]] = {
 def test_what_is_no_image_is_refused_in_one_line(case: str) -> None:
     content, words = BAD_IMAGES[case]
     with pytest.raises(UserError) as error:
-        image.read(content, "scan.png", "mnist")
+        image.read(content, "scan.png", "mnist", SHAPE)
     assert str(error.value).startswith("scan.png ")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
@@ -251,7 +254,7 @@ def test_any_bytes_are_an_image_or_refused(content: Any) -> None:
         at = content.draw(st.integers(0, len(good) - 1))
         content = good[:at] + bytes([content.draw(st.integers(0, 255))]) + good[at + 1 :]
     with contextlib.suppress(UserError):
-        assert image.read(content, "x", "mnist").shape == (28, 28)
+        assert image.read(content, "x", "mnist", SHAPE).shape == SHAPE
 
 
 @pytest.fixture
