@@ -79,12 +79,9 @@ def read(path: Path) -> Arrays:
         check_fits(size, psutil.virtual_memory().available, str(path), "memory")
     with refused(f"{path} cannot be read"):
         found, class_names = (_read_npz if path.suffix == ".npz" else _read_safetensors)(path)
-    tensors = {name: _to_tensor(name, array, path) for name, array in found.items()}
+    tensors = {name: to_tensor(name, array, path) for name, array in found.items()}
     if class_names is None:
-        labels = torch.cat([tensor for name, tensor in tensors.items() if name.endswith("labels")])
-        # A class needs a training example, so there are no more classes than those. A stray label adds no name.
-        num_classes = min(int(labels.max()) + 1, len(tensors["train_labels"])) if len(labels) else 0
-        class_names = [str(label) for label in range(num_classes)]
+        class_names = label_names(tensors)
     if not isinstance(class_names, list):
         raise UserError(f"{path}: class_names is {class_names!a:.40}, expected a list of strings.")
     arrays = Arrays(tensors, class_names)
@@ -130,7 +127,7 @@ def _canonical(names: Iterable[str], optional: set[str], path: Path) -> list[str
     return found
 
 
-def _to_tensor(name: str, array: NDArray[Any], path: Path) -> Tensor:
+def to_tensor(name: str, array: NDArray[Any], path: Path) -> Tensor:
     """Return images uint8 [N,H,W] or [N,H,W,3], or labels int64 [N]. Raises UserError for other types and shapes."""
     if name.endswith("images"):
         is_valid = array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3)))
@@ -143,6 +140,14 @@ def _to_tensor(name: str, array: NDArray[Any], path: Path) -> Tensor:
     if array.ndim in (2, 4) and array.shape[-1] == 1:
         array = array[..., 0]
     return torch.from_numpy(np.ascontiguousarray(array, np.uint8 if name.endswith("images") else np.int64))
+
+
+def label_names(tensors: dict[str, Tensor], first: int = 0) -> list[str]:
+    """Return the labels from `first` to the largest one, as names of classes."""
+    labels = torch.cat([tensor for name, tensor in tensors.items() if name.endswith("labels")])
+    # Each class needs a training example, so a stray label does not add more names than there are examples.
+    num_classes = min(int(labels.max()) + 1 - first, len(tensors["train_labels"])) if len(labels) else 0
+    return [str(first + label) for label in range(num_classes)]
 
 
 def check(arrays: Arrays, source: str) -> None:
