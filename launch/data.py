@@ -9,11 +9,11 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING
 
 from launch import folder
 from train.cli import Parser
-from train.config import DataConfig
+from train.config import DATA_NAMES, DataConfig
 from train.errors import FINISHED, UserError
 
 if TYPE_CHECKING:
@@ -24,10 +24,9 @@ FOLDER_OPTIONS = ("output", "size", "test", "validation", "skip_broken")
 
 def main(argv: list[str]) -> int:
     """Do what the command line says; return the exit code. Raises UserError."""
-    names = get_args(get_type_hints(DataConfig)["name"])
     parser = Parser(prog="python -m launch data", description=__doc__)
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help=".npz or .safetensors file to describe")
-    parser.add_argument("--name", choices=names, help="built-in data set (default mnist)")
+    parser.add_argument("--name", choices=DATA_NAMES, help="built-in data set (default mnist)")
     root = "directory to look in and download to (default: look in $MNIST_ROOT and a cache, download to the cache)"
     parser.add_argument("--root", help=root)
     parser.add_argument("--no-download", action="store_true", help="only look for the files")
@@ -47,20 +46,19 @@ def main(argv: list[str]) -> int:
     if any(getattr(options, name) for name in FOLDER_OPTIONS):
         raise UserError("--output, --size, --test, --validation and --skip-broken need --from DIR.")
     if options.file:
-        return describe(options.file)
+        from train.storage.arrays import read
+
+        return describe(str(options.file), read(options.file))
     return prepare(DataConfig(name=options.name or "mnist", root=options.root, download=not options.no_download))
 
 
 def prepare(config: DataConfig) -> int:
-    """Prepare a built-in data set and print where it is; return the exit code."""
-    from train.storage import data
+    """Prepare a built-in data set, print where it is and what it holds; return the exit code. Raises UserError."""
+    from train.storage import built_in, data
 
-    tensors, sha256 = data.prepare(config)
-    place: Path | str = data.find_folder(config) if config.name in data.FOLDERS else "built in"
-    sizes = f"{len(tensors['train_labels']):,} train and {len(tensors['t10k_labels']):,} test images"
-    print(f"{config.name}: {sizes}, whole, in {place}")
-    print(f"sha256 {sha256}")
-    return FINISHED
+    arrays = data.prepare(config)[0]
+    place = built_in.find_folder(config) if config.name in built_in.PUBLISHED else "built in"
+    return describe(f"{config.name} ({place})", arrays)
 
 
 def make(options: argparse.Namespace) -> int:
@@ -77,7 +75,7 @@ def make(options: argparse.Namespace) -> int:
     from train.storage.arrays import write
 
     write(output, arrays)
-    return describe(output)
+    return describe(str(output), arrays)
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -89,17 +87,16 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2] or match[1])
 
 
-def describe(path: Path) -> int:
-    """Print what a file of images holds; return the exit code. Raises UserError."""
+def describe(source: str, arrays: "Arrays") -> int:
+    """Print what a data set holds; return the exit code."""
     import torch
 
-    from train.storage.arrays import SPLITS, read
+    from train.storage.arrays import SPLITS
     from train.storage.data import content_sha256, moments
 
-    arrays = read(path)
     tensors, names = arrays.tensors, arrays.class_names
     height, width, *colours = tensors["train_images"].shape[1:]
-    print(f"{path}: {'RGB' if colours else 'grey'} images of {height} x {width} pixels in {len(names)} classes\n")
+    print(f"{source}: {'RGB' if colours else 'grey'} images of {height} x {width} pixels in {len(names)} classes\n")
     splits = [split for split in SPLITS if f"{split}_images" in tensors]
     counts = [torch.bincount(tensors[f"{split}_labels"], minlength=len(names)).tolist() for split in splits]
     wide = max(map(len, [*names, "class"]))
@@ -114,7 +111,7 @@ def describe(path: Path) -> int:
 
 
 def duplicates(arrays: "Arrays", splits: list[str]) -> str:
-    """Say how many images of a file are equal, pixel for pixel."""
+    """Say how many images are equal, pixel for pixel."""
     images = {split: arrays.tensors[f"{split}_images"].numpy() for split in splits}
     digests = {split: [hashlib.sha256(image).digest() for image in images[split]] for split in splits}
     train = set(digests["train"])

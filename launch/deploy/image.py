@@ -5,6 +5,7 @@ paper, and ink is what differs from it, whichever of the two is darker. For any 
 resized, as `launch data --from` does it. numpy and Pillow are imported in functions.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.decode import decode, picture
@@ -72,7 +73,7 @@ def fit(found: "NDArray[np.float32]", data_name: str) -> "NDArray[np.uint8]":
     return framed
 
 
-def read(content: bytes, name: str, data_name: str, shape: tuple[int, int, int]) -> "NDArray[np.uint8]":
+def read(content: bytes, name: str, data_name: str, shape: Sequence[int]) -> "NDArray[np.uint8]":
     """Turn the bytes of an image file into an image uint8 of shape (C, H, W), like those of a data set.
 
     Raises UserError, naming the image.
@@ -81,5 +82,6 @@ def read(content: bytes, name: str, data_name: str, shape: tuple[int, int, int])
 
     if data_name in FRAMES:
         return fit(ink(decode(content, name), name), data_name)[None]
-    found = picture(content, name, shape[1:]).convert("L" if shape[0] == 1 else "RGB")
-    return np.asarray(found).reshape(*shape[1:], shape[0]).transpose(2, 0, 1)
+    channels, height, width = shape
+    found = picture(content, name, (height, width)).convert("L" if channels == 1 else "RGB")
+    return np.asarray(found).reshape(height, width, channels).transpose(2, 0, 1)

@@ -22,10 +22,8 @@ def predict(deployed: Deployed, names: list[str]) -> list[dict[str, Any]]:
     import torch
 
     facts = deployed.facts
-    shape = getattr(facts, "shape", (1, 28, 28))
-    images = [
-        image.read(read_bytes(name), "standard input" if name == "-" else name, facts.data, shape) for name in names
-    ]
+    titles = {"-": "standard input"}
+    images = [image.read(read_bytes(name), titles.get(name, name), facts.data, facts.shape) for name in names]
     probabilities = deployed.scores(torch.from_numpy(np.stack(images))).softmax(1)
     return [
         {
