@@ -113,6 +113,7 @@ def make_summary(**changes: Any) -> Summary:
         "precision": "fp32",
         "device": "cpu",
         "data": DATA,
+        "sha256": {},
         "config": {},
         "environment": {"device": "x86_64", "num_threads": 2},
         "versions": {"torch": "2.15.0", "python": "3.11.2"},

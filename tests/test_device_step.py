@@ -74,6 +74,12 @@ class MetaWorld:
             unscale_gradients=lambda optimizer: None,
         )
 
+    def raising_together(self) -> Any:
+        return contextlib.nullcontext()
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
     def prepare(self, model: Any, optimizer: Any) -> Any:
         return model, types.SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups)
 

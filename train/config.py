@@ -137,14 +137,41 @@ class DataConfig(Section):
         return self.path.name if self.path else self.name
 
 
+MODEL_NAMES = ("cnn", "vgg", "vgg_wide", "tiny", "tiny_bn")
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """The network."""
 
-    name: Literal["cnn", "vgg", "vgg_wide", "tiny", "tiny_bn"] = "cnn"
-    """cnn: the classic MNIST CNN; vgg, vgg_wide: accurate, with BatchNorm; tiny, tiny_bn: small ones for tests."""
+    name: str = "cnn"
+    """Built-in network (cnn: the classic MNIST CNN; vgg, vgg_wide: accurate, with BatchNorm; tiny, tiny_bn: small ones
+    for tests), or FILE.py:FUNCTION. FUNCTION(shape, num_classes) returns a torch module (docs/your-own.md)."""
     dropout: float = number(0.0, 0, 1, zero="off", is_open=True)
-    """Probability of dropping a feature before the last layer, in training."""
+    """Probability of dropping a feature before the last layer of a built-in network, in training."""
+    weights: str | None = None
+    """Start from the weights in this .safetensors file: of a checkpoint, an export, or any with the same names."""
+    weights_skip: str | None = None
+    """Leave out the tensors of model.weights whose names start with this, such as `fc.`: they start as without it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source is None and self.name not in MODEL_NAMES:
+            hint = did_you_mean(self.name, MODEL_NAMES, "")
+            expected = f"Use one of {', '.join(MODEL_NAMES)}, or FILE.py:FUNCTION. {hint}".rstrip()
+            raise UserError(f"model.name is {self.name[:80]!r}. {expected}")
+        if self.source and self.dropout:
+            raise UserError(
+                f"model.dropout is {self.dropout}, and {self.name} has its own layers. Use nn.Dropout there."
+            )
+        if self.weights_skip and not self.weights:
+            raise UserError(f"model.weights_skip is {self.weights_skip}, without model.weights. Give both.")
+
+    @property
+    def source(self) -> tuple[Path, str] | None:
+        """The file and the function of the user's own network; None if it is built in."""
+        file, _, function = self.name.rpartition(":")
+        return (Path(file), function) if file.endswith(".py") and function.isidentifier() else None
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,9 @@ def open_run(
 
     def open_records() -> list[Row]:
         lease.write(lease.run_dir.config, to_yaml(config).encode())
+        for name, content in plan.sources.items():
+            (lease.run_dir.network / name).parent.mkdir(parents=True, exist_ok=True)
+            lease.write(lease.run_dir.network / name, content)
         with lease.writing() as staging:
             return metrics.open(state.step, plan.total_steps, staging)
 
@@ -105,6 +108,7 @@ def open_run(
         command=argv,
         world_size=world.world_size,
         data=source.summary(),
+        sha256=plan.sha256,
         resumed_from=resumed_from,
         total_steps=plan.total_steps,
     )

@@ -17,7 +17,7 @@ from train.cli import load_yaml
 from train.errors import UserError
 
 Row = dict[str, Any]
-SCHEMA = 2  # of summary.json
+SCHEMA = 3  # of summary.json
 ATTEMPT_EVENTS = ("start", "preempted", "save_failed")  # their rows stay when steps are computed again
 EXAMPLE = "runs/mnist-20260101-120000"
 
@@ -58,6 +58,7 @@ class Summary:
     precision: str
     device: str  # cpu | cuda
     data: dict[str, Any]
+    sha256: dict[str, str]  # of "data", and of "network" and "weights" if they come from files
     config: dict[str, Any]  # the fields that decide the weights
     environment: dict[str, Any]  # what exact mode depends on besides the config
     versions: dict[str, str]
@@ -110,6 +111,7 @@ class RunDir:
         self.summary = path / "summary.json"
         self.samples = path / "samples.safetensors"  # images and filters to look at
         self.report = path / "report.html"
+        self.network = path / "network"  # the source of the user's network
         self.checkpoints = path / "checkpoints"
         self.exports = path / "export"
         self.trace = path / "trace.json.gz"  # of torch.profiler

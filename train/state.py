@@ -13,12 +13,12 @@ from torch import nn
 
 from train.config import Config, TrainConfig
 from train.errors import UserError, one_line
-from train.functional import layers, models, optim
+from train.functional import layers, optim
 from train.functional.augment import check_sizes
 from train.functional.sampler import Sampler, coverage_checksum
 from train.functional.tables import StepTables
 from train.functional.trajectory import differences, trajectory
-from train.storage import checkpoint
+from train.storage import checkpoint, network
 from train.storage.data import Data
 from train.world.environment import environment, environment_differences
 from train.world.graphs import leave_default_stream
@@ -64,6 +64,8 @@ class Plan:
     config: Config
     world: World
     data: Data
+    sources: dict[str, bytes]  # of the user's network, by relative path
+    sha256: dict[str, str]  # of "data", and of "network" and "weights" if they come from files
     sampler: Sampler
     total_steps: int
     reducer: Allreduce | ExactTree
@@ -165,9 +167,13 @@ def resolve_num_micro_batches(config: TrainConfig, world_size: int, *, has_batch
 def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     """Build the plan and the state before the first step. Collective: every rank must call it."""
     check_sizes(config.augment, data.shape)
-    module = models.build(config.model, data.shape, data.num_classes, config.seed)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    module = module.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
+    with world.raising_together():
+        found = network.build(config.model, data.shape, data.num_classes, config.seed, memory_format)
+    with world.raising_together():
+        if world.broadcast(found.sha256) != found.sha256:
+            raise UserError(f"model.name {config.model.name} and model.weights are other files on rank {world.rank}.")
+    module = found.module.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
     if config.train.compile:
         module.compile()
     batch_norms = layers.batch_norms(module)
@@ -191,7 +197,8 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     if should_record:
         leave_default_stream(world.device)
     model.train()
-    plan = Plan(config, world, data, sampler, total_steps, reducer, tables, memory_format, should_record)
+    sources = found.sources, {"data": data.sha256, **found.sha256}
+    plan = Plan(config, world, data, *sources, sampler, total_steps, reducer, tables, memory_format, should_record)
     return plan, State(model, module, optimizer, ema)
 
 
@@ -212,7 +219,7 @@ def snapshot(plan: Plan, state: State) -> checkpoint.Snapshot:
         "step": state.step,
         "trajectory": trajectory(plan.config),
         "num_micro_batches": plan.sampler.num_micro_batches if plan.config.train.num_micro_batches else 0,
-        "data_sha256": plan.data.sha256,
+        "sha256": plan.sha256,
         "data": plan.data.facts(),
         "ledger": dict(zip(("sum", "count"), state.ledger.reduced(plan.world), strict=True)),
         "closed_epoch": state.closed_epoch,
@@ -240,10 +247,10 @@ def restore(plan: Plan, state: State, saved: checkpoint.Snapshot, source: str) -
 
 
 def _restore(plan: Plan, state: State, saved: checkpoint.Snapshot, source: str) -> list[str]:
-    meta, data, scaler = saved.meta, plan.data, plan.world.accelerator.scaler
+    meta, scaler = saved.meta, plan.world.accelerator.scaler
     changed = differences(meta["trajectory"], trajectory(plan.config))
-    if meta["data_sha256"] != data.sha256:
-        changed.append(f"data {meta['data_sha256'][:12]} -> {data.sha256[:12]} ({data.name})")
+    before, after = ({name: sha256[:12] for name, sha256 in each.items()} for each in (meta["sha256"], plan.sha256))
+    changed += differences(before, after)
     if changed:
         raise UserError(f"{source} belongs to another run: {', '.join(changed)}. Undo that, or use another run.name.")
     state.step, state.best = meta["step"], meta["best"]

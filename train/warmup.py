@@ -10,11 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from train.errors import one_line
+from train.errors import UserError, one_line
 from train.evaluate import predict
 from train.state import Plan, State
 from train.step import train_step
 from train.world import graphs
+
+REFUSALS = {  # words of torch, and what to do about it
+    "deterministic implementation": "Replace that layer, or pass --train.exact false.",
+    "on the same device": "Make tensors on images.device, or register them as buffers.",
+}
 
 
 def warm_up(plan: Plan, state: State, notify: Callable[[str], None]) -> Callable[[Plan, State], None]:
@@ -36,7 +41,7 @@ def warm_up(plan: Plan, state: State, notify: Callable[[str], None]) -> Callable
     plan.tables.fill(state.step)
     for _ in range(graphs.CALLS_BEFORE if plan.should_record else 1):
         plan.tables.row_index.zero_()
-        train_step(plan, state)
+        _first_step(plan, state)
     if plan.should_record and sampler.is_whole(state.step):
         try:
             take_step = _recorded(graphs.record(lambda: train_step(plan, state)))
@@ -59,6 +64,18 @@ def warm_up(plan: Plan, state: State, notify: Callable[[str], None]) -> Callable
     plan.world.clock.forget()
     state.timing.warm_up_seconds = time.perf_counter() - began
     return take_step
+
+
+def _first_step(plan: Plan, state: State) -> None:
+    """Make a step. Raises UserError if the network has an operation that this device refuses."""
+    try:
+        train_step(plan, state)
+    except RuntimeError as error:
+        advice = [advice for words, advice in REFUSALS.items() if words in str(error)]
+        if not advice:
+            raise
+        name, device = plan.config.model.name, plan.world.device.type
+        raise UserError(f"model.name {name} on {device}: {one_line(error, 120)}. {advice[0]}") from error
 
 
 def _recorded(replay: Callable[[], object]) -> Callable[[Plan, State], None]:

@@ -246,9 +246,9 @@ def test_environment_fingerprint_names_cuda_and_cudnn_on_a_gpu(world: World, mon
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     found = environment(on_gpus(world))
     assert found["versions"].items() >= {"cuda": "13.0", "cudnn": 91900}.items()
-    assert found["versions"].keys() == {"torch", "accelerate", "cuda", "cudnn"}
+    assert found["versions"].keys() == {"torch", "torchvision", "accelerate", "cuda", "cudnn"}
     assert (found["device"], found["num_threads"]) == ("H100", None)
-    assert environment(world)["versions"].keys() == {"torch", "accelerate"}
+    assert environment(world)["versions"].keys() == {"torch", "torchvision", "accelerate"}
     old = {**found, "versions": {"torch": found["versions"]["torch"]}}
     assert environment_differences(old, found) == environment_differences(found, old) == []  # it was not recorded
     other = {**found, "versions": found["versions"] | {"cudnn": 92000}}

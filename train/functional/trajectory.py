@@ -4,6 +4,7 @@ A resume must find them unchanged; two runs are compared by them.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from train.config import Config
@@ -12,7 +13,8 @@ from train.config import Config
 # such step both policies do the same, and after it only `skip` continues.)
 NOT_TRAJECTORY = {
     *("run", "eval", "checkpoint", "log", "wandb", "optim.nonfinite", "optim.max_skips"),
-    *("data.name", "data.root", "data.download", "data.fallback", "data.eval_split"),  # `data_sha256` decides
+    *("data.name", "data.random_examples", "data.root", "data.download", "data.fallback", "data.eval_split"),
+    "model.weights",  # as of the data, the SHA-256 of what it holds decides
     *("train.max_micro_batch_size", "train.cuda_graphs", "train.device", "train.num_threads", "train.timeout"),
     "train.profile_steps",
 }
@@ -29,6 +31,8 @@ def trajectory(config: Config | dict[str, Any]) -> dict[str, Any]:
             path = f"{section}.{name}" if name else section
             if section not in NOT_TRAJECTORY and path not in NOT_TRAJECTORY:
                 flat[path] = item
+    if isinstance(name := flat.get("model.name"), str):  # of FILE.py:FUNCTION, the file's content decides, not its path
+        flat["model.name"] = re.sub(r".*\.py:", ":", name)
     return flat
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from train import __version__
 from train.errors import UserError
 
-SCHEMA = 2
+SCHEMA = 3
 PARTS = ("model", "optimizer", "ema")  # of a Snapshot, a safetensors file each
 REQUIRED, OPTIONAL = {"model.safetensors", "state.json"}, {"optimizer.safetensors", "ema.safetensors"}
 Files = dict[str, bytes]
@@ -45,7 +45,7 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor]
-    meta: dict[str, Any]  # schema, step, trajectory, data_sha256, ledger, best, scaler, environment
+    meta: dict[str, Any]  # schema, step, trajectory, sha256, ledger, best, scaler, environment
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:

@@ -71,6 +71,7 @@ def summarize(plan: Plan, state: State, results: dict[str, Result], rows: list[R
         precision=config.train.precision,
         device=world.device.type,
         data=plan.data.summary(),
+        sha256=plan.sha256,
         config=trajectory(config),
         environment=environment(world),
         versions={"python": platform.python_version(), **versions(*PACKAGES, "lockstep")},

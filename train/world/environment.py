@@ -38,7 +38,7 @@ def environment(world: World) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
         "num_threads": None if on_gpu else world.num_threads,
-        "versions": versions("torch", "accelerate") | libraries,
+        "versions": versions("torch", "torchvision", "accelerate") | libraries,
     }
 
 
