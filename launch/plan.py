@@ -93,13 +93,14 @@ def state_bytes(config: Config, model: Any) -> dict[str, int]:
 
 def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[str]) -> dict[str, Any]:
     """Work everything out and return what `--json` prints. Names that end in bytes hold bytes."""
-    from train.functional import layers, models, optim
+    from train.functional import layers, optim
     from train.functional.sampler import Sampler
     from train.state import resolve_num_micro_batches
+    from train.storage import network
 
     world_size = nodes * max(gpus_per_node, 1)  # without GPUs: one rank per node
     num_train, num_test, shape, num_classes = describe_data(config.data)
-    model = models.build(config.model, shape, num_classes, 0)
+    model = network.build(config.model, shape, num_classes, config.seed).module
     norms = layers.batch_norms(model)
     num_micro_batches = resolve_num_micro_batches(config.train, world_size, has_batch_norm=bool(norms))
     sampler = Sampler(num_train, config.train.global_batch_size, num_micro_batches, config.seed)

@@ -62,11 +62,13 @@ def check_options(options: Namespace, extra: list[str]) -> None:
 def check_world(config: Config, world_size: int) -> None:
     """Raise UserError if so many ranks cannot share the training: the rule that the ranks themselves apply."""
     from launch.plan import describe_data
-    from train.functional import layers, models
+    from train.functional import layers
     from train.state import resolve_num_micro_batches
+    from train.storage import network
 
     *_, shape, num_classes = describe_data(config.data)
-    has_batch_norm = bool(layers.batch_norms(models.build(config.model, shape, num_classes, config.seed)))
+    model = network.build(config.model, shape, num_classes, config.seed).module
+    has_batch_norm = bool(layers.batch_norms(model))
     resolve_num_micro_batches(config.train, world_size, has_batch_norm=has_batch_norm)
 
 

@@ -74,13 +74,11 @@ def test_run_directory_is_complete(tmp_path: Path) -> None:
     assert summary["outcome"] == "finished"
     assert summary["step"] == summary["total_steps"] == 69
     assert 0 <= summary["results"]["raw"]["accuracy"] <= 1
-    assert summary["data"] | {"sha256": ""} == {
-        "name": "digits",
-        "num_train_examples": 1438,
-        "num_test_examples": 359,
-        "sha256": "",
-        "is_fallback": False,
-    }
+    sizes = {"num_train_examples": 1438, "num_test_examples": 359, "shape": [1, 28, 28]}
+    facts = {"name": "digits", **sizes, "class_names": list("0123456789"), "is_fallback": False}
+    assert facts.items() <= summary["data"].items()
+    assert summary["data"].keys() - facts.keys() == {"mean", "std"}
+    assert summary["sha256"].keys() == {"data"}
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["optim"]["ema"] == 0.9
     assert config["optim"]["schedule"] == "one_cycle"  # defaults are resolved

@@ -116,12 +116,13 @@ def bare_compute(config: "Config", source: "Data") -> Callable[["Tensor"], None]
     import torch
     import torch.nn.functional as F
 
-    from train.functional import models, optim
+    from train.functional import optim
     from train.functional.augment import lay_out, normalize
+    from train.storage import network
 
     device = source.train.images.device
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    model: Any = models.build(config.model, source.shape, source.num_classes, config.seed)
+    model: Any = network.build(config.model, source.shape, source.num_classes, config.seed).module
     model = model.to(device=device, memory_format=layout)
     optimizer = optim.build(config.optim, model)
     lower = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)

@@ -83,9 +83,11 @@ def compare_setup(records: list[Record]) -> list[tuple[str, str]]:
         config = f"not compared: {' and '.join(missing)} has no config.yaml"
     else:
         config = ", ".join(differences(*(trajectory(record.config) for record in records))) or "the same trajectory"
-    mine, theirs = (record.data.get("sha256") for record in records)
-    data = "the same" if mine == theirs else f"A and B differ: {mine} and {theirs}"
-    lines = [("config", config), ("data", data if mine and theirs else "not recorded by both")]
+    lines = [("config", config)]
+    for name in sorted({"data", *records[0].sha256, *records[1].sha256}):
+        mine, theirs = (record.sha256.get(name) for record in records)
+        same = "the same" if mine == theirs else f"A and B differ: {mine} and {theirs}"
+        lines.append((name, same if mine and theirs else "not recorded by both"))
     environments = [record.summary.environment for record in records if record.summary]
     if len(environments) == 2:
         lines.append(("environment", ", ".join(environment_differences(*environments)) or "the same"))

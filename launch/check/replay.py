@@ -49,13 +49,13 @@ def read_checkpoints(directory: Path, first: int) -> tuple[tuple[Path, "Snapshot
     return start, problems
 
 
-def check_origin(record: Record, config: Config, data_sha256: str) -> None:
-    """Raise UserError if the config or the data are not those that the run was trained with."""
+def check_origin(record: Record, config: Config, sha256: dict[str, str]) -> None:
+    """Raise UserError if the config, the data or a file are not those that the run was trained with."""
     was_trained_with = f"not what {record.path} was trained with"
     if record.summary and (changed := differences(record.summary.config, trajectory(config))):
         raise UserError(f"{RunDir(record.path).config} is {was_trained_with}: {', '.join(changed)}.")
-    if (recorded := record.data.get("sha256", data_sha256)) != data_sha256:
-        raise UserError(f"The data are {was_trained_with}: SHA-256 {recorded[:12]} -> {data_sha256[:12]}.")
+    if changed := differences(record.sha256, sha256):
+        raise UserError(f"SHA-256 are {was_trained_with}: {', '.join(changed)}.")
 
 
 def compare_step(recorded: dict[str, Series], plan: "Plan", state: "State") -> tuple[bool, str]:
@@ -93,12 +93,11 @@ def replay(record: Record, config: Config, first: int, last: int) -> bool:
     same: dict[int, bool] = {}
     world = World.open(config.train)
     try:
-        source = data.load(config.data, world)
-        check_origin(record, config, source.sha256)
+        plan, state = set_up(config, world, data.load(config.data, world))
+        check_origin(record, config, plan.sha256)
         before = start[1].meta["environment"] if start else summary.environment if summary else {}
         if changed := environment_differences(before, environment(world)):
             print(f"The bits may differ: {', '.join(changed)}.")
-        plan, state = set_up(config, world, source)
         if start:
             restore(plan, state, start[1], str(start[0]))
             weights = checkpoint.tensors_sha256(start[1].model)

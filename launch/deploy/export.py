@@ -13,7 +13,7 @@ from launch.deploy import formats
 from launch.deploy.formats import SUFFIXES, Deployed, Facts, warn
 from train import __version__
 from train.cli import Parser, parse, split_arguments
-from train.config import DataConfig
+from train.config import Config, DataConfig
 from train.errors import FINISHED, RunError, UserError
 from train.report import records
 from train.rundir import RunDir, replacing
@@ -28,7 +28,7 @@ SUSPICIOUS = 1e-3  # share of a split by which fp32 here and the run's arithmeti
 USE = {
     ".safetensors": """from safetensors.torch import load_file
 
-weights = load_file("{name}")  # of train.functional.models.MODELS["{model}"]""",
+weights = load_file("{name}")  # the state_dict of {model}""",
     ".onnx": """import onnxruntime
 
 session = onnxruntime.InferenceSession("{name}")
@@ -36,9 +36,9 @@ logits = session.run(None, {{"inputs": inputs.numpy()}})[0]""",
 }
 
 
-def verify(path: Path, original: Deployed, images: "Tensor") -> "Tensor":
+def verify(path: Path, original: Deployed, images: "Tensor", model: str) -> "Tensor":
     """Read a file back and return its predictions, int64 [N]. Raises RunError if they are not the checkpoint's."""
-    found, expected = formats.read(path).scores(images), original.scores(images)
+    found, expected = formats.read(path, model).scores(images), original.scores(images)
     predictions, wanted = found.argmax(1), expected.argmax(1)
     margins = (expected.gather(1, wanted[:, None]) - expected.gather(1, predictions[:, None])).squeeze(1)
     if wrong := int((~(margins <= TIE) | ~found.isfinite().all(1)).sum()):
@@ -61,13 +61,13 @@ def load_data(run: RunDir, config: DataConfig) -> "Data":
 
     from train.storage import data
 
-    recorded = records.read(run.path, run.name).data
-    if recorded.get("is_fallback"):  # the config names the data that were missing
-        config = dataclasses.replace(config, name=recorded["name"])
+    record = records.read(run.path, run.name)
+    if record.data.get("is_fallback"):  # the config names the data that were missing
+        config = dataclasses.replace(config, name=record.data_name)
     source = data.split(config, config.short_name, data.prepare(config), torch.device("cpu"))
-    if (trained := recorded.get("sha256", source.sha256)) != source.sha256:
+    if (trained := record.sha256.get("data", source.sha256)) != source.sha256:
         change = f"SHA-256 {trained[:12]} -> {source.sha256[:12]} ({source.name})"
-        raise UserError(f"The data are not the run's: {change}. Pass its --data.root after `--`.")
+        raise UserError(f"The data are not the run's: {change}. Pass its --data.name or --data.root after `--`.")
     return source
 
 
@@ -110,16 +110,16 @@ def card(
     )  # fmt: skip
 
 
-def export(run: RunDir, config: DataConfig, options: argparse.Namespace, path: Path) -> str:
+def export(run: RunDir, config: Config, options: argparse.Namespace, path: Path) -> str:
     """Write and verify a file, then name it. Return what to print."""
-    original = formats.from_run(run.path, options.weights, options.checkpoint)
-    facts, source = original.facts, load_data(run, config)
+    original = formats.from_run(run.path, config.model.name, options.weights, options.checkpoint)
+    facts, source = original.facts, load_data(run, config.data)
     recorded = recorded_correct(run, facts, source.eval_split)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             formats.write(original, temporary)
-            predictions = verify(temporary, original, source.test.images)
+            predictions = verify(temporary, original, source.test.images, config.model.name)
             text = card(path, temporary.stat().st_size, original, run, source, predictions, recorded)
         path.with_name(f"{path.name}.md").write_text(text)
     except OSError as error:
@@ -147,7 +147,8 @@ def main(argv: list[str]) -> int:
         prog="python -m launch export",
         usage="%(prog)s RUN [OPTIONS] [-- TRAIN ARGUMENTS]",
         description=__doc__.split("\n")[0],
-        epilog="Train arguments say where this machine has the run's data: -- --data.root DIR",
+        epilog="Train arguments say where this machine has the run's data, and its network if it is not built in: "
+        "-- --data.root DIR --model.name FILE.py:FUNCTION. With --data.eval_split test, the test split is evaluated.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run, such as runs/mnist")
     parser.add_argument("--format", choices=SUFFIXES, help="default: what --output ends in, else safetensors")
@@ -161,5 +162,5 @@ def main(argv: list[str]) -> int:
     if path.suffix == ".onnx":
         formats.require_onnx()
     config = parse(["--config", str(run.require_config()), *arguments])
-    print(export(run, config.data, options, path))
+    print(export(run, config, options, path))
     return FINISHED

@@ -4,18 +4,17 @@ Invariant: a file holds, with the weights, what its inputs need (mean, std) and 
 is verified against its SHA-256 before use, and nothing is unpickled. torch is imported in functions.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from train.config import ModelConfig
-from train.errors import UserError, one_line
+from train.errors import UserError, refused
 from train.rundir import EXAMPLE, RunDir
 
 if TYPE_CHECKING:
@@ -25,25 +24,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx"}
 BATCH = 500  # images per pass
-MAX_ERROR = 120  # characters of a library's message
-
-
-@contextlib.contextmanager
-def refused(message: str) -> Iterator[None]:
-    """Turn any error of the block into a UserError: the message, then the error's own, in one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # foreign files raise anything: protobuf's errors share no public class
-        raise UserError(f"{message}: {one_line(error, MAX_ERROR)}.") from None
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a file says of itself: one metadata string per field, JSON where it is no string."""
 
-    model: str
+    model: str  # a built-in network, or FILE.py:FUNCTION
+    network_sha256: str  # of the source of the user's network; "" if it is built in
     data: str
     shape: list[int]  # of an image: channels, height, width
     class_names: list[str]
@@ -73,7 +61,7 @@ class Facts:
         """Raise ValueError if a field is not what it must be."""
         from train.functional.models import MODELS
 
-        if self.model not in MODELS:
+        if self.model not in MODELS and not self.network_sha256:
             raise ValueError(f"a known model (got {self.model!r:.40})")
         names, shape = self.class_names, self.shape
         if not (isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)):
@@ -128,8 +116,11 @@ def choose_checkpoint(run: RunDir) -> "tuple[Path, Snapshot]":
         return path, newest
 
 
-def from_run(run_dir: Path, weights: str | None = None, path: Path | None = None) -> Deployed:
-    """Take a model from a run: its best checkpoint or `path`, its averaged weights if there are any or `weights`."""
+def from_run(run_dir: Path, model: str, weights: str | None = None, path: Path | None = None) -> Deployed:
+    """Take a model from a run: its best checkpoint or `path`, its averaged weights if there are any or `weights`.
+
+    `model` is the run's model.name, with the place where its file is now. Raises UserError.
+    """
     from train.storage import checkpoint
 
     run = RunDir(run_dir)
@@ -140,7 +131,8 @@ def from_run(run_dir: Path, weights: str | None = None, path: Path | None = None
         if not tensors:
             raise UserError(f"{path} has no averaged weights: the run's optim.ema is 0. Use --weights raw.")
         facts = Facts(
-            model=state.meta["trajectory"]["model.name"],
+            model=Path(model).name,
+            network_sha256=state.meta["sha256"].get("network", ""),
             data=state.meta["data"]["name"],
             **{name: state.meta["data"][name] for name in ("shape", "class_names", "mean", "std")},
             weights=weights,
@@ -149,19 +141,36 @@ def from_run(run_dir: Path, weights: str | None = None, path: Path | None = None
             config=state.meta["trajectory"],
         )
         facts.check()
-    return Deployed(facts, build(facts, tensors))
+    return Deployed(facts, build(facts, tensors, model))
 
 
-def build(facts: Facts, tensors: "dict[str, Tensor]") -> "nn.Module":
-    """Build the model with these weights, ready to evaluate. Raises Damaged if they are another model's."""
-    from train.functional import models
-    from train.storage import checkpoint
+def load(place: Path, model: str | None) -> Deployed:
+    """Take a model from the directory of a run, or read an exported file. Raises UserError."""
+    if not place.is_dir():
+        return read(place, model)
+    config = RunDir(place).read_config() or {}
+    return from_run(place, model or config.get("model", {}).get("name", ""))
+
+
+def build(facts: Facts, tensors: "dict[str, Tensor]", model: str | None) -> "nn.Module":
+    """Build the model with these weights, ready to evaluate; `model` says where the file of the user's network is.
+
+    Raises UserError if it is another network.
+    """
+    from train.storage import checkpoint, network
 
     channels, height, width = facts.shape
-    module = models.build(ModelConfig(name=facts.model), (channels, height, width), len(facts.class_names), 0)
-    module.eval().requires_grad_(False)
-    checkpoint.restore_model(module, tensors)
-    return module
+    if facts.network_sha256 and not model:
+        raise UserError(
+            f"These are weights of a network of {facts.model}. Pass that file: --model-file FILE.py:FUNCTION."
+        )
+    config = ModelConfig(name=model if facts.network_sha256 and model else facts.model)
+    built = network.build(config, (channels, height, width), len(facts.class_names), 0)
+    if (found := built.sha256.get("network", "")) != facts.network_sha256:
+        raise UserError(f"{model} has SHA-256 {found[:12]}, but the weights are of {facts.network_sha256[:12]}.")
+    built.module.eval().requires_grad_(False)
+    checkpoint.restore_model(built.module, tensors)
+    return built.module
 
 
 def require_onnx() -> Any:
@@ -203,13 +212,12 @@ def write(deployed: Deployed, path: Path) -> None:
     path.write_bytes(proto.SerializeToString())
 
 
-def read(path: Path) -> Deployed:
-    """Read an exported file and verify it. Raises UserError in one line."""
-    readers = {".safetensors": read_safetensors, ".onnx": read_onnx}
-    if path.suffix not in readers or not path.is_file():
-        kinds = " or ".join(readers)
+def read(path: Path, model: str | None = None) -> Deployed:
+    """Read an exported file and verify it; `model` is FILE.py:FUNCTION of the user's network. Raises UserError."""
+    if path.suffix not in SUFFIXES.values() or not path.is_file():
+        kinds = " or ".join(SUFFIXES.values())
         raise UserError(f"{path} is no model. Expected the directory of a run, or a {kinds} file of `launch export`.")
-    return readers[path.suffix](path)
+    return read_onnx(path) if path.suffix == SUFFIXES["onnx"] else read_safetensors(path, model)
 
 
 def check_sha256(path: Path, found: str, expected: str) -> None:
@@ -218,7 +226,7 @@ def check_sha256(path: Path, found: str, expected: str) -> None:
         raise UserError(f"{path} is damaged: its weights have SHA-256 {found[:12]}, expected {expected[:12]}.")
 
 
-def read_safetensors(path: Path) -> Deployed:
+def read_safetensors(path: Path, model: str | None) -> Deployed:
     """Read and verify a safetensors file."""
     import safetensors
 
@@ -229,7 +237,7 @@ def read_safetensors(path: Path) -> Deployed:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     facts = Facts.decode(metadata, path)
     check_sha256(path, checkpoint.tensors_sha256(tensors), facts.weights_sha256)
-    return Deployed(facts, build(facts, tensors))
+    return Deployed(facts, build(facts, tensors, model))
 
 
 def read_onnx(path: Path) -> Deployed:

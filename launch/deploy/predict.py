@@ -41,11 +41,13 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m launch predict", description=__doc__.split("\n")[0])
     parser.add_argument("model", metavar="MODEL", type=Path, help="file of launch export, or directory of a run")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="PNG or JPEG file; - is standard input")
+    source = "FILE.py:FUNCTION of a network that is not built in (default: the file that a run used)"
+    parser.add_argument("--model-file", metavar="FILE.py:FUNCTION", help=source)
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of lines")
     options = parser.parse_args(argv)
     if options.images.count("-") > 1:
         raise UserError("The image - was given twice. Standard input can be read once.")
-    model = formats.from_run(options.model) if options.model.is_dir() else formats.read(options.model)
+    model = formats.load(options.model, options.model_file)
     found = predict(model, options.images)
     if options.json:
         print(json.dumps(found, indent=1))

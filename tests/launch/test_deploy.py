@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from launch.__main__ import main
 from launch.deploy import formats
-from launch.deploy.formats import SUFFIXES, from_run
+from launch.deploy.formats import SUFFIXES
 from train.config import DataConfig
 from train.errors import UserError
 from train.storage import checkpoint, data
@@ -36,7 +36,7 @@ def images_of_the_test_split() -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_gives_the_checkpoints_logits(kind: str, exported: dict[str, Path], digits_run: Path) -> None:
-    original = from_run(digits_run)
+    original = formats.load(digits_run, None)
     found = formats.read(exported[kind])
     assert found.facts == original.facts
     images = images_of_the_test_split()
@@ -52,7 +52,7 @@ def test_exported_files_work_without_this_project(exported: dict[str, Path], dig
     images = images_of_the_test_split()
     (mean,), (std,) = (json.loads(facts[name]) for name in ("mean", "std"))
     inputs = (images.float() - mean) / std
-    wanted = from_run(digits_run).scores(images)
+    wanted = formats.load(digits_run, None).scores(images)
     assert facts["model"] == "tiny"
     assert json.loads(facts["class_names"]) == list("0123456789")
     session = onnxruntime.InferenceSession(exported["onnx"], providers=["CPUExecutionProvider"])

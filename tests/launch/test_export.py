@@ -52,7 +52,7 @@ def test_card_has_data_accuracy_commit_and_config(kind: str, exported: dict[str,
     words = (
         f"({correct} of 359)",
         f"computed in\nfp32 and recorded {correct} right ones",
-        summary["data"]["sha256"],
+        summary["sha256"]["data"],
         formats.read(exported[kind]).facts.weights_sha256,
         "3,786 parameters",
         f"step {summary['best']['step']} of run `digits`",

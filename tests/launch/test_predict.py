@@ -34,7 +34,7 @@ WRONG, OTHER = (
 
 @pytest.fixture(scope="module")
 def model(digits_run: Path) -> formats.Deployed:
-    return formats.from_run(digits_run)
+    return formats.load(digits_run, None)
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,11 @@ class Record:
         return self.last("start").get("data") or {}
 
     @property
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of the files that decide the weights: data, and the user's network and first weights if any."""
+        return self.last("start").get("sha256") or {}
+
+    @property
     def data_name(self) -> str:
         """The data set that was trained on, as far as it is recorded."""
         return self.data.get("name") or self.config.get("data", {}).get("name", "")
@@ -216,7 +221,7 @@ def groups(records: list[Record]) -> list[Group]:
     """Group runs that differ in nothing but the seed. Runs with the same seed are a comparison and stay apart."""
     alike: dict[str, list[Record]] = {}
     for record in records:
-        fields = trajectory(record.config) | {"seed": None, "data_sha256": record.data.get("sha256")}
+        fields = trajectory(record.config) | {"seed": None, "sha256": record.sha256}
         key = json.dumps(fields, sort_keys=True, default=str) if record.config else record.name
         alike.setdefault(key, []).append(record)
     found = []
@@ -281,6 +286,7 @@ def environment(record: Record) -> dict[str, Any]:
     """Return where and with what a run was trained, by name."""
     command = map(str, record.last("start").get("command", []))
     found = {f"data.{name}": value for name, value in record.data.items() if name != "class_names"}
+    found |= {f"{name} SHA-256": value for name, value in record.sha256.items()}
     found["command"] = shlex.join(["python", "-m", "train", *command])
     if record.summary:
         machine = record.summary.environment

@@ -90,7 +90,7 @@ class Data:
     def summary(self) -> dict[str, Any]:
         """Return the entry in summary.json."""
         sizes = {"num_train_examples": len(self.train), f"num_{self.eval_split}_examples": len(self.test)}
-        return {**self.facts(), **sizes, "sha256": self.sha256, "is_fallback": self.is_fallback}
+        return {**self.facts(), **sizes, "is_fallback": self.is_fallback}
 
 
 def content_sha256(tensors: dict[str, Tensor]) -> str:
