@@ -44,8 +44,8 @@ def check_mode(probe: "Probe") -> None:
     if changed := [name for name, tensor in copies(model).items() if not same_bits(tensor, before.get(name))]:
         raise UserError(f"{listed(changed)} changed in a pass. Only the statistics of nn.BatchNorm layers may.")
     torch.manual_seed(1)  # finds a draw that put the generator back
-    probe.results(probe.part)
-    probe.results(slice(0, 1))
+    for rows in (probe.part, slice(0, 1)):
+        probe.logits(rows)
     again = probe.results(probe.whole)
     if not all(same_bits(first[name], again[name]) for name in first):
         raise UserError("The same images gave other results in a second pass. A network must keep no state.")
@@ -53,7 +53,7 @@ def check_mode(probe: "Probe") -> None:
     if model.training:
         for layer in layers.batch_norms(model):  # the only ones that may mix images
             layer.eval()
-    whole, part = probe.results(probe.whole)["logits"], probe.results(probe.part)["logits"]
+    whole, part = probe.logits(probe.whole), probe.logits(probe.part)
     if not (whole[probe.part] - part).abs().max() <= ROUND_OFF * whole.abs().max():
         raise UserError(
             f"In {mode}, an image's logits depend on the other images of its batch. Only nn.BatchNorm layers may mix "
@@ -90,8 +90,8 @@ class Probe:
         self.keys = rng.row_keys(0, 0, whole, images.device)
         self.whole, self.part = slice(0, whole), slice(whole - part, whole)
 
-    def results(self, rows: slice) -> dict[str, Tensor]:
-        """Return the logits, float32 [B,K], of some images; and in training each trainable parameter's gradient."""
+    def logits(self, rows: slice) -> Tensor:
+        """Return the logits, float [B,K], of some images in the model's current mode."""
         with torch.set_grad_enabled(self.model.training), layers.row_keys(layers.dropouts(self.model), self.keys[rows]):
             logits: Any = self.model(lay_out(self.images[rows], self.memory_format))
         num_images = len(self.labels[rows])
@@ -101,14 +101,19 @@ class Probe:
             raise UserError(f"forward returns {got}, expected logits, float [{num_images}, {self.num_classes}].")
         if not logits.isfinite().all():
             raise UserError("Its logits for random images of mean 0 and deviation 1 are not finite.")
-        if not self.model.training:
-            return {"logits": logits.float()}
-        self.model.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), self.labels[rows], reduction="sum").backward()
-        gradients = {name: value.grad for name, value in self.model.named_parameters() if value.requires_grad}
-        if unused := [name for name, gradient in gradients.items() if gradient is None]:
+        return logits
+
+    def results(self, rows: slice) -> dict[str, Tensor]:
+        """Return the logits of some images; and in training, by name, the gradient of each trainable parameter."""
+        logits = self.logits(rows)
+        found: dict[str, Any] = {"logits": logits}
+        if self.model.training:
+            self.model.zero_grad(set_to_none=True)
+            F.cross_entropy(logits.float(), self.labels[rows], reduction="sum").backward()
+            found |= {name: value.grad for name, value in self.model.named_parameters() if value.requires_grad}
+        if unused := [name for name, gradient in found.items() if gradient is None]:
             raise UserError(f"{listed(unused)} got no gradient. Remove what is unused, or call requires_grad_(False).")
-        return {"logits": logits.detach().float(), **gradients}
+        return found
 
 
 def listed(found: list[str]) -> str:
@@ -118,7 +123,9 @@ def listed(found: list[str]) -> str:
 
 def same_bits(first: Tensor, second: Tensor | None) -> bool:
     """Return whether two tensors have the same bits, NaN included."""
-    return second is not None and first.shape == second.shape and first.numpy().tobytes() == second.numpy().tobytes()
+    if second is None or first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
 
 def copies(model: nn.Module) -> dict[str, Tensor]:
