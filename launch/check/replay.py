@@ -51,11 +51,13 @@ def read_checkpoints(directory: Path, first: int) -> tuple[tuple[Path, "Snapshot
 
 def check_origin(record: Record, config: Config, sha256: dict[str, str]) -> None:
     """Raise UserError if the config, the data or a file are not those that the run was trained with."""
-    was_trained_with = f"not what {record.path} was trained with"
     if record.summary and (changed := differences(record.summary.config, trajectory(config))):
-        raise UserError(f"{RunDir(record.path).config} is {was_trained_with}: {', '.join(changed)}.")
-    if changed := differences(record.sha256, sha256):
-        raise UserError(f"SHA-256 are {was_trained_with}: {', '.join(changed)}.")
+        config_path = RunDir(record.path).config
+        raise UserError(f"{config_path} is not what {record.path} was trained with: {', '.join(changed)}.")
+    for name, found in sha256.items():
+        if (recorded := record.sha256.get(name, found)) != found:
+            change = f"SHA-256 {recorded[:12]} -> {found[:12]}"
+            raise UserError(f"This is other {name} than {record.path} was trained with: {change}.")
 
 
 def compare_step(recorded: dict[str, Series], plan: "Plan", state: "State") -> tuple[bool, str]:

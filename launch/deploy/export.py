@@ -101,6 +101,7 @@ def card(
         exported_by=git_commit() or "unknown",
         version=__version__,
         torch=torch.__version__,
+        network=f"of a source with SHA-256 `{facts.network_sha256}`" if facts.network_sha256 else "built in",
         shape=",".join(map(str, facts.shape)),
         mean=facts.mean[0] if len(facts.mean) == 1 else facts.mean,
         std=facts.std[0] if len(facts.std) == 1 else facts.std,

@@ -202,10 +202,11 @@ def write(deployed: Deployed, path: Path) -> None:
         path.write_bytes(safetensors.torch.save(checkpoint.model_tensors(module), facts.encode()))
         return
     onnx, _ = require_onnx()
-    options: Any = {"dynamic_shapes": {"inputs": {0: torch.export.Dim("batch")}}}
+    options: Any = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
     options |= {"input_names": ["inputs"], "output_names": ["logits"]}
     example = (torch.zeros(2, *facts.shape),)  # 2: a batch of 1 would be fixed
-    graph = torch.onnx.export(module, example, dynamo=True, verbose=False, **options)
+    with refused(f"{facts.model} cannot be exported to ONNX"):
+        graph = torch.onnx.export(module, example, dynamo=True, verbose=False, **options)
     assert graph is not None
     proto = graph.model_proto
     onnx.helper.set_model_props(proto, facts.encode() | {"graph_sha256": graph_sha256(proto)})

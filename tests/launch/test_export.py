@@ -133,7 +133,7 @@ def test_file_that_predicts_something_else_is_void(
     def other(deployed: formats.Deployed, path: Path) -> None:
         tensors = {name: tensor + offset for name, tensor in checkpoint.model_tensors(deployed.logits).items()}  # type: ignore
         facts = formats.dataclasses.replace(deployed.facts, weights_sha256=checkpoint.tensors_sha256(tensors))
-        write(formats.Deployed(facts, formats.build(facts, tensors)), path)
+        write(formats.Deployed(facts, formats.build(facts, tensors, None)), path)
 
     monkeypatch.setattr(formats, "write", other)
     message = refusal([digits_run, "--output", tmp_path / "m.safetensors"], capsys, code=1)

@@ -108,11 +108,11 @@ def test_edited_config_is_named(run: Path) -> None:
 def test_other_data_are_named(run: Path, tmp_path: Path) -> None:
     code, output = replay(run, "0:3", MUTANT="other_pixel", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert (code, output.count("\n")) == (2, 1), output
-    assert "error: The data are not what " in output
+    assert "error: This is other data than " in output
     shutil.rmtree(run / "checkpoints")
     (run / "summary.json").unlink()
     code, output = replay(run, "0:3", MUTANT="other_pixel", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert (code, f"error: The data are not what {run} was trained with: SHA-256 " in output) == (2, True), output
+    assert (code, f"error: This is other data than {run} was trained with: SHA-256 " in output) == (2, True), output
 
 
 def test_changed_fingerprint_is_named(run: Path) -> None:
