@@ -3,4 +3,4 @@
 `(config, step)` determines everything; ranks only decide who computes it.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

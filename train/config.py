@@ -123,7 +123,8 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.path is None and self.name not in DATA_NAMES:
-            names = f"Use {', '.join(DATA_NAMES)}, or the path of a .npz or .safetensors file."
+            file = "a .npz or .safetensors file, such as `python -m launch data --from DIR` makes"
+            names = f"Use {', '.join(DATA_NAMES)}, or the path of {file}."
             raise UserError(f"data.name is {self.name[:80]!r}. {did_you_mean(self.name, DATA_NAMES, names)}")
 
     @property

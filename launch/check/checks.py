@@ -182,7 +182,7 @@ def data(config: Config) -> Iterator[Finding]:
     except DataMissing as error:
         yield Finding("data", "fail", str(error).split(". ")[0], remedy)
     except UserError as error:
-        yield Finding("data", "fail", str(error), f"delete it, then {remedy}")
+        yield Finding("data", "fail", str(error), remedy if config.data.path else f"delete it, then {remedy}")
     else:
         text = f"{config.data.short_name}, {len(found.tensors['train_labels']):,} images, sha256 {sha256[:12]}"
         yield Finding("data", "OK", text)

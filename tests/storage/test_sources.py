@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from launch.__main__ import main as launch
+from launch.check import checks
+from train.__main__ import main as train_main
+from train.cli import parse
 from train.config import DataConfig
 from train.errors import UserError
 from train.storage import arrays, built_in, data
@@ -96,6 +100,21 @@ def test_a_file_decides_channels_sizes_and_classes(tmp_path: Path, world: World)
     assert (found.name, found.shape, found.num_classes) == ("x.safetensors", (3, 24, 40), 3)
     assert (found.class_names, found.eval_split, found.is_fallback) == (["a", "b", "c"], "test", False)
     assert (len(found.train), len(found.test), len(found.mean), len(found.std)) == (30, 9, 3, 3)
+
+
+@pytest.mark.parametrize("name", ["absent.npz", "absent.safetensors"])
+def test_a_file_that_is_not_there_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / name
+    for command in (
+        train_main,
+        lambda argv: launch(["plan", "--", *argv]),
+        lambda argv: launch(["slurm", "--", *argv]),
+    ):
+        assert command(["--data.name", str(path), "--run.dir", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.splitlines() == [f"error: {path} does not exist. Expected images."]
+    config = parse(["--data.name", str(path)])
+    (finding,) = checks.data(config)
+    assert (finding.status, finding.remedy) == ("fail", f"python -m launch data {path}")
 
 
 def test_the_sha256_of_a_file_is_that_of_its_content(tmp_path: Path, world: World, cache: Path) -> None:

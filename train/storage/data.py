@@ -137,11 +137,13 @@ def read(config: DataConfig) -> Arrays:
 
 def prepare(config: DataConfig) -> Prepared:
     """Return the arrays of a source and their SHA-256, from the cache if possible. Otherwise fill the cache first."""
+    if config.path:
+        arrays.num_bytes(config.path)  # refuses what is no file
     if config.name == "random" or (config.path and config.path.suffix == ".safetensors"):  # mapped as it is
         found = arrays.read(config.path) if config.path else read_random(config.random_examples)
         return found, content_sha256(found.tensors)
     # Cache files are only ever replaced as a whole, so reading needs no lock.
-    with contextlib.suppress(DataMissing, OSError):
+    with contextlib.suppress(DataMissing):
         if (cached := load_cache(cache_file(dataclasses.replace(config, download=False)))) is not None:
             return cached
     try:
@@ -181,7 +183,7 @@ def load(config: DataConfig, world: World, notify: Callable[[str], None] = print
     If the files are missing, raises DataMissing on every rank, or with `data.fallback` warns and returns the digits.
     """
     with world.raising_together():
-        if config.path and config.path.is_file():
+        if config.path:
             check_fits(arrays.num_bytes(config.path), free_bytes(world.device), str(config.path), world.device.type)
     try:
         return split(config, config.short_name, prepare_on_all_ranks(config, world), world.device)
