@@ -162,5 +162,5 @@ def test_checkpoint_of_another_version_is_refused_and_its_version_named(
     ranks = Ranks(world_size, arguments(path, flags), tmp_path / "logs")
     assert set(ranks.wait()) == {2}
     (line,) = [line for line in ranks.output().splitlines() if line.startswith("error: ")]
-    assert "has format 1, not 2: lockstep 0.1 wrote it" in line
+    assert "has format 1, not 3: lockstep 0.1 wrote it" in line
     assert "Traceback" not in ranks.output()
