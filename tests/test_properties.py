@@ -107,7 +107,9 @@ def test_any_config_that_was_written_is_read_back(
 
 
 def test_nothing_reads_yaml_or_tensors_in_an_unsafe_way() -> None:
-    """One safe loader reads all YAML, and nothing evaluates, executes or unpickles (ruff bans the imports).
+    """One safe loader reads all YAML, and nothing evaluates or unpickles (ruff bans the imports).
+
+    Nothing is executed but the file that `model.name` gives.
 
     torch.distributed's collectives of objects unpickle what any process in the group has sent.
     """
@@ -132,7 +134,7 @@ def test_nothing_reads_yaml_or_tensors_in_an_unsafe_way() -> None:
             or any(keyword.arg == "shell" for keyword in node.keywords)
         )
     }
-    assert found == {"cli: yaml.load"}
+    assert found == {"cli: yaml.load", "network: exec"}
     assert issubclass(cli._Loader, yaml.SafeLoader)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from train.errors import UserError, did_you_mean
 
 LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product of two fits 64 bits
+MODEL_NAMES = ("cnn", "vgg", "vgg_wide", "tiny", "tiny_bn")
 SECONDS, STEPS, EXAMPLES, PIXELS, DEGREES = "seconds", "steps", "examples", "pixels", "degrees"
 
 
@@ -138,16 +139,13 @@ class DataConfig(Section):
         return self.path.name if self.path else self.name
 
 
-MODEL_NAMES = ("cnn", "vgg", "vgg_wide", "tiny", "tiny_bn")
-
-
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """The network."""
 
     name: str = "cnn"
-    """Built-in network (cnn: the classic MNIST CNN; vgg, vgg_wide: accurate, with BatchNorm; tiny, tiny_bn: small ones
-    for tests), or FILE.py:FUNCTION. FUNCTION(shape, num_classes) returns a torch module (docs/your-own.md)."""
+    """cnn: the classic MNIST CNN; vgg, vgg_wide: accurate, with BatchNorm; tiny, tiny_bn: small ones for tests;
+    FILE.py:FUNCTION: your own, a torch module that FUNCTION(shape, num_classes) returns (docs/your-own.md)."""
     dropout: float = number(0.0, 0, 1, zero="off", is_open=True)
     """Probability of dropping a feature before the last layer of a built-in network, in training."""
     weights: str | None = None
@@ -158,15 +156,8 @@ class ModelConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.source is None and self.name not in MODEL_NAMES:
-            hint = did_you_mean(self.name, MODEL_NAMES, "")
-            expected = f"Use one of {', '.join(MODEL_NAMES)}, or FILE.py:FUNCTION. {hint}".rstrip()
-            raise UserError(f"model.name is {self.name[:80]!r}. {expected}")
-        if self.source and self.dropout:
-            raise UserError(
-                f"model.dropout is {self.dropout}, and {self.name} has its own layers. Use nn.Dropout there."
-            )
-        if self.weights_skip and not self.weights:
-            raise UserError(f"model.weights_skip is {self.weights_skip}, without model.weights. Give both.")
+            hint = did_you_mean(self.name, MODEL_NAMES, f"Use {', '.join(MODEL_NAMES)}, or FILE.py:FUNCTION.")
+            raise UserError(f"model.name is {self.name[:80]!r}. {hint}")
 
     @property
     def source(self) -> tuple[Path, str] | None:

@@ -235,7 +235,7 @@ def test_long_run_stays_small(tmp_path: Path) -> None:
         (None, ["run", "--output", "page.pdf"], "page.pdf. Expected a name that ends in .html"),
         (None, ["run", "--output", "run/metrics.jsonl/page.html"], "page.html cannot be written"),
         (None, ["damaged"], "summary.json cannot be read: "),
-        (None, ["old"], "summary.json cannot be read: it was written by lockstep 0.9, in format 1, not 2"),
+        (None, ["old"], "summary.json cannot be read: it was written by lockstep 0.9, in format 1, not 3"),
         (None, ["torn"], "samples.safetensors is damaged"),
         ('{"event": "eval", "step": 1, "split": "test", "accuracy": "all"}\n', ["run"], "rows that no run writes"),
         (

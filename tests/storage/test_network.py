@@ -9,16 +9,19 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, refusal
+from in_process import Run
 from ranks.processes import arguments, rows, train
 from torch import nn
 
 from train.__main__ import main
-from train.config import ModelConfig
+from train.config import Config, DataConfig, ModelConfig, TrainConfig
 from train.errors import UserError
 from train.functional.models import build as build_model
 from train.functional.trajectory import trajectory
 from train.rundir import RunDir
 from train.storage import checkpoint, network
+from train.warmup import warm_up
+from train.world.world import World
 
 SHAPE, NUM_CLASSES = (1, 12, 12), 4
 NET = """
@@ -126,9 +129,9 @@ def test_bad_network_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--model.name {}/none.py:build", "there is no file"),
+        ("--model.name {}/none.py:build", ": FileNotFoundError: [Errno 2] No such file or directory"),
         ("--model.name {}:build", "is '"),
-        ("--model.name {}/net.py", "or FILE.py:FUNCTION"),
+        ("--model.name {}/net.py", ", or FILE.py:FUNCTION."),
         ("--model.name {}/net.py:build --model.dropout 0.2", "Use nn.Dropout there"),
         ("--model.name {}/net.py:buidl", "Did you mean build?"),
         ("--model.weights {}/none.safetensors", "cannot be read: no such file. Expected a .safetensors file."),
@@ -319,3 +322,24 @@ def test_example_network_passes(name: str, shape: tuple[int, int, int], monkeypa
     found = network.build(ModelConfig(f"{path}:build"), shape, 37, 0, torch.channels_last)
     assert set(found.sources) == {f"{name}.py"}
     assert isinstance(found.module, nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("f_backward does not have a deterministic implementation, but", "Replace that layer, or pass --train.exact"),
+        ("Expected all tensors to be on the same device, but found cpu", "Make tensors on images.device"),
+    ],
+)
+def test_operation_that_the_device_refuses_is_one_line(
+    message: str, advice: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU refuses some in exact mode. The first step finds out, since the checks before it run on the CPU."""
+
+    def refuse(plan: object, state: object) -> None:
+        raise RuntimeError(message)
+
+    run = Run.open(Config(data=DataConfig("digits"), model=ModelConfig("tiny"), train=TrainConfig(device="cpu")), world)
+    monkeypatch.setattr("train.warmup.train_step", refuse)
+    with pytest.raises(UserError, match=f"model.name tiny on cpu: {message}. {advice}"):
+        warm_up(run.plan, run.state, print)

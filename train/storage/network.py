@@ -30,6 +30,7 @@ from train.functional.hashing import key
 from train.functional.trajectory import differences
 from train.storage.checkpoint import tensors_sha256
 
+Sizes = tuple[tuple[int, int, int], int]  # an image's channels, height and width, and the number of classes
 MODULE = "lockstep_network"  # the name under which a source is imported
 # A virtual environment may lie in the folder of a source.
 INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -57,8 +58,12 @@ def build(
 
     `memory_format` is that of the inputs, for the checks. Raises UserError.
     """
+    if config.source and config.dropout:
+        raise UserError(f"model.dropout is {config.dropout}, but {config.name} is not built in. Use nn.Dropout there.")
+    if config.weights_skip and not config.weights:
+        raise UserError(f"model.weights_skip is {config.weights_skip}, without model.weights. Give both.")
     if config.source:
-        network = _build_own(config, shape, num_classes, seed, memory_format)
+        network = _build_own(config.name, *config.source, (shape, num_classes), seed, memory_format)
     else:
         network = Network(models.build(config, shape, num_classes, seed))
     if config.weights:
@@ -66,37 +71,24 @@ def build(
     return network
 
 
-def _build_own(
-    config: ModelConfig,
-    shape: tuple[int, int, int],
-    num_classes: int,
-    seed: int,
-    memory_format: torch.memory_format,
-) -> Network:
+def _build_own(name: str, file: Path, function: str, sizes: Sizes, seed: int, layout: torch.memory_format) -> Network:
     """Import the user's file, build its network twice, and check one of the two."""
-    assert config.source is not None
-    file, function = config.source
-    if not file.is_file():
-        raise UserError(f"model.name is {config.name}, but there is no file {file}. Expected FILE.py:FUNCTION.")
-    path, content = file.resolve(), file.read_bytes()
-    with _refusing(config.name, path.parent), _importing_from(path.parent) as sources, _seeded(seed):
-        before = probe.generators()[1:]
-        make = _find_function(path, content, function, shape, num_classes)
-        module, twin = (_make(make, shape, num_classes, seed) for _ in range(2))
-        if probe.generators()[1:] != before or tensors_sha256(probe.copies(module)) != tensors_sha256(
-            probe.copies(twin)
-        ):
+    path = file.resolve()
+    with _refusing(name, path.parent), _importing_from(path.parent) as sources, _seeded(seed):
+        before, content = probe.generators()[1:], path.read_bytes()
+        make = _find_function(path, content, function, sizes)
+        module, twin = (_make(make, sizes, seed) for _ in range(2))
+        first, second = (tensors_sha256(probe.copies(made)) for made in (module, twin))
+        if first != second or probe.generators()[1:] != before:
             raise UserError(f"{function} draws weights that `seed` does not decide. Draw them with torch alone.")
         layers.convert(module)
-        probe.check(layers.convert(twin), shape, num_classes, memory_format)
-    sources[path.name] = content
+        probe.check(layers.convert(twin), *sizes, layout)
+    sources[path.name] = content  # what was executed
     lines = [f"{hashlib.sha256(sources[name]).hexdigest()}  {name}\n" for name in sorted(sources)]
     return Network(module, sources, {"network": hashlib.sha256("".join(lines).encode()).hexdigest()})
 
 
-def _find_function(
-    path: Path, content: bytes, function: str, shape: tuple[int, int, int], num_classes: int
-) -> Callable[..., Any]:
+def _find_function(path: Path, content: bytes, function: str, sizes: Sizes) -> Callable[..., Any]:
     """Execute a source and return its function, which must accept (shape, num_classes)."""
     source = types.ModuleType(MODULE)
     source.__file__ = str(path)
@@ -106,16 +98,16 @@ def _find_function(
     if not callable(make):
         raise UserError(f"{path.name} has no function {function}. {did_you_mean(function, dir(source), '')}".rstrip())
     try:
-        inspect.signature(make).bind(shape, num_classes)
+        inspect.signature(make).bind(*sizes)
     except TypeError as error:
         raise UserError(f"{function} must accept (shape, num_classes): {error}.") from None
     return make
 
 
-def _make(make: Callable[..., Any], shape: tuple[int, int, int], num_classes: int, seed: int) -> nn.Module:
+def _make(make: Callable[..., Any], sizes: Sizes, seed: int) -> nn.Module:
     """Call the user's function."""
     with _seeded(seed):
-        module = make(shape, num_classes)
+        module = make(*sizes)
     if not isinstance(module, nn.Module):
         raise UserError(f"It returned {type(module).__name__}, expected a torch.nn.Module.")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
