@@ -287,3 +287,15 @@ def test_each_layer_is_merged_with_its_own_momentum() -> None:
     merge_statistics(list(norms), found, torch.ones(1), torch.tensor(True))
     assert torch.allclose(norms[0].running_mean, torch.tensor(0.1))
     assert torch.allclose(norms[1].running_mean, torch.tensor(0.7))
+
+
+@pytest.mark.slow
+def test_compiled_dropout_has_the_same_masks() -> None:
+    """Inductor computes the columns of the random numbers symbolically, unless it is kept from it."""
+    model, features = (
+        convert(nn.Sequential(nn.Dropout(0.3), nn.Dropout2d(0.3), nn.Dropout(0.3))),
+        torch.ones(8, 16, 9, 9),
+    )
+    expected = dropped(model, features, keys(8))
+    model.compile()
+    assert torch.equal(dropped(model, features, keys(8)), expected)

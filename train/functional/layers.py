@@ -44,7 +44,7 @@ class Dropout(nn.modules.dropout._DropoutNd):
         if num_rows % num_examples:
             raise UserError(f"A dropout layer got {num_rows} rows for {num_examples} examples. Put the batch first.")
         shape = (*input.shape[:2], *[1] * (input.dim() - 2)) if self.is_by_channel else input.shape
-        # The columns of a row's random numbers: 2**32 for each call, 2**48 for each layer.
+        # Of the columns of a row's random numbers, each layer has 2**48 and each call 2**32.
         salt = (self.number << 48) + (self.num_calls << 32)
         self.num_calls += 1
         kept = uniform(self.keys, math.prod(shape) // num_examples, salt).view(shape) >= self.p

@@ -39,5 +39,7 @@ def row_keys(key: int | Tensor, start: int, stop: int, device: torch.device) -> 
 def uniform(keys: Tensor, num: int, salt: int = 0) -> Tensor:
     """Return float32 [B, num] in [0, 1), 24 random bits each, from row keys int64 [B]. `salt` is the first column."""
     columns = torch.arange(salt + 1, salt + num + 1, dtype=torch.int64, device=keys.device)
+    if torch.compiler.is_compiling():
+        columns = columns ^ 0  # otherwise Inductor takes the product for an address, which must not overflow
     bits = mix64(keys[:, None] + columns * _signed(GOLDEN))
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
