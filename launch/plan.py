@@ -32,7 +32,7 @@ def describe_data(config: DataConfig) -> tuple[int, int, tuple[int, int, int], i
     from train.storage.built_in import PUBLISHED
 
     if config.name not in PUBLISHED:
-        source = data.split(config, config.short_name, data.prepare(config), torch.device("cpu"))
+        source = data.split(config, data.prepare(config), torch.device("cpu"))
         return len(source.train), len(source.test), source.shape, source.num_classes
     known, held = PUBLISHED[config.name], config.validation
     if held >= known.num_train:

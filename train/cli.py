@@ -80,7 +80,7 @@ def recipe_name(argv: Sequence[str]) -> str | None:
 
 def run_name(config: Config, argv: Sequence[str], suffix: str) -> str:
     """Return run.name, or a name from the recipe and a suffix that distinguishes its runs."""
-    return config.run.name or f"{recipe_name(argv) or Path(config.data.short_name).stem}-{suffix}"
+    return config.run.name or f"{recipe_name(argv) or Path(config.data.name).stem}-{suffix}"
 
 
 class _Loader(yaml.SafeLoader):

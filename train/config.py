@@ -14,6 +14,8 @@ from typing import Any, Literal
 from train.errors import UserError, did_you_mean
 
 LARGEST = 10_000_000  # of any count: far above what anyone needs, and a product of two fits 64 bits
+INK_NAMES = ("mnist", "fashion_mnist", "kmnist", "digits")  # light ink on black
+DATA_NAMES = (*INK_NAMES, "cifar10", "cifar100", "random")
 MODEL_NAMES = ("cnn", "vgg", "vgg_wide", "tiny", "tiny_bn")
 SECONDS, STEPS, EXAMPLES, PIXELS, DEGREES = "seconds", "steps", "examples", "pixels", "degrees"
 
@@ -90,14 +92,9 @@ class RunConfig(Section):
         if not self.dir:
             raise UserError("run.dir is empty. Give a directory, such as runs.")
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}", self.name):
-            allowed = "Use 1 to 200 letters, digits and . _ = + -: it names a directory."
-            raise UserError(f"run.name is {self.name[:220]!r}. {allowed}")
+            raise UserError(f"run.name is {self.name[:220]!r}. Use 1 to 200 letters, digits and . _ = + - in it.")
         if not self.resume:
             raise UserError("run.resume is empty. Use auto, never, or the path of a checkpoint.")
-
-
-INK_NAMES = ("mnist", "fashion_mnist", "kmnist", "digits")  # light ink on black
-DATA_NAMES = (*INK_NAMES, "cifar10", "cifar100", "random")
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,7 @@ class DataConfig(Section):
     """Built-in data set (mnist, fashion_mnist, kmnist, cifar10, cifar100, digits: 1,797 real digits of scikit-learn,
     random: noise, for measuring throughput), or the path of a .npz or .safetensors file (docs/your-own.md)."""
     root: str | None = None
-    """Directory of a built-in data set, as torchvision lays it out (ROOT/MNIST/raw/*.gz). Default: $MNIST_ROOT, else a
-    cache directory."""
+    """Directory of a built-in data set (ROOT/MNIST/raw/*.gz, as torchvision). Default: $MNIST_ROOT, else a cache."""
     download: bool = True
     """Download the files if root does not hold them."""
     fallback: bool = False
@@ -124,19 +120,13 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.path is None and self.name not in DATA_NAMES:
-            file = "a .npz or .safetensors file, such as `python -m launch data --from DIR` makes"
-            names = f"Use {', '.join(DATA_NAMES)}, or the path of {file}."
+            names = f"Use {', '.join(DATA_NAMES)}, or a .npz or .safetensors file (`python -m launch data --from DIR`)."
             raise UserError(f"data.name is {self.name[:80]!r}. {did_you_mean(self.name, DATA_NAMES, names)}")
 
     @property
     def path(self) -> Path | None:
         """The file that holds the data; None if they are built in."""
         return Path(self.name) if self.name.endswith((".npz", ".safetensors")) else None
-
-    @property
-    def short_name(self) -> str:
-        """What the data are called in a line: the name, or that of the file."""
-        return self.path.name if self.path else self.name
 
 
 @dataclass(frozen=True)
@@ -259,13 +249,10 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        asked: Any = self.cuda_graphs
-        object.__setattr__(self, "cuda_graphs", {True: "on", False: "off"}.get(asked, asked))
+        if isinstance(self.cuda_graphs, bool):
+            object.__setattr__(self, "cuda_graphs", "on" if self.cuda_graphs else "off")
         if self.profile_steps is not None:
             read_steps("train.profile_steps", self.profile_steps)
-        self._check_micro_batches()
-
-    def _check_micro_batches(self) -> None:
         size, count, limit = self.global_batch_size, self.num_micro_batches, self.max_micro_batch_size
         if self.exact and not count:
             raise UserError("train.exact needs train.num_micro_batches: the largest world size, such as 8.")

@@ -184,7 +184,7 @@ def data(config: Config) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("data", "fail", str(error), remedy if config.data.path else f"delete it, then {remedy}")
     else:
-        text = f"{config.data.short_name}, {len(found.tensors['train_labels']):,} images, sha256 {sha256[:12]}"
+        text = f"{Path(config.data.name).name}, {len(found.tensors['train_labels']):,} images, sha256 {sha256[:12]}"
         yield Finding("data", "OK", text)
 
 

@@ -64,7 +64,7 @@ def load_data(run: RunDir, config: DataConfig) -> "Data":
     record = records.read(run.path, run.name)
     if record.data.get("is_fallback"):  # the config names the data that were missing
         config = dataclasses.replace(config, name=record.data_name)
-    source = data.split(config, config.short_name, data.prepare(config), torch.device("cpu"))
+    source = data.split(config, data.prepare(config), torch.device("cpu"))
     if (trained := record.sha256.get("data", source.sha256)) != source.sha256:
         change = f"SHA-256 {trained[:12]} -> {source.sha256[:12]} ({source.name})"
         raise UserError(f"The data are not the run's: {change}. Pass its --data.name or --data.root after `--`.")

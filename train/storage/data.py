@@ -113,7 +113,7 @@ def cache_file(config: DataConfig) -> Path:
         status = path.stat()
         source += [str(path.resolve()), status.st_size, status.st_mtime_ns]
     tag = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-    return cache_dir() / f"{config.short_name}-{tag}.safetensors"
+    return cache_dir() / f"{Path(config.name).name}-{tag}.safetensors"
 
 
 def load_cache(path: Path) -> Prepared | None:
@@ -148,7 +148,7 @@ def prepare(config: DataConfig) -> Prepared:
             return cached
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir() / f"{config.short_name}.lock").acquire()
+        lock = FileLock(cache_dir() / f"{Path(config.name).name}.lock").acquire()
     except OSError as error:
         raise UserError(
             f"The cache {cache_dir()} cannot be written: {error.strerror}. Set XDG_CACHE_HOME to a writable directory."
@@ -186,7 +186,7 @@ def load(config: DataConfig, world: World, notify: Callable[[str], None] = print
         if config.path:
             check_fits(arrays.num_bytes(config.path), free_bytes(world.device), str(config.path), world.device.type)
     try:
-        return split(config, config.short_name, prepare_on_all_ranks(config, world), world.device)
+        return split(config, prepare_on_all_ranks(config, world), world.device)
     except DataMissing as missing:
         if not config.fallback:
             raise
@@ -194,7 +194,8 @@ def load(config: DataConfig, world: World, notify: Callable[[str], None] = print
             notify(
                 f"warning: training on digits, 1,797 small images of scikit-learn, instead of {config.name}. {missing}"
             )
-    return split(config, "digits", prepare_on_all_ranks(DataConfig(name="digits"), world), world.device)
+    digits = dataclasses.replace(config, name="digits")
+    return split(digits, prepare_on_all_ranks(digits, world), world.device, is_fallback=True)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -202,9 +203,9 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def split(config: DataConfig, name: str, prepared: Prepared, device: torch.device) -> Data:
+def split(config: DataConfig, prepared: Prepared, device: torch.device, *, is_fallback: bool = False) -> Data:
     """Put the training split and the one to evaluate on the device. Raises UserError if the config does not fit."""
-    (found, sha256), count = prepared, config.validation
+    (found, sha256), name, count = prepared, Path(config.name).name, config.validation
     parts = {
         part: (found.tensors[f"{part}_images"], found.tensors[f"{part}_labels"])
         for part in ("train", "validation", "test")
@@ -232,7 +233,6 @@ def split(config: DataConfig, name: str, prepared: Prepared, device: torch.devic
     if not all(std):
         raise UserError(f"All training images of {name} have one colour, {mean}. Expected pictures of something.")
     train, evaluated = (Split(as_channels(images).to(device), labels.to(device)) for images, labels in used)
-    is_fallback = name != config.short_name
     return Data(name, train, evaluated, eval_split, found.class_names, sha256, mean, std, is_fallback)
 
 
