@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from in_process import Run
 from ranks.processes import train
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,6 +208,17 @@ def test_graphs_have_the_bits_of_a_step_kernel_by_kernel(tmp_path: Path, mode: s
         f"--train.device cuda --optim.name {name} --optim.lr 0.01",
     )
     flags += ("--train.epochs 3",)
+    plain, graphed = (train(1, tmp_path / each, *flags, f"--train.cuda_graphs {each}") for each in ("off", "on"))
+    assert plain["weights_sha256"] == graphed["weights_sha256"]
+    assert "CUDA graph" in (tmp_path / "on-logs" / "rank-0.log").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
+@pytest.mark.parametrize("network", ["resnet18", "vit"])
+def test_networks_from_a_file_have_the_same_bits_with_and_without_a_graph(tmp_path: Path, network: str) -> None:
+    own = f"--model.name {ROOT}/configs/networks/{network}.py:build --model.dropout 0"
+    flags = (own, "--train.exact true --train.num_micro_batches 4 --train.device cuda --train.max_steps 12")
     plain, graphed = (train(1, tmp_path / each, *flags, f"--train.cuda_graphs {each}") for each in ("off", "on"))
     assert plain["weights_sha256"] == graphed["weights_sha256"]
     assert "CUDA graph" in (tmp_path / "on-logs" / "rank-0.log").read_text()
