@@ -93,7 +93,8 @@ def opened(flags: str) -> Iterator[Run]:
         images = torch.zeros(num, 1, 28, 28, dtype=torch.uint8, device=META)
         return data.Split(images, torch.zeros(num, dtype=torch.int64, device=META))
 
-    source = data.Data("random", split(1000), split(160), "test", "0" * 64, 33.0, 78.0, False)
+    names = list("0123456789")
+    source = data.Data("random", split(1000), split(160), "test", names, "0" * 64, [33.0], [78.0], False)
     with contextlib.ExitStack() as stack:
         for place in ("torch.optim.adam", "torch.optim.sgd"):
             stack.enter_context(mock.patch(f"{place}._device_dtype_check_for_fused", return_value=None))

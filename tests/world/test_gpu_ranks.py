@@ -265,4 +265,4 @@ def test_packages_without_metadata_are_left_out(world: World, monkeypatch: pytes
 
     monkeypatch.setattr("train.world.environment.version", version)
     assert versions(*PACKAGES, "lockstep").keys() == {"torch", "torchvision", "numpy", "safetensors"}
-    assert environment(world)["versions"].keys() == {"torch"}
+    assert environment(world)["versions"].keys() == {"torch", "torchvision"}

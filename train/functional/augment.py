@@ -60,11 +60,13 @@ def affine(images: Tensor, keys: Tensor, config: AugmentConfig) -> Tensor:
     zoom = 1 / (1 + scale * config.scale)
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device)[None, None, :]
-    y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device)[None, :, None]
-    ratio = height / width  # x and y are in halves of width and height
-    sheared = x + slant * y * ratio
-    grid_x = cos * sheared - sin * y * ratio + dx * (2 * config.shift / width)
-    grid_y = sin * sheared / ratio + cos * y + dy * (2 * config.shift / height)
+    ratio = height / width
+    y = torch.linspace(-ratio + 1 / width, ratio - 1 / width, height, device=images.device)[None, :, None]  # as x
+    sheared = x + slant * y
+    grid_x = cos * sheared - sin * y + dx * (2 * config.shift / width)
+    grid_y = sin * sheared + cos * y + dy * (2 * config.shift / width)
+    if height != width:  # grid_sample wants halves of the height
+        grid_y = grid_y / ratio
     grid = torch.stack((grid_x, grid_y), dim=-1)
     return F.grid_sample(images.to(torch.float32), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

@@ -84,8 +84,10 @@ def _build_own(name: str, file: Path, function: str, sizes: Sizes, seed: int, la
         layers.convert(module)
         probe.check(layers.convert(twin), *sizes, layout)
     sources[path.name] = content  # what was executed
-    lines = [f"{hashlib.sha256(sources[name]).hexdigest()}  {name}\n" for name in sorted(sources)]
-    return Network(module, sources, {"network": hashlib.sha256("".join(lines).encode()).hexdigest()})
+    sums = [f"{hashlib.sha256(sources[name]).hexdigest()}  {name}\n" for name in sorted(sources)]
+    # A file alone may be renamed. Its neighbours are imported by their names.
+    whole = content if len(sources) == 1 else "".join(sums).encode()
+    return Network(module, sources, {"network": hashlib.sha256(whole).hexdigest()})
 
 
 def _find_function(path: Path, content: bytes, function: str, sizes: Sizes) -> Callable[..., Any]:
