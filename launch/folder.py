@@ -204,7 +204,7 @@ def read_idx_files(files: dict[tuple[str, str], Path], size: Size | None) -> tup
     for (split, kind), path in files.items():
         array = read_idx(path.read_bytes(), str(path))
         if kind == "labels" and array.ndim == 2:  # QMNIST's other columns tell who wrote a digit
-            array = array[:, 0]
+            array = array[..., 0]
         tensors[f"{split}_{kind}"] = to_tensor(f"{split}_{kind}", array, path)
     first = max(min(tensors["train_labels"].tolist() + tensors["test_labels"].tolist(), default=0), 0)
     if first:

@@ -177,6 +177,26 @@ def test_function_has_at_most_50_lines(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < 50, f"{name_of(path)}:{node.lineno} {node.name}"
 
 
+MNIST_READERS = ("train/storage/built_in.py", "launch/deploy/image.py")
+OWN_CNNS = "train/functional/models.py"
+
+
+@pytest.mark.parametrize("path", [*TRAIN, *LAUNCH], ids=name_of)
+def test_shape_of_mnist_is_in_its_readers_and_in_our_cnns_only(path: Path) -> None:
+    """28 pixels, one channel and ten classes are facts of one data set. All else takes them from the data.
+
+    10 is also a number of seconds and steps, so only its uses as a number of classes are looked for.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        text = ast.unparse(node) if isinstance(node, (ast.Constant, ast.Subscript, ast.Call, ast.keyword)) else ""
+        if text in ("28", "range(10)") or text.endswith("[:, 0]") or text.endswith("classes=10"):
+            found.add(f"line {node.lineno}: {text}")
+        if isinstance(node, ast.Name) and node.id in ("NUM_CLASSES", "IMAGE_SIDE"):
+            found.add(f"line {node.lineno}: {node.id}")
+    assert found == set() or name_of(path) in (*MNIST_READERS, OWN_CNNS)
+
+
 def test_no_collective_lacks_its_warning() -> None:
     """The docstring of every method of World that needs other ranks warns of it."""
     (world,) = (
