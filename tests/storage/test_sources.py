@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pickle  # noqa: TID251  CIFAR's files are pickles
 from pathlib import Path
 
@@ -93,6 +94,16 @@ def a_file(path: Path, *, num_validation: int = 0, shape: tuple[int, ...] = (24,
             tensors |= {f"{part}_images": images, f"{part}_labels": torch.arange(size) % 3}
     arrays.write(path, Arrays(tensors, ["a", "b", "c"]))
     return DataConfig(name=str(path))
+
+
+def test_a_file_that_is_overwritten_in_place_leaves_the_data_of_a_run_alone(tmp_path: Path, world: World) -> None:
+    path = tmp_path / "x.safetensors"
+    found = data.load(a_file(path), world)
+    before = found.train.images.clone()
+    with path.open("r+b") as file:
+        file.seek(-20_000, os.SEEK_END)
+        file.write(b"\xff" * 20_000)
+    assert torch.equal(found.train.images, before)
 
 
 def test_a_file_decides_channels_sizes_and_classes(tmp_path: Path, world: World) -> None:

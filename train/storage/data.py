@@ -3,8 +3,9 @@
 Invariant: a run trains on verified data or not at all. Channels, height, width and classes come from here, and from
 nowhere else. Parsed data are cached in one safetensors file per source, together with their SHA-256. A second start
 therefore imports neither torchvision nor scikit-learn, which takes 2 s, and all ranks of a machine map the same file.
-The first process of a machine prepares the data under a file lock while the others wait. All images lie on the device;
-data that do not fit there are refused.
+The user's own file is copied there too, because it may be overwritten during a run. The first process of a machine
+prepares the data under a file lock while the others wait. All images lie on the device; data that do not fit there are
+refused.
 """
 
 import contextlib
@@ -139,8 +140,8 @@ def prepare(config: DataConfig) -> Prepared:
     """Return the arrays of a source and their SHA-256, from the cache if possible. Otherwise fill the cache first."""
     if config.path:
         arrays.num_bytes(config.path)  # refuses what is no file
-    if config.name == "random" or (config.path and config.path.suffix == ".safetensors"):  # mapped as it is
-        found = arrays.read(config.path) if config.path else read_random(config.random_examples)
+    if config.name == "random":
+        found = read_random(config.random_examples)
         return found, content_sha256(found.tensors)
     # Cache files are only ever replaced as a whole, so reading needs no lock.
     with contextlib.suppress(DataMissing):
