@@ -14,6 +14,10 @@ PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL. A checkpoint was saved; the same comm
 class UserError(ValueError):
     """Bad config, data or checkpoint. The message says what was got, what was expected and what to do. Exit code 2."""
 
+    def __str__(self) -> str:
+        """Return the message in one line, even if the name of a file in it has several."""
+        return " ".join(super().__str__().splitlines())
+
 
 class RunError(RuntimeError):
     """A failure during the run, although config and data are good. Exit code 1."""

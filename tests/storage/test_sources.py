@@ -113,7 +113,14 @@ def test_a_file_decides_channels_sizes_and_classes(tmp_path: Path, world: World)
     assert (len(found.train), len(found.test), len(found.mean), len(found.std)) == (30, 9, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["absent.npz", "absent.safetensors"])
+@pytest.mark.parametrize("name", ["a" * 245 + ".npz", "ö" * 120 + ".npz", "two\nlines.npz"])
+def test_any_name_of_a_file_can_be_used(name: str, tmp_path: Path, cache: Path, world: World) -> None:
+    tensors = arrays.read(Path(a_file(tmp_path / "x.safetensors").name)).tensors
+    np.savez(tmp_path / name, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    assert data.load(DataConfig(name=str(tmp_path / name)), world).name == name
+
+
+@pytest.mark.parametrize("name", ["absent.npz", "absent.safetensors", "two\nlines.npz"])
 def test_a_file_that_is_not_there_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / name
     for command in (
@@ -122,7 +129,9 @@ def test_a_file_that_is_not_there_is_one_line(name: str, tmp_path: Path, capsys:
         lambda argv: launch(["slurm", "--", *argv]),
     ):
         assert command(["--data.name", str(path), "--run.dir", str(tmp_path)]) == 2
-        assert capsys.readouterr().err.splitlines() == [f"error: {path} does not exist. Expected images."]
+        assert capsys.readouterr().err.splitlines() == [
+            f"error: {' '.join(str(path).splitlines())} does not exist. Expected images."
+        ]
     config = parse(["--data.name", str(path)])
     (finding,) = checks.data(config)
     assert (finding.status, finding.remedy) == ("fail", f"python -m launch data {path}")

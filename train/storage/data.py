@@ -114,7 +114,12 @@ def cache_file(config: DataConfig) -> Path:
         status = path.stat()
         source += [str(path.resolve()), status.st_size, status.st_mtime_ns]
     tag = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-    return cache_dir() / f"{Path(config.name).name}-{tag}.safetensors"
+    return cache_dir() / f"{short(config.name)}-{tag}.safetensors"
+
+
+def short(name: str) -> str:
+    """Return what the cache's files of a source begin with: file systems allow 255 bytes in all."""
+    return Path(name).stem[:30]
 
 
 def load_cache(path: Path) -> Prepared | None:
@@ -149,7 +154,7 @@ def prepare(config: DataConfig) -> Prepared:
             return cached
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir() / f"{Path(config.name).name}.lock").acquire()
+        lock = FileLock(cache_dir() / f"{short(config.name)}.lock").acquire()
     except OSError as error:
         raise UserError(
             f"The cache {cache_dir()} cannot be written: {error.strerror}. Set XDG_CACHE_HOME to a writable directory."
