@@ -8,7 +8,7 @@ resized, as `launch data --from` does it. numpy and Pillow are imported in funct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch.decode import decode, picture
+from launch.folder import decode, picture
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,21 +20,16 @@ SIDE = 28
 WORK_SIDE = 1024  # pixels; larger images are averaged down to it first
 MIN_CONTRAST = 16.0  # of 255, between ink and paper
 IN_BOX = 0.2  # share of the strongest ink from which a pixel is in the digit's box; the paper's texture is below it
-# Longer side of the digit's box in pixels, and what is put into the middle. MNIST: "size normalized to fit in a 20x20
-# pixel box while preserving their aspect ratio ... centered in a 28x28 image by computing the center of mass" (LeCun,
-# Cortes and Burges, The MNIST database of handwritten digits). The digits of scikit-learn fill their 8 rows: measured,
-# all 1,797 of them. Fashion-MNIST: "resizing the longest edge of the image to 28" (Xiao, Rasul and Vollgraf, 2017), and
-# kmnist fills its frame.
-FULL_FRAME = (28, "box")
-FRAMES = {"mnist": (20, "mass"), **dict.fromkeys(("fashion_mnist", "kmnist", "digits"), FULL_FRAME)}
+# Longer side of the ink's box in pixels. MNIST's "fit in a 20x20 pixel box", and "the center of mass" is in the middle
+# (LeCun, Cortes and Burges, The MNIST database of handwritten digits). The other data sets fill their frame.
+BOX_SIDES = {"mnist": 20, "fashion_mnist": SIDE, "kmnist": SIDE, "digits": SIDE}
 
 
 def ink(image: "Image", name: str) -> "NDArray[np.float32]":
     """Return how much ink is where, float32 [H,W], 0 paper to 255 ink. Raises UserError for an image without any."""
     import numpy as np
 
-    factor = -(-max(image.size) // WORK_SIDE)
-    pixels: NDArray[Any] = np.asarray(image.reduce(factor), np.float32)
+    pixels: NDArray[Any] = np.asarray(image.reduce(-(-max(image.size) // WORK_SIDE)), np.float32)
     colour, alpha = pixels[..., :3], pixels[..., 3:] / 255
     if alpha.min() < 1:  # composite a transparent image onto a contrasting background
         brightness = (colour * alpha).sum() / max(float(3 * alpha.sum()), 1.0)
@@ -45,8 +40,7 @@ def ink(image: "Image", name: str) -> "NDArray[np.float32]":
     found = np.abs(colour - paper).max(-1)
     peak = float(found.max())
     if peak < noise + MIN_CONTRAST:
-        expected = "Expected ink that does not cover the border"
-        raise UserError(f"{name} is blank: nothing in it differs from its border. {expected}.")
+        raise UserError(f"{name} is blank. Expected ink that differs from the border and does not cover it.")
     return (((found - noise) / (peak - noise)).clip(0, 1) * 255).astype(np.float32)
 
 
@@ -55,18 +49,14 @@ def fit(found: "NDArray[np.float32]", data_name: str) -> "NDArray[np.uint8]":
     import numpy as np
     from PIL import Image
 
-    side, middle = FRAMES[data_name]
-    mask = found > IN_BOX * 255
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = found[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = side / max(box.shape)
-    height, width = (max(1, round(length * scale)) for length in box.shape)
-    small = np.asarray(Image.fromarray(box).resize((width, height), Image.Resampling.BOX))
+    box = Image.fromarray(found).crop(Image.fromarray(found > IN_BOX * 255).getbbox())
+    scale = BOX_SIDES[data_name] / max(box.size)
+    width, height = (max(1, round(length * scale)) for length in box.size)
+    small = np.asarray(box.resize((width, height), Image.Resampling.BOX))
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
-    if middle == "mass":
-        mass = small.sum()
-        top = round(SIDE / 2 - float((small.sum(1) * np.arange(height)).sum() / mass))
-        left = round(SIDE / 2 - float((small.sum(0) * np.arange(width)).sum() / mass))
+    if data_name == "mnist":
+        middles = [float(np.average(np.arange(len(sums)), weights=sums)) for sums in (small.sum(1), small.sum(0))]
+        top, left = (round(SIDE / 2 - middle) for middle in middles)
         top, left = min(max(top, 0), SIDE - height), min(max(left, 0), SIDE - width)
     framed = np.zeros((SIDE, SIDE), np.uint8)
     framed[top : top + height, left : left + width] = small.round().clip(0, 255)
@@ -74,13 +64,10 @@ def fit(found: "NDArray[np.float32]", data_name: str) -> "NDArray[np.uint8]":
 
 
 def read(content: bytes, name: str, data_name: str, shape: Sequence[int]) -> "NDArray[np.uint8]":
-    """Turn the bytes of an image file into an image uint8 of shape (C, H, W), like those of a data set.
-
-    Raises UserError, naming the image.
-    """
+    """Turn an image file into uint8 [C,H,W] of that shape, like the images of a data set. Raises UserError."""
     import numpy as np
 
-    if data_name in FRAMES:
+    if data_name in BOX_SIDES:
         return fit(ink(decode(content, name), name), data_name)[None]
     channels, height, width = shape
     found = picture(content, name, (height, width)).convert("L" if channels == 1 else "RGB")

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from launch import decode
+from launch import folder
 from launch.__main__ import main
 from train.storage import arrays
 from train.storage.arrays import Arrays
@@ -174,13 +174,13 @@ def test_size_resizes_whole_pictures_of_any_size(size: str, shape: tuple[int, in
     put(directory / "in", files)
     assert make("--size", size).tensors["train_images"].shape == (12, *shape, 3)
     checkers = np.tile(np.uint8([[0, 255], [255, 0]]), (60, 60))
-    averaged = np.asarray(decode.picture(png(checkers), "x", shape)).astype(int)
+    averaged = np.asarray(folder.picture(png(checkers), "x", shape)).astype(int)
     assert np.abs(averaged - 128).max() < 12  # antialiased: without, it is black and white
 
 
 def test_hidden_and_other_files_are_left_out(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hidden = dict.fromkeys((".DS_Store", "train/ant/._0.png", "train/.git/x.png"), b"x")
-    other = dict.fromkeys(("train/notes.txt", "train/bee/Thumbs.db"), b"x")
+    other = dict.fromkeys(("train/ant/notes.txt", "train/bee/Thumbs.db"), b"x")
     put(directory / "in", {**SPLIT, **hidden, **other})
     assert len(rows(make(), "train")) == 12
     assert "ignored 2 other files, such as " in capsys.readouterr().out
@@ -205,21 +205,24 @@ def test_unreadable_pictures_are_all_listed_and_refused(directory: Path, capsys:
 REFUSALS: dict[str, tuple[dict[str, bytes], str, str]] = {
     "no folder": ({}, "--from absent", "absent is not a directory"),
     "file": ({"x": b""}, "--from in/x", "in/x is not a directory"),
-    "empty folder": ({".hidden": b""}, "--from in", "in has no images in class folders"),
-    "pictures without classes": ({"a.png": png(pixels(0))}, "--from in", "in has no images in class folders"),
-    "no test": (pictures(), "--from in", "in has no test images. Hold some out with --test 0.2"),
+    "empty folder": ({".hidden": b""}, "--from in", "in has no images for the train split. Expected DIR/train/CLASS"),
+    "pictures without classes": (
+        {"a.png": png(pixels(0))},
+        "--from in",
+        "in has no images for the train split. Expected DIR/train/CLASS",
+    ),
+    "no test": (pictures(), "--from in", "in has no images for the test split"),
     "a second test": (SPLIT, "--from in --test 0.2", "has a test split of its own"),
     "a second validation": (
         {**SPLIT, **pictures("validation/")},
         "--from in --validation 0.2",
         "has a validation split of its own",
     ),
-    "other folder": ({**SPLIT, "tests/ant/0.png": b""}, "--from in", "has train/ and also ['tests']"),
     "one picture": ({"ant/0.png": png(pixels(0))}, "--from in --test 0.5", "in has no images for the test split"),
     "one class": (
         {name: content for name, content in pictures().items() if name.startswith("ant/")},
         "--from in --test 0.5",
-        "in has 1 class, expected at least 2",
+        "in: the classes are ['ant'], expected a list of at least 2",
     ),
     "class without a test": (
         {name: content for name, content in SPLIT.items() if not name.startswith("test/bee")},
@@ -235,21 +238,25 @@ REFUSALS: dict[str, tuple[dict[str, bytes], str, str]] = {
     "two sizes": (
         {**SPLIT, "train/bee/2.png": png(pixels(0, 6, 9, 3))},
         "--from in",
-        "in/train/ant/0.png has 6 x 8 pixels and in/train/bee/2.png 6 x 9. Give all one size: --size 32.",
+        "in/train/bee/2.png has 6 x 9 pixels and others 6 x 8. Give all one size: --size 32.",
     ),
-    "size zero": (SPLIT, "--from in --size 0", "--size is '0'. Expected pixels"),
-    "size of text": (SPLIT, "--from in --size 32x", "--size is '32x'"),
-    "share one": (pictures(), "--from in --test 1", "are shares between 0 and 1"),
-    "share zero": (pictures(), "--from in --test 0", "are shares between 0 and 1"),
-    "share nan": (pictures(), "--from in --test nan", "are shares between 0 and 1"),
-    "shares": (pictures(), "--from in --test 0.5 --validation 0.5", "whose sum is below 1"),
+    "size zero": (SPLIT, "--from in --size 0", "--size: invalid pixels value: '0'"),
+    "size of text": (SPLIT, "--from in --size small", "--size: invalid pixels value: 'small'"),
+    "share one": (pictures(), "--from in --test 1", "in has no images for the train split"),
+    "share zero": (pictures(), "--from in --test 0", "such as --test 0.2"),
+    "share nan": (pictures(), "--from in --test nan", "such as --test 0.2"),
+    "shares": (pictures(), "--from in --test 0.5 --validation 0.5", "in has no images for the train split"),
     "output of another kind": (SPLIT, "--from in --output x.npz", "--output is x.npz"),
-    "output nowhere": (SPLIT, "--from in --output absent/x.safetensors", "in a directory that exists"),
-    "output exists": ({**SPLIT, "in.safetensors": b""}, "--from in --output in/in.safetensors", "exists. Delete it"),
+    "output nowhere": (SPLIT, "--from in --output absent/x.safetensors", "in an existing directory"),
+    "output exists": (
+        {**SPLIT, "in.safetensors": b""},
+        "--from in --output in/in.safetensors",
+        "Expected a new .safetensors file",
+    ),
     "options without a folder": ({}, "--test 0.2", "need --from DIR"),
-    "two jobs": (SPLIT, "--from in --name digits", "Give one of them"),
+    "two jobs": (SPLIT, "--from in --name digits", "not allowed with argument --from"),
     "unknown name": ({}, "--name mnits", "Did you mean mnist?"),
-    "file of another kind": ({"x.csv": b"1"}, "in/x.csv", "in/x.csv is no file of images"),
+    "file of another kind": ({"x.csv": b"1"}, "in/x.csv", "is 'in/x.csv'. Use mnist, "),
     "damaged file": ({"x.npz": b"text"}, "in/x.npz", "not a zip file"),
 }
 

@@ -243,7 +243,7 @@ def test_launch_data_names_where_the_files_are(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch", "data", "--root", str(tmp_path), "--no-download"]
     done = subprocess.run([*command, "--name", "digits"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "digits (built in): grey images of 28 x 28 pixels in 10 classes" in done.stdout
+    assert "digits: grey images of 28 x 28 pixels in 10 classes" in done.stdout
     assert ["all", "1,438", "359"] in [line.split() for line in done.stdout.splitlines()]
     done = subprocess.run([*command, "--name", "fashion_mnist"], capture_output=True, text=True)
     assert done.returncode == 2
