@@ -169,7 +169,7 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     check_sizes(config.augment, data.shape)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     with world.raising_together():
-        found = network.build(config.model, data.shape, data.num_classes, config.seed, memory_format)
+        found = network.build(config.model, data.shape, data.num_classes, config.seed, config.train.channels_last)
     with world.raising_together():
         if world.broadcast(found.sha256) != found.sha256:
             raise UserError(f"model.name {config.model.name} and model.weights are other files on rank {world.rank}.")

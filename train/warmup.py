@@ -71,11 +71,11 @@ def _first_step(plan: Plan, state: State) -> None:
     try:
         train_step(plan, state)
     except RuntimeError as error:
-        advice = [advice for words, advice in REFUSALS.items() if words in str(error)]
-        if not advice:
-            raise
-        name, device = plan.config.model.name, plan.world.device.type
-        raise UserError(f"model.name {name} on {device}: {one_line(error, 120)}. {advice[0]}") from error
+        for words, advice in REFUSALS.items():
+            if words in str(error):
+                place = f"model.name {plan.config.model.name} on {plan.world.device.type}"
+                raise UserError(f"{place}: {one_line(error, 120)}. {advice}") from error
+        raise
 
 
 def _recorded(replay: Callable[[], object]) -> Callable[[Plan, State], None]:

@@ -24,8 +24,7 @@ class Dropout(nn.modules.dropout._DropoutNd):
     """Dropout (Srivastava et al., 2014) whose mask is a function of the examples' keys, the layer and the call."""
 
     keys: Tensor | None = None  # of the current pass: int64 [B]
-    number = 0  # of this layer among the network's
-    num_calls = 0  # so far in the current pass
+    call = 0  # the next one of the pass: each layer has 2**16 of them
     is_by_channel = False
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,17 +35,14 @@ class Dropout(nn.modules.dropout._DropoutNd):
         if not self.training or self.p == 0:
             return input
         if self.keys is None:
-            raise RuntimeError(
-                "A dropout layer was called outside of a training step's forward pass, where it has no keys. "
-                "Activation checkpointing does that: it computes again in the backward pass."
-            )
-        num_rows, num_examples = len(input), len(self.keys)
-        if num_rows % num_examples:
-            raise UserError(f"A dropout layer got {num_rows} rows for {num_examples} examples. Put the batch first.")
+            what = "A dropout layer was called outside of a training step's forward pass"
+            raise RuntimeError(f"{what}. Activation checkpointing does that, in the backward pass.")
+        num_examples = len(self.keys)
+        if len(input) % num_examples:
+            raise UserError(f"A dropout layer got {len(input)} rows for {num_examples} examples. Put the batch first.")
         shape = (*input.shape[:2], *[1] * (input.dim() - 2)) if self.is_by_channel else input.shape
-        # Of the columns of a row's random numbers, each layer has 2**48 and each call 2**32.
-        salt = (self.number << 48) + (self.num_calls << 32)
-        self.num_calls += 1
+        salt = self.call << 32  # of the columns of a row's random numbers, each call has 2**32
+        self.call += 1
         kept = uniform(self.keys, math.prod(shape) // num_examples, salt).view(shape) >= self.p
         return input * kept * (1 / (1 - self.p))
 
@@ -77,8 +73,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 def convert(model: nn.Module) -> nn.Module:
     """Turn torch's Dropout and BatchNorm layers of any dimension into ours, in place; return the model.
 
-    Weights, statistics, names and options stay. Raises UserError for a BatchNorm without running statistics or without
-    a fixed momentum.
+    Raises UserError for a BatchNorm without running statistics or without a fixed momentum.
     """
     for name, layer in model.named_modules():
         kind: Any = type(layer)
@@ -87,15 +82,12 @@ def convert(model: nn.Module) -> nn.Module:
             layer.is_by_channel = kind in BY_CHANNEL
         elif kind in BATCH_NORMS:
             if layer.momentum is None or not layer.track_running_stats:
-                option = "momentum=None" if layer.momentum is None else "track_running_stats=False"
-                raise UserError(f"{name} is {kind.__name__} with {option}, which is not supported. Leave it out.")
+                options = "momentum=None or track_running_stats=False"
+                raise UserError(f"{name} is {kind.__name__} with {options}. Leave that option out.")
             layer.__class__ = BatchNorm
             layer.num_batches_tracked = None  # not used: momentum is fixed
-            like: Any = layer.running_mean
-            layer.register_buffer("batch_mean", torch.zeros_like(like), persistent=False)
-            layer.register_buffer("batch_var", torch.ones_like(like), persistent=False)
-    for number, layer in enumerate(dropouts(model)):
-        layer.number = number
+            for buffer in ("batch_mean", "batch_var"):
+                layer.register_buffer(buffer, torch.zeros(layer.num_features), persistent=False)
     return model
 
 
@@ -107,13 +99,11 @@ def dropouts(model: nn.Module) -> list[Dropout]:
 @contextmanager
 def row_keys(layers: list[Dropout], keys: Tensor | None) -> Iterator[None]:
     """Give a model's dropout layers the keys, int64 [B], of the examples of the pass inside."""
+    for number, layer in enumerate(layers):
+        layer.keys, layer.call = keys, number << 16
+    yield
     for layer in layers:
-        layer.keys, layer.num_calls = keys, 0
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.keys = None
+        layer.keys = None
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:

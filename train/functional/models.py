@@ -3,7 +3,8 @@
 They are plain modules. `build` makes their dropout and BatchNorm layers ours (`layers.py`).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from train.functional.hashing import key
 from train.functional.layers import convert
 
 Shape = tuple[int, int, int]  # of an image: channels, height, width
+Layer = tuple[int, int, int, bool]  # of a Vgg: width, kernel, padding, has_pool
 
 
 class Cnn(nn.Module):
@@ -24,16 +26,14 @@ class Cnn(nn.Module):
     With the default widths it has 215,194 parameters on MNIST. `docs/model.md` walks through its layers.
     """
 
-    def __init__(
-        self, shape: Shape, num_classes: int, dropout: float, widths: tuple[int, int] = (24, 32), hidden: int = 256
-    ) -> None:
+    def __init__(self, shape: Shape, num_classes: int, dropout: float, widths: Sequence[int] = (24, 32, 256)) -> None:
         super().__init__()
         rows, columns = (((side - 4) // 2 - 2) // 2 for side in shape[1:])
         self.conv1 = nn.Conv2d(shape[0], widths[0], 5)
         self.conv2 = nn.Conv2d(widths[0], widths[1], 3)
-        self.fc1 = nn.Linear(widths[1] * rows * columns, hidden)
+        self.fc1 = nn.Linear(widths[1] * rows * columns, widths[2])
         self.dropout = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(hidden, num_classes)
+        self.fc2 = nn.Linear(widths[2], num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits float [B,K] of inputs float [B,C,H,W]."""
@@ -46,13 +46,10 @@ class Cnn(nn.Module):
 class Vgg(nn.Module):
     """A chain of convolutions with BatchNorm (after VGG; Simonyan and Zisserman, 2014) and one linear layer.
 
-    `layers` lists (width, kernel, padding, has_pool). Pooling comes before BatchNorm and ReLU, which then cost a
-    quarter. Max pooling commutes with ReLU.
+    Pooling comes before BatchNorm and ReLU, which then cost a quarter. Max pooling commutes with ReLU.
     """
 
-    def __init__(
-        self, shape: Shape, num_classes: int, dropout: float, layers: tuple[tuple[int, int, int, bool], ...]
-    ) -> None:
+    def __init__(self, shape: Shape, num_classes: int, dropout: float, layers: Sequence[Layer]) -> None:
         super().__init__()
         modules: list[nn.Module] = []
         channels, *sides = shape
@@ -71,17 +68,16 @@ class Vgg(nn.Module):
         return self.fc(self.dropout(self.features(inputs).flatten(1)))
 
 
-def vgg(shape: Shape, num_classes: int, dropout: float, widths: tuple[int, int, int, int, int]) -> Vgg:
-    """Build the five convolutions that both accurate models share."""
-    kernels, paddings, has_pool = (5, 3, 3, 3, 3), (0, 0, 0, 1, 1), (True, False, True, False, True)
-    return Vgg(shape, num_classes, dropout, tuple(zip(widths, kernels, paddings, has_pool, strict=True)))
+def five(*widths: int) -> list[Layer]:
+    """Return the five convolutions that both accurate models share."""
+    return list(zip(widths, (5, 3, 3, 3, 3), (0, 0, 0, 1, 1), (True, False, True, False, True), strict=True))
 
 
 MODELS: dict[str, tuple[int, Callable[[Shape, int, float], nn.Module]]] = {  # the least side of an image, in pixels
     "cnn": (12, Cnn),
-    "vgg": (20, partial(vgg, widths=(32, 48, 64, 96, 128))),
-    "vgg_wide": (20, partial(vgg, widths=(64, 96, 128, 192, 256))),
-    "tiny": (12, partial(Cnn, widths=(4, 8), hidden=16)),
+    "vgg": (20, partial(Vgg, layers=five(32, 48, 64, 96, 128))),
+    "vgg_wide": (20, partial(Vgg, layers=five(64, 96, 128, 192, 256))),
+    "tiny": (12, partial(Cnn, widths=(4, 8, 16))),
     "tiny_bn": (8, partial(Vgg, layers=((4, 3, 1, True), (8, 3, 1, True), (16, 3, 1, True)))),
 }
 
@@ -95,6 +91,13 @@ def build(config: ModelConfig, shape: Shape, num_classes: int, seed: int) -> nn.
     if min(shape[1:]) < least:
         got = f"{shape[1]} x {shape[2]}. Use larger images, or a network of your own: --model.name FILE.py:FUNCTION"
         raise UserError(f"model.name {config.name} needs images of at least {least} x {least} pixels, got {got}.")
+    with drawing_from(seed):
+        return convert(make(shape, num_classes, config.dropout))
+
+
+@contextlib.contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Draw initial weights inside from `seed` alone, and leave torch's generator as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "init") % 2**63)
-        return convert(make(shape, num_classes, config.dropout))
+        yield

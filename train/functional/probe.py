@@ -5,8 +5,8 @@ examples of a micro-batch, and only they may keep anything from one pass to the 
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,43 +18,44 @@ from train.errors import UserError
 from train.functional import layers, rng
 from train.functional.augment import lay_out
 
-SIZES = (3, 5, 7, 9, 11, 13, 17)  # of batches; one that is also another dimension could hide a mistake
+WHOLE, PART, ONE = slice(0, 7), slice(2, 7), slice(0, 1)  # batches of images
 ROUND_OFF = 1e-4  # of logits computed in batches of two sizes, as a share of the largest
 MAX_NAMES = 3  # in a message
 
 
-def check(model: nn.Module, shape: tuple[int, int, int], num_classes: int, memory_format: torch.memory_format) -> None:
-    """Raise UserError if a converted network breaks a law. Errors that its code raises are not caught.
-
-    Makes a few small passes, which leave other gradients and modes behind.
-    """
+def check(model: nn.Module, shape: tuple[int, int, int], num_classes: int, channels_last: bool = False) -> None:
+    """Raise UserError if a converted network breaks a law. It is left with hooks and gradients, in another mode."""
     check_tensors(model)
-    probe = Probe(model.to(memory_format=memory_format), shape, num_classes, memory_format)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(memory_format=memory_format)
+    images = torch.randn(WHOLE.stop, *shape, generator=torch.Generator().manual_seed(0))
+    run = partial(logits_of, model, lay_out(images, memory_format), num_classes)
+    drawn = watch_draws(model)
     with torch.random.fork_rng(devices=[]):
         for is_training in (True, False):
-            model.train(is_training)
-            check_mode(probe)
+            check_mode(model.train(is_training), run, drawn)
 
 
-def check_mode(probe: "Probe") -> None:
+def check_mode(model: nn.Module, run: Callable[[slice], Tensor], drawn: list[str]) -> None:
     """Raise UserError if passes in the model's current mode, training or evaluation, break a law."""
-    model, before = probe.model, copies(probe.model)
-    with refusing_draws(model):
-        first = probe.results(probe.whole)
-    if changed := [name for name, tensor in copies(model).items() if not same_bits(tensor, before.get(name))]:
+    tensors, states = contents(model), generators()
+    first = results(model, run)
+    if generators() != states:
+        where = drawn[0] if drawn else "backward"
+        advice = "Use nn.Dropout, whose masks we draw by key, and dropout=0 in attention and recurrent layers."
+        raise UserError(f"{where} draws from a global random generator. {advice}")
+    if changed := [name for name, content in contents(model).items() if content != tensors.get(name)]:
         raise UserError(f"{listed(changed)} changed in a pass. Only the statistics of nn.BatchNorm layers may.")
     torch.manual_seed(1)  # finds a draw that put the generator back
-    for rows in (probe.part, slice(0, 1)):
-        probe.logits(rows)
-    again = probe.results(probe.whole)
-    if not all(same_bits(first[name], again[name]) for name in first):
+    run(PART)
+    run(ONE)
+    if results(model, run) != first:
         raise UserError("The same images gave other results in a second pass. A network must keep no state.")
     mode = "training" if model.training else "evaluation"
-    if model.training:
-        for layer in layers.batch_norms(model):  # the only ones that may mix images
-            layer.eval()
-    whole, part = probe.logits(probe.whole), probe.logits(probe.part)
-    if not (whole[probe.part] - part).abs().max() <= ROUND_OFF * whole.abs().max():
+    for layer in layers.batch_norms(model):  # the only ones that may mix images
+        layer.eval()
+    whole, part = run(WHOLE), run(PART)
+    if not (whole[PART] - part).abs().max() <= ROUND_OFF * whole.abs().max():
         raise UserError(
             f"In {mode}, an image's logits depend on the other images of its batch. Only nn.BatchNorm layers may mix "
             "images, in training. Put the batch first in all layers."
@@ -76,44 +77,31 @@ def check_tensors(model: nn.Module) -> None:
             raise UserError(f"{other} and {name} share their memory. Register a tensor or a layer under one name.")
 
 
-class Probe:
-    """A network and a few random images, labels and row keys."""
+def logits_of(model: nn.Module, images: Tensor, num_classes: int, rows: slice) -> Tensor:
+    """Return the logits, float [B,K], of some of the images in the model's current mode."""
+    keys = rng.row_keys(0, rows.start, rows.stop, images.device)
+    with torch.set_grad_enabled(model.training), layers.row_keys(layers.dropouts(model), keys):
+        logits: Any = model(images[rows])
+    is_float = isinstance(logits, Tensor) and logits.is_floating_point()
+    if not is_float or logits.shape != (len(keys), num_classes):
+        got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"forward returns {got}, expected logits, float [{len(keys)}, {num_classes}].")
+    if not logits.isfinite().all():
+        raise UserError("Its logits for random images of mean 0 and deviation 1 are not finite.")
+    return logits
 
-    def __init__(
-        self, model: nn.Module, shape: tuple[int, int, int], num_classes: int, memory_format: torch.memory_format
-    ) -> None:
-        self.model, self.num_classes = model, num_classes
-        part, whole = [size for size in SIZES if size not in (*shape, num_classes)][:2]
-        images = torch.randn(whole, *shape, generator=torch.Generator().manual_seed(0))
-        self.images, self.memory_format = images, memory_format
-        self.labels = torch.arange(whole) % num_classes
-        self.keys = rng.row_keys(0, 0, whole, images.device)
-        self.whole, self.part = slice(0, whole), slice(whole - part, whole)
 
-    def logits(self, rows: slice) -> Tensor:
-        """Return the logits, float [B,K], of some images in the model's current mode."""
-        with torch.set_grad_enabled(self.model.training), layers.row_keys(layers.dropouts(self.model), self.keys[rows]):
-            logits: Any = self.model(lay_out(self.images[rows], self.memory_format))
-        num_images = len(self.labels[rows])
-        is_tensor = isinstance(logits, Tensor) and logits.is_floating_point()
-        if not is_tensor or logits.shape != (num_images, self.num_classes):
-            got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"forward returns {got}, expected logits, float [{num_images}, {self.num_classes}].")
-        if not logits.isfinite().all():
-            raise UserError("Its logits for random images of mean 0 and deviation 1 are not finite.")
-        return logits
-
-    def results(self, rows: slice) -> dict[str, Tensor]:
-        """Return the logits of some images; and in training, by name, the gradient of each trainable parameter."""
-        logits = self.logits(rows)
-        found: dict[str, Any] = {"logits": logits}
-        if self.model.training:
-            self.model.zero_grad(set_to_none=True)
-            F.cross_entropy(logits.float(), self.labels[rows], reduction="sum").backward()
-            found |= {name: value.grad for name, value in self.model.named_parameters() if value.requires_grad}
-        if unused := [name for name, gradient in found.items() if gradient is None]:
-            raise UserError(f"{listed(unused)} got no gradient. Remove what is unused, or call requires_grad_(False).")
-        return found
+def results(model: nn.Module, run: Callable[[slice], Tensor]) -> dict[str, bytes]:
+    """Return the bits of the logits of all images; and in training, by name, of each trainable parameter's gradient."""
+    logits = run(WHOLE)
+    found: dict[str, Any] = {"logits": logits}
+    if model.training:
+        model.zero_grad()
+        F.cross_entropy(logits.float(), torch.arange(len(logits)) % logits.shape[1], reduction="sum").backward()
+        found |= {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    if unused := [name for name, gradient in found.items() if gradient is None]:
+        raise UserError(f"{listed(unused)} got no gradient. Remove what is unused, or call requires_grad_(False).")
+    return bits(found)
 
 
 def listed(found: list[str]) -> str:
@@ -121,20 +109,15 @@ def listed(found: list[str]) -> str:
     return ", ".join(found[:MAX_NAMES]) + (f" and {len(found) - MAX_NAMES} more" if len(found) > MAX_NAMES else "")
 
 
-def same_bits(first: Tensor, second: Tensor | None) -> bool:
-    """Return whether two tensors have the same bits, NaN included."""
-    if second is None or first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (first, second)))
+def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """Return the content of tensors, to compare: NaN equals itself."""
+    return {name: tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
-def copies(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all parameters and buffers, but for the statistics that our BatchNorm layers store."""
-    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, layer in model.named_modules():
-        if isinstance(layer, layers.BatchNorm):
-            del found[f"{name}.batch_mean"], found[f"{name}.batch_var"]
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+def contents(model: nn.Module) -> dict[str, bytes]:
+    """Return the bits of all parameters and buffers, but for the statistics that our BatchNorm layers store."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return bits({name: tensor for name, tensor in tensors if not name.endswith(("batch_mean", "batch_var"))})
 
 
 def generators() -> list[Any]:
@@ -144,24 +127,16 @@ def generators() -> list[Any]:
     return [torch.get_rng_state().numpy().tobytes(), keys.tobytes(), rest, random.getstate()]
 
 
-@contextmanager
-def refusing_draws(model: nn.Module) -> Iterator[None]:
-    """Raise UserError if a pass inside draws from a global generator. It names the innermost module that did."""
-    entered: list[Any] = [generators()]
-    found: list[str] = []
+def watch_draws(model: nn.Module) -> list[str]:
+    """Return a list to which each pass adds the modules that drew from a global generator, the innermost first."""
+    entered: list[Any] = []
+    drawn: list[str] = []
 
-    def leave(module: nn.Module, name: str) -> None:
+    def leave(module: nn.Module, *_: Any, name: str) -> None:
         if entered.pop() != generators():
-            found.append(f"{name} ({type(module).__name__})" if name else "forward")
+            drawn.append(f"{name} ({type(module).__name__})" if name else "forward")
 
-    handles: list[Any] = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_: entered.append(generators())))
-        handles.append(module.register_forward_hook(lambda module, *_, name=name: leave(module, name)))
-    yield
-    for handle in handles:
-        handle.remove()
-    if entered.pop() != generators():
-        where = found[0] if found else "backward"
-        advice = "Use nn.Dropout, whose masks we draw by key, and dropout=0 in attention and recurrent layers"
-        raise UserError(f"{where} draws from a global random generator. {advice}.")
+        module.register_forward_pre_hook(lambda *_: entered.append(generators()))
+        module.register_forward_hook(partial(leave, name=name))
+    return drawn

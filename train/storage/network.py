@@ -7,35 +7,28 @@ elsewhere, is not recorded.
 
 import contextlib
 import hashlib
-import importlib
-import inspect
 import sys
 import sysconfig
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from train.config import ModelConfig
-from train.errors import UserError, did_you_mean, one_line
+from train.errors import UserError, did_you_mean, one_line, refused
 from train.functional import layers, models, probe
-from train.functional.hashing import key
+from train.functional.models import Shape
 from train.functional.trajectory import differences
-from train.storage.checkpoint import tensors_sha256
 
-Sizes = tuple[tuple[int, int, int], int]  # an image's channels, height and width, and the number of classes
 MODULE = "lockstep_network"  # the name under which a source is imported
 # A virtual environment may lie in the folder of a source.
 INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-MAX_DIFFERENCES = 3  # in a message
-_imported: set[str] = set()  # the modules of the last source: the next one has others of the same names
+_imported: list[str] = []  # the modules of the last source: the next one has others of the same names
 
 
 @dataclass(frozen=True)
@@ -47,23 +40,18 @@ class Network:
     sha256: dict[str, str] = field(default_factory=dict)  # of "network" and "weights", if they come from files
 
 
-def build(
-    config: ModelConfig,
-    shape: tuple[int, int, int],
-    num_classes: int,
-    seed: int,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Network:
-    """Build the network for images of `shape` (C, H, W), with weights drawn from `seed` or read from model.weights.
+def build(config: ModelConfig, shape: Shape, num_classes: int, seed: int, channels_last: bool = False) -> Network:
+    """Build the network for images of `shape`, with weights drawn from `seed` or read from model.weights.
 
-    `memory_format` is that of the inputs, for the checks. Raises UserError.
+    The checks of a user's network lay out images as `channels_last` says. Raises UserError.
     """
     if config.source and config.dropout:
         raise UserError(f"model.dropout is {config.dropout}, but {config.name} is not built in. Use nn.Dropout there.")
     if config.weights_skip and not config.weights:
         raise UserError(f"model.weights_skip is {config.weights_skip}, without model.weights. Give both.")
     if config.source:
-        network = _build_own(config.name, *config.source, (shape, num_classes), seed, memory_format)
+        with _refusing(config.name, config.source[0].resolve().parent):
+            network = _build_own(*config.source, (shape, num_classes), seed, channels_last)
     else:
         network = Network(models.build(config, shape, num_classes, seed))
     if config.weights:
@@ -71,59 +59,33 @@ def build(
     return network
 
 
-def _build_own(name: str, file: Path, function: str, sizes: Sizes, seed: int, layout: torch.memory_format) -> Network:
-    """Import the user's file, build its network twice, and check one of the two."""
+def _build_own(file: Path, function: str, sizes: tuple[Shape, int], seed: int, channels_last: bool) -> Network:
+    """Execute the user's file, build its network twice, and check one of the two."""
     path = file.resolve()
-    with _refusing(name, path.parent), _importing_from(path.parent) as sources, _seeded(seed):
+    with _importing_from(path.parent) as sources, models.drawing_from(seed):
         before, content = probe.generators()[1:], path.read_bytes()
-        make = _find_function(path, content, function, sizes)
-        module, twin = (_make(make, sizes, seed) for _ in range(2))
-        first, second = (tensors_sha256(probe.copies(made)) for made in (module, twin))
-        if first != second or probe.generators()[1:] != before:
+        source = types.ModuleType(MODULE)
+        source.__file__ = str(path)
+        sys.modules[MODULE] = source  # dataclasses and torch.compile look it up
+        exec(compile(content, path, "exec"), vars(source))
+        make = getattr(source, function, None)
+        if not callable(make):
+            raise UserError(f"{path.name} has no function {function}. {did_you_mean(function, dir(source), 'Add it.')}")
+        made = []
+        for _ in range(2):
+            with models.drawing_from(seed):
+                made.append(make(*sizes))
+            if not isinstance(made[-1], nn.Module):
+                raise UserError(f"It returned {type(made[-1]).__name__}, expected a torch.nn.Module.")
+            layers.convert(made[-1].cpu().train())
+        module, twin = made
+        probe.check(twin, *sizes, channels_last)
+        if probe.contents(module) != probe.contents(twin) or probe.generators()[1:] != before:
             raise UserError(f"{function} draws weights that `seed` does not decide. Draw them with torch alone.")
-        layers.convert(module)
-        probe.check(layers.convert(twin), *sizes, layout)
-    sources[path.name] = content  # what was executed
-    sums = [f"{hashlib.sha256(sources[name]).hexdigest()}  {name}\n" for name in sorted(sources)]
-    # A file alone may be renamed. Its neighbours are imported by their names.
-    whole = content if len(sources) == 1 else "".join(sums).encode()
-    return Network(module, sources, {"network": hashlib.sha256(whole).hexdigest()})
-
-
-def _find_function(path: Path, content: bytes, function: str, sizes: Sizes) -> Callable[..., Any]:
-    """Execute a source and return its function, which must accept (shape, num_classes)."""
-    source = types.ModuleType(MODULE)
-    source.__file__ = str(path)
-    sys.modules[MODULE] = source  # dataclasses and torch.compile look it up
-    exec(compile(content, path, "exec", dont_inherit=True), vars(source))
-    make = getattr(source, function, None)
-    if not callable(make):
-        raise UserError(f"{path.name} has no function {function}. {did_you_mean(function, dir(source), '')}".rstrip())
-    try:
-        inspect.signature(make).bind(*sizes)
-    except TypeError as error:
-        raise UserError(f"{function} must accept (shape, num_classes): {error}.") from None
-    return make
-
-
-def _make(make: Callable[..., Any], sizes: Sizes, seed: int) -> nn.Module:
-    """Call the user's function."""
-    with _seeded(seed):
-        module = make(*sizes)
-    if not isinstance(module, nn.Module):
-        raise UserError(f"It returned {type(module).__name__}, expected a torch.nn.Module.")
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if nn.parameter.is_lazy(tensor):
-            raise UserError(f"{name} has no shape yet. Give the layer its input size instead of a lazy layer.")
-    return module.cpu().train()
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generator inside, as for the built-in networks, and put it back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "init") % 2**63)
-        yield
+    digest = hashlib.sha256(content)  # without the file's name: a file may be renamed, unlike what it imports
+    for neighbour, text in sorted(sources.items()):
+        digest.update(f"{neighbour} {len(text)}\n".encode() + text)
+    return Network(module, {**sources, path.name: content}, {"network": digest.hexdigest()})
 
 
 @contextlib.contextmanager
@@ -142,33 +104,28 @@ def _refusing(name: str, folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[dict[str, bytes]]:
     """Let imports find the modules in a folder; fill the mapping with the content of those that were imported."""
-    for name in _imported:
-        sys.modules.pop(name, None)
-    _imported.clear()
-    importlib.invalidate_caches()
+    while _imported:
+        sys.modules.pop(_imported.pop(), None)
     sources: dict[str, bytes] = {}
-    known = set(sys.modules)
+    known = {MODULE, *sys.modules}
     sys.path.insert(0, str(folder))
     try:
         yield sources
     finally:
         sys.path.remove(str(folder))
-        for name in sys.modules.keys() - known - {MODULE}:
+        for name in sys.modules.keys() - known:
             path = Path(getattr(sys.modules[name], "__file__", None) or "/")
             if path.is_relative_to(folder) and not any(path.is_relative_to(place) for place in INSTALLED):
-                _imported.add(name)
+                _imported.append(name)
                 sources[path.relative_to(folder).as_posix()] = path.read_bytes()
 
 
 @torch.no_grad()
 def _read_weights(module: nn.Module, path: Path, skip: str | None) -> str:
     """Copy a file's tensors into a network, but for those whose names start with `skip`; return the file's SHA-256."""
-    try:
-        content = path.read_bytes() if path.is_file() else b""
+    with refused(f"model.weights {path} cannot be read as a .safetensors file"):
+        content = path.read_bytes()
         tensors = safetensors.torch.load(content)
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = one_line(error, 100) if path.is_file() else "no such file"
-        raise UserError(f"model.weights {path} cannot be read: {reason}. Expected a .safetensors file.") from None
     own = module.state_dict()
     if skip and not any(name.startswith(skip) for name in own):
         raise UserError(f"model.weights_skip is {skip}, but no tensor's name starts so. One of them is {min(own)}.")
@@ -179,7 +136,7 @@ def _read_weights(module: nn.Module, path: Path, skip: str | None) -> str:
 
     if changed := differences(shapes(tensors), shapes(own)):
         advice = "Leave a head out by its prefix: --model.weights_skip PREFIX"
-        raise UserError(f"model.weights {path} does not fit: {', '.join(changed[:MAX_DIFFERENCES])}. {advice}")
+        raise UserError(f"model.weights {path} does not fit: {probe.listed(changed)}. {advice}")
     for name in shapes(own):
         own[name].copy_(tensors[name])
     return hashlib.sha256(content).hexdigest()
