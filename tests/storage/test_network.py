@@ -31,8 +31,9 @@ from parts.blocks import block
 import names
 
 def build(shape, num_classes):
-    return nn.Sequential(block(shape[0]), nn.Flatten(), nn.Dropout(0.2), nn.LazyLinear(num_classes))
-""".replace("nn.LazyLinear(num_classes)", "nn.Linear(4 * (shape[1] // 2) * (shape[2] // 2), num_classes)")
+    width = 4 * (shape[1] // 2) * (shape[2] // 2)
+    return nn.Sequential(block(shape[0]), nn.Flatten(), nn.Dropout(0.2), nn.Linear(width, num_classes))
+"""
 BLOCKS = """
 from torch import nn
 
@@ -94,14 +95,13 @@ REFUSED = {
     "function fails": (linear("raise KeyError('x')"), "KeyError in line 7 of net.py: 'x'"),
     "no module": (linear("", "[nn.Linear(1, 1)]"), "It returned list, expected a torch.nn.Module"),
     "class": (linear("", "nn.Linear"), "It returned type, expected a torch.nn.Module"),
+    "a shared network": (linear("", "SHARED") + "\nSHARED = nn.Linear(144, 4)\n", "build returned a layer twice"),
     "lazy": (linear("", "nn.Sequential(nn.Flatten(), nn.LazyLinear(4))"), "ValueError: .* an uninitialized parameter"),
     "python draws": (linear("random.random()"), "build draws weights that `seed` does not decide"),
     "numpy draws": (linear("np.random.rand()"), "build draws weights that `seed` does not decide"),
     "draws at import": (linear("") + "\nX = np.random.rand()\n", "build draws weights that `seed` does not decide"),
     "a generator without a seed": (
-        linear("scale = np.random.default_rng().random()", "nn.Sequential(nn.Flatten(), Scaled(scale, 144, 4))")
-        + "class Scaled(nn.Linear):\n    def __init__(self, scale, *sizes):\n"
-        + "        super().__init__(*sizes)\n        self.bias.data *= scale\n",
+        linear("x = np.random.RandomState().rand()", "nn.Sequential(nn.Flatten(), nn.PReLU(init=x), nn.Linear(144, 4))"),
         "build draws weights that `seed` does not decide",
     ),
     "momentum": (linear("", "nn.Sequential(nn.BatchNorm2d(1, momentum=None))"), "0 is BatchNorm2d with momentum=None"),

@@ -87,7 +87,7 @@ def convert(model: nn.Module) -> nn.Module:
             layer.__class__ = BatchNorm
             layer.num_batches_tracked = None  # not used: momentum is fixed
             for buffer in ("batch_mean", "batch_var"):
-                layer.register_buffer(buffer, torch.zeros(layer.num_features), persistent=False)
+                layer.register_buffer(buffer, torch.zeros_like(layer.running_mean), persistent=False)
     return model
 
 

@@ -89,8 +89,8 @@ def build(config: ModelConfig, shape: Shape, num_classes: int, seed: int) -> nn.
     """
     least, make = MODELS[config.name]
     if min(shape[1:]) < least:
-        got = f"{shape[1]} x {shape[2]}. Use larger images, or a network of your own: --model.name FILE.py:FUNCTION"
-        raise UserError(f"model.name {config.name} needs images of at least {least} x {least} pixels, got {got}.")
+        needed = f"model.name {config.name} needs images of at least {least} x {least} pixels"
+        raise UserError(f"{needed}, got {shape[1]} x {shape[2]}. Use larger images, or --model.name FILE.py:FUNCTION.")
     with drawing_from(seed):
         return convert(make(shape, num_classes, config.dropout))
 

@@ -77,8 +77,11 @@ def _build_own(file: Path, function: str, sizes: tuple[Shape, int], seed: int, c
                 made.append(make(*sizes))
             if not isinstance(made[-1], nn.Module):
                 raise UserError(f"It returned {type(made[-1]).__name__}, expected a torch.nn.Module.")
-            layers.convert(made[-1].cpu().train())
+            made[-1].cpu().train()
+            layers.convert(made[-1])
         module, twin = made
+        if {*module.parameters()} & {*twin.parameters()}:
+            raise UserError(f"{function} returned a layer twice. Make new ones in each call.")
         probe.check(twin, *sizes, channels_last)
         if probe.contents(module) != probe.contents(twin) or probe.generators()[1:] != before:
             raise UserError(f"{function} draws weights that `seed` does not decide. Draw them with torch alone.")
