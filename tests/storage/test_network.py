@@ -101,7 +101,7 @@ REFUSED = {
     "numpy draws": (linear("np.random.rand()"), "build draws weights that `seed` does not decide"),
     "draws at import": (linear("") + "\nX = np.random.rand()\n", "build draws weights that `seed` does not decide"),
     "a generator without a seed": (
-        linear("x = np.random.RandomState().rand()", "nn.Sequential(nn.Flatten(), nn.PReLU(init=x), nn.Linear(144, 4))"),
+        linear("x = np.random.RandomState().rand()", "nn.Sequential(nn.Flatten(), nn.PReLU(1, x), nn.Linear(144, 4))"),
         "build draws weights that `seed` does not decide",
     ),
     "momentum": (linear("", "nn.Sequential(nn.BatchNorm2d(1, momentum=None))"), "0 is BatchNorm2d with momentum=None"),

@@ -50,9 +50,8 @@ class Dropout(nn.modules.dropout._DropoutNd):
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm (Ioffe and Szegedy, 2015) that stores a training pass's statistics instead of averaging them in.
 
-    A training pass normalizes by its own micro-batch and stores mean and unbiased variance, float32 [C] each, in
-    `batch_mean` and `batch_var`; a second call in the same pass replaces them. `merge_statistics` updates the running
-    ones once per step, the same on any world size.
+    They are the micro-batch's mean and unbiased variance, float32 [C] each, of the last call in a pass.
+    `merge_statistics` updates the running ones once per step, the same on any world size.
     """
 
     momentum: float

@@ -71,15 +71,15 @@ def _build_own(file: Path, function: str, sizes: tuple[Shape, int], seed: int, c
         make = getattr(source, function, None)
         if not callable(make):
             raise UserError(f"{path.name} has no function {function}. {did_you_mean(function, dir(source), 'Add it.')}")
-        made = []
-        for _ in range(2):
-            with models.drawing_from(seed):
-                made.append(make(*sizes))
-            if not isinstance(made[-1], nn.Module):
-                raise UserError(f"It returned {type(made[-1]).__name__}, expected a torch.nn.Module.")
-            made[-1].cpu().train()
-            layers.convert(made[-1])
-        module, twin = made
+        with models.drawing_from(seed):
+            module = make(*sizes)
+        with models.drawing_from(seed):
+            twin = make(*sizes)
+        for made in (module, twin):
+            if not isinstance(made, nn.Module):
+                raise UserError(f"It returned {type(made).__name__}, expected a torch.nn.Module.")
+            made.cpu().train()
+            layers.convert(made)
         if {*module.parameters()} & {*twin.parameters()}:
             raise UserError(f"{function} returned a layer twice. Make new ones in each call.")
         probe.check(twin, *sizes, channels_last)
