@@ -61,6 +61,8 @@ def build(config: ModelConfig, shape: Shape, num_classes: int, seed: int, channe
 
 def _build_own(file: Path, function: str, sizes: tuple[Shape, int], seed: int, channels_last: bool) -> Network:
     """Execute the user's file, build its network twice, and check one of the two."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file}. Expected FILE.py:FUNCTION. A run keeps its own in RUN/network/.")
     path = file.resolve()
     with _importing_from(path.parent) as sources, models.drawing_from(seed):
         before, content = probe.generators()[1:], path.read_bytes()
