@@ -131,7 +131,7 @@ def test_bad_network_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--model.name {}/none.py:build", ": FileNotFoundError: [Errno 2] No such file or directory"),
+        ("--model.name {}/none.py:build", ": there is no file "),
         ("--model.name {}:build", "is '"),
         ("--model.name {}/net.py", ", or FILE.py:FUNCTION."),
         ("--model.name {}/net.py:build --model.dropout 0.2", "Use nn.Dropout there"),
