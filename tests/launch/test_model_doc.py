@@ -95,7 +95,7 @@ def test_vgg_has_one_percent_fewer_parameters_and_five_times_the_work() -> None:
 
 def test_receptive_fields_are_what_gradients_reach(table: Table) -> None:
     """The field of a number in the middle of a volume is the pixels that have a gradient over many random images."""
-    model = Cnn(*MNIST, 0.0, (4, 8), 16)
+    model = Cnn(*MNIST, 0.0, (4, 8, 16))
     inputs = torch.rand(256, 1, 28, 28, generator=torch.Generator().manual_seed(0), requires_grad=True)
     first = model.conv1(inputs)
     pooled = F.max_pool2d(first, 2)

@@ -133,7 +133,11 @@ def test_sources_never_name_pickle() -> None:
     sources = [path for folder in ("train", "launch") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 15
     for path in sources:
-        for node in ast.walk(ast.parse(path.read_text())):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        without = [
+            node.func for node in nodes if isinstance(node, ast.Call) and "allow_pickle=False" in ast.unparse(node)
+        ]
+        for node in nodes:
             if isinstance(node, ast.Import):
                 assert not {alias.name.split(".")[0] for alias in node.names} & modules, path
             elif isinstance(node, ast.ImportFrom):
@@ -141,7 +145,8 @@ def test_sources_never_name_pickle() -> None:
                 assert (node.module or "").split(".")[0] not in modules, path
                 assert not names & calls, path
             elif isinstance(node, ast.Attribute):
-                assert dotted(node) not in calls, f"{path}:{node.lineno}"
+                is_safe = dotted(node) == "np.load" and node in without
+                assert is_safe or dotted(node) not in calls, f"{path}:{node.lineno}"
             elif isinstance(node, ast.keyword):
                 assert node.arg != "weights_only", path
                 assert node.arg != "allow_pickle" or ast.unparse(node.value) == "False", path
