@@ -164,7 +164,7 @@ def read_pictures(folder: Path, size: Size | None, should_skip_broken: bool) -> 
     if len(examples) < len(files):
         broken = f"{len(files) - len(examples):,} of {len(files):,} images"
         if not should_skip_broken:
-            raise UserError(f"{broken} cannot be read. Mend them or pass --skip-broken.")
+            raise UserError(f"{broken} cannot be read. Repair them or pass --skip-broken.")
         print(f"skipped {broken}")
     if is_grey:
         examples = [example._replace(image=example.image[..., 0]) for example in examples]

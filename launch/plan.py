@@ -100,7 +100,7 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int, arguments: list[st
 
     world_size = nodes * max(gpus_per_node, 1)  # without GPUs: one rank per node
     num_train, num_test, shape, num_classes = describe_data(config.data)
-    model = network.build(config.model, shape, num_classes, config.seed).module
+    model = network.build(config.model, shape, num_classes, config.seed, config.train.channels_last).module
     norms = layers.batch_norms(model)
     num_micro_batches = resolve_num_micro_batches(config.train, world_size, has_batch_norm=bool(norms))
     sampler = Sampler(num_train, config.train.global_batch_size, num_micro_batches, config.seed)

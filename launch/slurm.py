@@ -67,7 +67,7 @@ def check_world(config: Config, world_size: int) -> None:
     from train.storage import network
 
     *_, shape, num_classes = describe_data(config.data)
-    model = network.build(config.model, shape, num_classes, config.seed).module
+    model = network.build(config.model, shape, num_classes, config.seed, config.train.channels_last).module
     has_batch_norm = bool(layers.batch_norms(model))
     resolve_num_micro_batches(config.train, world_size, has_batch_norm=has_batch_norm)
 

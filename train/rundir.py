@@ -58,7 +58,7 @@ class Summary:
     precision: str
     device: str  # cpu | cuda
     data: dict[str, Any]
-    sha256: dict[str, str]  # of "data", and of "network" and "weights" if they come from files
+    sha256: dict[str, str]  # of "data", and of "network" and "initial_weights" if they come from files
     config: dict[str, Any]  # the fields that decide the weights
     environment: dict[str, Any]  # what exact mode depends on besides the config
     versions: dict[str, str]

@@ -65,7 +65,7 @@ class Plan:
     world: World
     data: Data
     sources: dict[str, bytes]  # of the user's network, by relative path
-    sha256: dict[str, str]  # of "data", and of "network" and "weights" if they come from files
+    sha256: dict[str, str]  # of "data", and of "network" and "initial_weights" if they come from files
     sampler: Sampler
     total_steps: int
     reducer: Allreduce | ExactTree
@@ -169,10 +169,14 @@ def set_up(config: Config, world: World, data: Data) -> tuple[Plan, State]:
     check_sizes(config.augment, data.shape)
     memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
     with world.raising_together():
-        found = network.build(config.model, data.shape, data.num_classes, config.seed, config.train.channels_last)
+        options = config.seed, config.train.channels_last, config.optim.ema > 0
+        found = network.build(config.model, data.shape, data.num_classes, *options)
     with world.raising_together():
-        if world.broadcast(found.sha256) != found.sha256:
-            raise UserError(f"model.name {config.model.name} and model.weights are other files on rank {world.rank}.")
+        made = [found.sha256, list(found.module.state_dict())]  # an iteration over a set gives each rank another order
+        if world.broadcast(made) != made:
+            raise UserError(
+                f"model.name {config.model.name} or model.weights give another network on rank {world.rank}."
+            )
     module = found.module.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
     if config.train.compile:
         module.compile()

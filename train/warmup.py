@@ -67,15 +67,15 @@ def warm_up(plan: Plan, state: State, notify: Callable[[str], None]) -> Callable
 
 
 def _first_step(plan: Plan, state: State) -> None:
-    """Make a step. Raises UserError if the network has an operation that this device refuses."""
+    """Make a step. Raises UserError if the user's network fails, such as by an operation that this device refuses."""
     try:
         train_step(plan, state)
     except RuntimeError as error:
-        for words, advice in REFUSALS.items():
-            if words in str(error):
-                place = f"model.name {plan.config.model.name} on {plan.world.device.type}"
-                raise UserError(f"{place}: {one_line(error, 120)}. {advice}") from error
-        raise
+        if plan.world.clock.phase != "forward_backward" or not plan.sources:
+            raise
+        advice = [text for words, text in REFUSALS.items() if words in str(error)]
+        place = f"model.name {plan.config.model.name} on {plan.world.device.type} in {plan.config.train.precision}"
+        raise UserError(" ".join([f"{place}: {one_line(error, 120)}.", *advice])) from error
 
 
 def _recorded(replay: Callable[[], object]) -> Callable[[Plan, State], None]:

@@ -86,8 +86,7 @@ def compare_setup(records: list[Record]) -> list[tuple[str, str]]:
     lines = [("config", config)]
     for name in sorted({"data", *records[0].sha256, *records[1].sha256}):
         mine, theirs = (record.sha256.get(name) for record in records)
-        same = "the same" if mine == theirs else f"A and B differ: {mine} and {theirs}"
-        lines.append((name, same if mine and theirs else "not recorded by both"))
+        lines.append((name, "the same" if mine == theirs else f"A and B differ: {mine} and {theirs}"))
     environments = [record.summary.environment for record in records if record.summary]
     if len(environments) == 2:
         lines.append(("environment", ", ".join(environment_differences(*environments)) or "the same"))

@@ -102,6 +102,7 @@ def card(
         version=__version__,
         torch=torch.__version__,
         network=f"of a source with SHA-256 `{facts.network_sha256}`" if facts.network_sha256 else "built in",
+        source_option=f" --model-file {facts.model}" if facts.network_sha256 and path.suffix != ".onnx" else "",
         shape=",".join(map(str, facts.shape)),
         mean=facts.mean[0] if len(facts.mean) == 1 else facts.mean,
         std=facts.std[0] if len(facts.std) == 1 else facts.std,

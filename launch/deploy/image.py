@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch.folder import decode, picture
+from train.config import INK_NAMES
 from train.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ MIN_CONTRAST = 16.0  # of 255, between ink and paper
 IN_BOX = 0.2  # share of the strongest ink from which a pixel is in the digit's box; the paper's texture is below it
 # Longer side of the ink's box in pixels. MNIST's "fit in a 20x20 pixel box", and "the center of mass" is in the middle
 # (LeCun, Cortes and Burges, The MNIST database of handwritten digits). The other data sets fill their frame.
-BOX_SIDES = {"mnist": 20, "fashion_mnist": SIDE, "kmnist": SIDE, "digits": SIDE}
+MNIST_BOX = 20
 
 
 def ink(image: "Image", name: str) -> "NDArray[np.float32]":
@@ -50,7 +51,7 @@ def fit(found: "NDArray[np.float32]", data_name: str) -> "NDArray[np.uint8]":
     from PIL import Image
 
     box = Image.fromarray(found).crop(Image.fromarray(found > IN_BOX * 255).getbbox())
-    scale = BOX_SIDES[data_name] / max(box.size)
+    scale = (MNIST_BOX if data_name == "mnist" else SIDE) / max(box.size)
     width, height = (max(1, round(length * scale)) for length in box.size)
     small = np.asarray(box.resize((width, height), Image.Resampling.BOX))
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
@@ -67,7 +68,7 @@ def read(content: bytes, name: str, data_name: str, shape: Sequence[int]) -> "ND
     """Turn an image file into uint8 [C,H,W] of that shape, like the images of a data set. Raises UserError."""
     import numpy as np
 
-    if data_name in BOX_SIDES:
+    if data_name in INK_NAMES:
         return fit(ink(decode(content, name), name), data_name)[None]
     channels, height, width = shape
     found = picture(content, name, (height, width)).convert("L" if channels == 1 else "RGB")

@@ -196,7 +196,7 @@ def test_unreadable_pictures_are_all_listed_and_refused(directory: Path, capsys:
     assert len(lines) == 5
     for name in [*BROKEN, "train/ant/8.png"]:
         assert sum(line.startswith(f"in/{name} ") for line in lines) == 1
-    assert lines[-1] == "error: 4 of 22 images cannot be read. Mend them or pass --skip-broken."
+    assert lines[-1] == "error: 4 of 22 images cannot be read. Repair them or pass --skip-broken."
     assert len(rows(make("--skip-broken"), "train")) == 12
     assert "skipped 4 of 22 images" in capsys.readouterr().out
 

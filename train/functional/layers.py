@@ -44,7 +44,7 @@ class Dropout(nn.modules.dropout._DropoutNd):
         salt = self.call << 32  # of the columns of a row's random numbers, each call has 2**32
         self.call += 1
         kept = uniform(self.keys, math.prod(shape) // num_examples, salt).view(shape) >= self.p
-        return input * kept * (1 / (1 - self.p))
+        return input * kept * (1 / (1 - self.p) if self.p < 1 else 0)
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):

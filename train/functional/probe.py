@@ -4,6 +4,7 @@ An example's logits are a function of the weights, its image and its row key. On
 examples of a micro-batch, and only they may keep anything from one pass to the next.
 """
 
+import copy
 import random
 from collections.abc import Callable
 from functools import partial
@@ -21,20 +22,46 @@ from train.functional.augment import lay_out
 WHOLE, PART, ONE = slice(0, 7), slice(2, 7), slice(0, 1)  # batches of images
 ROUND_OFF = 1e-4  # of logits computed in batches of two sizes, as a share of the largest
 MAX_NAMES = 3  # in a message
+NOT_BY_SEED = "It draws what `seed` does not decide when it is built. Use torch's generator alone."
 
 
-def check(model: nn.Module, shape: tuple[int, int, int], num_classes: int, channels_last: bool = False) -> None:
-    """Raise UserError if a converted network breaks a law. It is left with hooks and gradients, in another mode."""
+def check(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    channels_last: bool = False,
+    *,
+    twin: nn.Module | None = None,
+    is_averaged: bool = False,
+) -> None:
+    """Raise UserError if a converted network breaks a law. It is left with hooks and gradients, in evaluation mode.
+
+    `twin` is the same network, built again: it must compute the same, and is left in evaluation mode too. With
+    `is_averaged`, a copy of the network must compute with its own weights.
+    """
     check_tensors(model)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     model.to(memory_format=memory_format)
     images = torch.randn(WHOLE.stop, *shape, generator=torch.Generator().manual_seed(0))
-    run = partial(logits_of, model, lay_out(images, memory_format), num_classes)
+    inputs = lay_out(images, memory_format)
+    run = partial(logits_of, model, inputs, num_classes)
     drawn = watch_draws(model)
     with torch.random.fork_rng(devices=[]):
         for is_training in (True, False):
             model.train(is_training)
             check_mode(model, run, drawn)
+        if twin is not None:
+            same = logits_of(twin.to(memory_format=memory_format).eval(), inputs, num_classes, WHOLE)
+            if contents(twin) != contents(model) or not torch.equal(same, run(WHOLE)):
+                raise UserError(NOT_BY_SEED)
+        if is_averaged:
+            average = copy.deepcopy(model)
+            for parameter in average.parameters():
+                parameter.data += 0.1
+            if torch.equal(logits_of(average, inputs, num_classes, WHOLE), run(WHOLE)):
+                raise UserError(
+                    "A copy of it, for optim.ema, computes with the weights of the original: use no lambda."
+                )
 
 
 def check_mode(model: nn.Module, run: Callable[[slice], Tensor], drawn: list[str]) -> None:
@@ -82,7 +109,7 @@ def logits_of(model: nn.Module, images: Tensor, num_classes: int, rows: slice) -
     """Return the logits, float [B,K], of some of the images in the model's current mode."""
     keys = rng.row_keys(0, rows.start, rows.stop, images.device)
     with torch.set_grad_enabled(model.training), layers.row_keys(layers.dropouts(model), keys):
-        logits: Any = model(images[rows])
+        logits: Any = model(images[rows].clone())
     is_float = isinstance(logits, Tensor) and logits.is_floating_point()
     if not is_float or logits.shape != (len(keys), num_classes):
         got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -116,9 +143,14 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
 
 
 def contents(model: nn.Module) -> dict[str, bytes]:
-    """Return the bits of all parameters and buffers, but for the statistics that our BatchNorm layers store."""
+    """Return the bits of all parameters, buffers and plain numbers, but for what our own layers store."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return bits({name: tensor for name, tensor in tensors if not name.endswith(("batch_mean", "batch_var"))})
+    found = bits({name: tensor for name, tensor in tensors if not name.endswith(("batch_mean", "batch_var"))})
+    for name, module in model.named_modules():
+        if not isinstance(module, layers.Dropout):
+            plain = {key: value for key, value in vars(module).items() if isinstance(value, (int, float))}
+            found |= {f"{name}.{key}".lstrip("."): repr(value).encode() for key, value in plain.items()}
+    return found
 
 
 def generators() -> list[Any]:

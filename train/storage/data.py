@@ -112,7 +112,7 @@ def cache_file(config: DataConfig) -> Path:
         paths = [folder / file for file in PUBLISHED[config.name].files]
     for path in paths:
         status = path.stat()
-        source += [str(path.resolve()), status.st_size, status.st_mtime_ns]
+        source += [str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     tag = hashlib.sha256(repr(source).encode()).hexdigest()[:16]
     return cache_dir() / f"{short(config.name)}-{tag}.safetensors"
 

@@ -37,13 +37,21 @@ class Network:
 
     module: nn.Module
     sources: dict[str, bytes] = field(default_factory=dict)  # of the user's network, by path relative to its file
-    sha256: dict[str, str] = field(default_factory=dict)  # of "network" and "weights", if they come from files
+    sha256: dict[str, str] = field(default_factory=dict)  # of "network" and "initial_weights", if they come from files
 
 
-def build(config: ModelConfig, shape: Shape, num_classes: int, seed: int, channels_last: bool = False) -> Network:
+def build(
+    config: ModelConfig,
+    shape: Shape,
+    num_classes: int,
+    seed: int,
+    channels_last: bool = False,
+    is_averaged: bool = False,
+) -> Network:
     """Build the network for images of `shape`, with weights drawn from `seed` or read from model.weights.
 
-    The checks of a user's network lay out images as `channels_last` says. Raises UserError.
+    A user's network is checked with images laid out as `channels_last` says, and copied if it `is_averaged`. Raises
+    UserError.
     """
     if config.source and config.dropout:
         raise UserError(f"model.dropout is {config.dropout}, but {config.name} is not built in. Use nn.Dropout there.")
@@ -51,15 +59,17 @@ def build(config: ModelConfig, shape: Shape, num_classes: int, seed: int, channe
         raise UserError(f"model.weights_skip is {config.weights_skip}, without model.weights. Give both.")
     if config.source:
         with _refusing(config.name, config.source[0].resolve().parent):
-            network = _build_own(*config.source, (shape, num_classes), seed, channels_last)
+            network = _build_own(*config.source, (shape, num_classes), seed, channels_last, is_averaged)
     else:
         network = Network(models.build(config, shape, num_classes, seed))
     if config.weights:
-        network.sha256["weights"] = _read_weights(network.module, Path(config.weights), config.weights_skip)
+        network.sha256["initial_weights"] = _read_weights(network.module, Path(config.weights), config.weights_skip)
     return network
 
 
-def _build_own(file: Path, function: str, sizes: tuple[Shape, int], seed: int, channels_last: bool) -> Network:
+def _build_own(
+    file: Path, function: str, sizes: tuple[Shape, int], seed: int, channels_last: bool, is_averaged: bool
+) -> Network:
     """Execute the user's file, build its network twice, and check one of the two."""
     if not file.is_file():
         raise UserError(f"there is no file {file}. Expected FILE.py:FUNCTION. A run keeps its own in RUN/network/.")
@@ -80,13 +90,15 @@ def _build_own(file: Path, function: str, sizes: tuple[Shape, int], seed: int, c
         for made in (module, twin):
             if not isinstance(made, nn.Module):
                 raise UserError(f"It returned {type(made).__name__}, expected a torch.nn.Module.")
-            made.cpu().train()
-            layers.convert(made)
+            if frozen := [name for name, layer in made.named_modules() if not layer.training]:
+                raise UserError(f"{probe.listed(frozen)} is in evaluation mode, which training ends. Override train().")
+            layers.convert(made.cpu())
         if {*module.parameters()} & {*twin.parameters()}:
             raise UserError(f"{function} returned a layer twice. Make new ones in each call.")
-        probe.check(twin, *sizes, channels_last)
-        if probe.contents(module) != probe.contents(twin) or probe.generators()[1:] != before:
-            raise UserError(f"{function} draws weights that `seed` does not decide. Draw them with torch alone.")
+        probe.check(twin, *sizes, channels_last, twin=module, is_averaged=is_averaged)
+        module.train()
+        if probe.generators()[1:] != before:
+            raise UserError(probe.NOT_BY_SEED)
     digest = hashlib.sha256(content)  # without the file's name: a file may be renamed, unlike what it imports
     for neighbour, text in sorted(sources.items()):
         digest.update(f"{neighbour} {len(text)}\n".encode() + text)
@@ -119,7 +131,7 @@ def _importing_from(folder: Path) -> Iterator[dict[str, bytes]]:
     finally:
         sys.path.remove(str(folder))
         for name in sys.modules.keys() - known:
-            path = Path(getattr(sys.modules[name], "__file__", None) or "/")
+            path = Path(getattr(sys.modules[name], "__file__", None) or "/").resolve()
             if path.is_relative_to(folder) and not any(path.is_relative_to(place) for place in INSTALLED):
                 _imported.append(name)
                 sources[path.relative_to(folder).as_posix()] = path.read_bytes()
@@ -128,6 +140,8 @@ def _importing_from(folder: Path) -> Iterator[dict[str, bytes]]:
 @torch.no_grad()
 def _read_weights(module: nn.Module, path: Path, skip: str | None) -> str:
     """Copy a file's tensors into a network, but for those whose names start with `skip`; return the file's SHA-256."""
+    if not path.is_file():  # a pipe would block
+        raise UserError(f"model.weights {path} is not a file. Expected a .safetensors file.")
     with refused(f"model.weights {path} cannot be read as a .safetensors file"):
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
@@ -143,5 +157,7 @@ def _read_weights(module: nn.Module, path: Path, skip: str | None) -> str:
         advice = "Leave a head out by its prefix: --model.weights_skip PREFIX"
         raise UserError(f"model.weights {path} does not fit: {probe.listed(changed)}. {advice}")
     for name in shapes(own):
+        if not tensors[name].is_floating_point() or not tensors[name].float().isfinite().all():
+            raise UserError(f"model.weights {path}: {name} is {tensors[name].dtype} or not finite. Expected floats.")
         own[name].copy_(tensors[name])
     return hashlib.sha256(content).hexdigest()
