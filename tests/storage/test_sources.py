@@ -206,6 +206,12 @@ def test_data_that_do_not_fit_on_the_device_are_refused_before_they_are_read(
         data.load(config, world)
 
 
+def test_the_memory_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 80 * 2**30))
+    with pytest.raises(UserError, match=r"cells needs 5\.0 GiB and 3\.0 GiB of GPU memory are free"):
+        data.check_memory(5 * 2**30, torch.device("cuda", 0), "cells")
+
+
 def test_built_in_data_that_do_not_fit_on_the_device_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "free_bytes", lambda device: 1_000_000)
     with pytest.raises(UserError, match=r"digits needs .* and .* free"):

@@ -190,7 +190,7 @@ def load(config: DataConfig, world: World, notify: Callable[[str], None] = print
     """
     with world.raising_together():
         if config.path:
-            check_fits(arrays.num_bytes(config.path), free_bytes(world.device), str(config.path), world.device.type)
+            check_memory(arrays.num_bytes(config.path), world.device, str(config.path))
     try:
         return split(config, prepare_on_all_ranks(config, world), world.device)
     except DataMissing as missing:
@@ -202,6 +202,11 @@ def load(config: DataConfig, world: World, notify: Callable[[str], None] = print
             )
     digits = dataclasses.replace(config, name="digits")
     return split(digits, prepare_on_all_ranks(digits, world), world.device, is_fallback=True)
+
+
+def check_memory(num_bytes: int, device: torch.device, what: str) -> None:
+    """Raise UserError, with both sizes, if data need more bytes than a device has free."""
+    check_fits(num_bytes, free_bytes(device), what, "GPU memory" if device.type == "cuda" else "memory")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -234,7 +239,7 @@ def split(config: DataConfig, prepared: Prepared, device: torch.device, *, is_fa
     if eval_split not in parts:
         raise UserError(f"data.eval_split is validation, and {name} has none. Hold examples out: --data.validation N.")
     used = [parts["train"], parts[eval_split]]
-    check_fits(sum(tensor.nbytes for part in used for tensor in part), free_bytes(device), name, device.type)
+    check_memory(sum(tensor.nbytes for part in used for tensor in part), device, name)
     mean, std = moments(parts["train"][0])
     if not all(std):
         raise UserError(f"All training images of {name} have one colour, {mean}. Expected pictures of something.")
