@@ -80,7 +80,9 @@ def test_any_flag_is_a_config_or_refused(name: str, value: str) -> None:
         optional={
             "seed": st.integers(0, 10**40),
             "run.name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,50}", fullmatch=True),
-            "wandb.notes": st.text(st.characters(codec="utf-8"), max_size=40),
+            "wandb.notes": st.text(st.characters(codec="utf-8"), max_size=40)
+            | st.sampled_from(["#", "~", "null", "1e3"]),
+            "wandb.group": st.text(max_size=9),
             "wandb.tags": st.lists(st.text(max_size=9), max_size=4),
             "optim.lr": st.floats(1e-12, 999),
             "optim.momentum": st.floats(0, 0.999),

@@ -317,11 +317,11 @@ class WandbConfig(Section):
     answer. offline: write to the run directory. `python -m launch sync RUN` sends later what is missing."""
     project: str = "lockstep"
     """PROJECT or ENTITY/PROJECT in which the run appears. The entity is a user or a team; default: the key's own."""
-    group: str | None = None
+    group: str = ""
     """Runs with the same group are shown together."""
     tags: list[str] = field(default_factory=list)
     """Labels of the run."""
-    notes: str | None = None
+    notes: str = ""
     """A sentence about the run."""
     timeout: int = number(5, 1, unit=SECONDS)
     """Seconds to wait for the server: to connect, while training runs, and at the end for what is not sent yet."""
