@@ -16,6 +16,7 @@ import train.functional.models
 import train.functional.tables
 import train.loop
 import train.step
+import train.storage.data
 import train.tracking.journal
 import train.world.world
 from ranks import mutants
@@ -50,6 +51,12 @@ def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
         return inner(*arguments)
 
     train.step._own_rows, train.step.augment = here, augment
+
+
+def no_memory_for_data() -> None:
+    """Rank 1 has no free memory."""
+    free_bytes = train.storage.data.free_bytes
+    train.storage.data.free_bytes = lambda device: 0 if RANK == 1 else free_bytes(device)
 
 
 def broken_loss() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks.processes import Ranks, arguments
 
 from launch.__main__ import main as launch
 from launch.check import checks
@@ -73,6 +74,13 @@ def test_cifar_is_read_in_colour_with_its_class_names(
         planes = np.concatenate(made.images[:-1]).transpose(1, 0, 2, 3).reshape(3, -1)
         assert found.mean == pytest.approx(planes.mean(1))
         assert found.std == pytest.approx(planes.std(1))
+
+
+def test_cifar_is_not_taken_for_a_folder_that_has_its_names(tmp_path: Path, cache: Path, world: World) -> None:
+    for name in built_in.PUBLISHED["cifar100"].files:
+        (tmp_path / name).mkdir()
+    with pytest.raises(built_in.DataMissing, match="cifar100 not found"):
+        data.load(DataConfig(name="cifar100", root=str(tmp_path), download=False), world)
 
 
 def test_cifar_with_another_checksum_is_refused_before_it_is_unpickled(
@@ -210,6 +218,12 @@ def test_the_memory_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 80 * 2**30))
     with pytest.raises(UserError, match=r"cells needs 5\.0 GiB and 3\.0 GiB of GPU memory are free"):
         data.check_memory(5 * 2**30, torch.device("cuda", 0), "cells")
+
+
+def test_data_that_do_not_fit_on_one_rank_are_refused_on_all(tmp_path: Path) -> None:
+    ranks = Ranks(2, arguments(tmp_path / "run"), tmp_path / "logs", MUTANT="accidents.no_memory_for_data")
+    assert ranks.wait() == [2, 2]
+    assert [line.partition(" needs ")[0] for line in ranks.output().splitlines()] == ["error: digits"]
 
 
 def test_built_in_data_that_do_not_fit_on_the_device_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

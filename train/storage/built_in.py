@@ -1,4 +1,4 @@
-"""The data sets that have a name: four downloaded by torchvision in two formats, scikit-learn's digits, and noise.
+"""The data sets that have a name: five downloaded by torchvision in two formats, scikit-learn's digits, and noise.
 
 Invariant: files are those that were published. Their MD5 is compared before anything is parsed, so that a damaged or
 forged file is an error, with or without `data.fallback`. torchvision and scikit-learn are imported in functions.
@@ -64,13 +64,15 @@ def cache_dir() -> Path:
 def find_folder(config: DataConfig) -> Path:
     """Return the folder with the data set's files, downloading them if allowed. Raises DataMissing if there is none.
 
-    Looks in data.root if given, else in $MNIST_ROOT and then in the cache, in torchvision's layout or flat.
+    Looks in data.root if given, else in $MNIST_ROOT and then in the cache, in torchvision's layout. IDX files may also
+    lie flat.
     """
     published = PUBLISHED[config.name]
+    layouts = (published.folder, ".") if published.files == IDX_FILES else (published.folder,)
     roots = [Path(config.root)] if config.root else [cache_dir() / "data"]
     if not config.root and os.environ.get("MNIST_ROOT"):
         roots.insert(0, Path(os.environ["MNIST_ROOT"]))
-    for folder in (root / layout for root in roots for layout in (published.folder, ".")):
+    for folder in (root / layout for root in roots for layout in layouts):
         if not published.missing_files(folder):
             return folder
     folders = [root / published.folder for root in roots]

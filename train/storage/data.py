@@ -173,14 +173,18 @@ def prepare(config: DataConfig) -> Prepared:
         return load_cache(path) or (found, sha256)
 
 
-def prepare_on_all_ranks(config: DataConfig, world: World) -> Prepared:
-    """Prepare the data in one process of each machine, then in the others. Collective: every rank must call it."""
+def load_on_all_ranks(config: DataConfig, world: World, *, is_fallback: bool = False) -> Data:
+    """Prepare the data in one process of each machine, then in the others, and put them on each rank's device.
+
+    Collective: every rank must call it.
+    """
     prepared = None
     for is_my_turn in (world.local_rank == 0, world.local_rank != 0):
         with world.raising_together():
             prepared = prepare(config) if is_my_turn else prepared
     assert prepared is not None
-    return prepared
+    with world.raising_together():  # devices have different free memory
+        return split(config, prepared, world.device, is_fallback=is_fallback)
 
 
 def load(config: DataConfig, world: World, notify: Callable[[str], None] = print) -> Data:
@@ -192,7 +196,7 @@ def load(config: DataConfig, world: World, notify: Callable[[str], None] = print
         if config.path:
             check_memory(arrays.num_bytes(config.path), world.device, str(config.path))
     try:
-        return split(config, prepare_on_all_ranks(config, world), world.device)
+        return load_on_all_ranks(config, world)
     except DataMissing as missing:
         if not config.fallback:
             raise
@@ -200,8 +204,7 @@ def load(config: DataConfig, world: World, notify: Callable[[str], None] = print
             notify(
                 f"warning: training on digits, 1,797 small images of scikit-learn, instead of {config.name}. {missing}"
             )
-    digits = dataclasses.replace(config, name="digits")
-    return split(digits, prepare_on_all_ranks(digits, world), world.device, is_fallback=True)
+    return load_on_all_ranks(dataclasses.replace(config, name="digits"), world, is_fallback=True)
 
 
 def check_memory(num_bytes: int, device: torch.device, what: str) -> None:
