@@ -48,7 +48,9 @@ def main(argv: list[str]) -> int:
 
         output = options.output or Path(f"{options.folder.resolve().name}.safetensors")
         if output.suffix != ".safetensors" or output.exists() or not output.parent.is_dir():
-            raise UserError(f"--output is {output}. Expected a new .safetensors file in an existing directory.")
+            raise UserError(
+                f"--output is {output}. Expected a .safetensors file that does not exist yet, in a directory that does."
+            )
         shares = options.test, options.validation
         found = folder.make(options.folder, options.size, *shares, should_skip_broken=options.skip_broken)
         write(output, found)

@@ -247,11 +247,11 @@ REFUSALS: dict[str, tuple[dict[str, bytes], str, str]] = {
     "share nan": (pictures(), "--from in --test nan", "such as --test 0.2"),
     "shares": (pictures(), "--from in --test 0.5 --validation 0.5", "in has no images for the train split"),
     "output of another kind": (SPLIT, "--from in --output x.npz", "--output is x.npz"),
-    "output nowhere": (SPLIT, "--from in --output absent/x.safetensors", "in an existing directory"),
+    "output nowhere": (SPLIT, "--from in --output absent/x.safetensors", "in a directory that does"),
     "output exists": (
         {**SPLIT, "in.safetensors": b""},
         "--from in --output in/in.safetensors",
-        "Expected a new .safetensors file",
+        "Expected a .safetensors file that does not exist yet",
     ),
     "options without a folder": ({}, "--test 0.2", "need --from DIR"),
     "two jobs": (SPLIT, "--from in --name digits", "not allowed with argument --from"),
