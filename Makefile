@@ -13,7 +13,7 @@ help:  ## print this list
 train: $(VENV)/.ready  ## train configs/quickstart.yaml on all GPUs of this machine, or on the CPU
 	$(BIN)/python -m launch run -- --config configs/quickstart.yaml
 
-test: $(VENV)/.ready-dev  ## test every law in its smallest form (12 minutes on 2 cores)
+test: $(VENV)/.ready-dev  ## test every law in its smallest form (10 minutes on 2 cores)
 	$(PYTEST) -m 'not slow'
 
 test-all: test  ## test the same, then everything else: larger worlds, longer runs, rehearsals (another 15 minutes)

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:  # the process group stays: destroying it would wait for ranks that may never join
         print(f"error: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
         return CRASHED
-    print(json.dumps(found), flush=True)
+    print(f"{json.dumps(found)}\n", end="", flush=True)  # in one write: the ranks share their output
     return FINISHED
 
 
