@@ -78,6 +78,15 @@ class Plan:
         """The micro-batches of this rank."""
         return self.sampler.own_micro_batches(self.world.rank, self.world.world_size)
 
+    @property
+    def passes(self) -> list[range]:
+        """The micro-batches of each of this rank's passes, forward and backward: as many as may be computed at once."""
+        config, own = self.config.train, self.own
+        micro_batch_size = -(-self.sampler.global_batch_size // self.sampler.num_micro_batches)
+        most = max(1, config.max_micro_batch_size // micro_batch_size) if config.max_micro_batch_size else len(own)
+        most = 1 if config.exact else most  # the tree adds up the gradients of single ones
+        return [own[first : first + most] for first in range(0, len(own), most)]
+
     def should_log(self, step: int) -> bool:
         """Whether a row is due after `step` updates."""
         return self._is_due(self.config.log.every_steps, step)

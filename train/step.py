@@ -45,14 +45,15 @@ def train_step(plan: Plan, state: State) -> None:
         statistics.summed.zero_()
     batch = _own_rows(plan, state)
     clock.enter("forward_backward")
-    for index in plan.own:
-        with plan.reducer.micro_batch(index, plan.own):
-            loss_sum = _micro_batch_loss(plan, state, index, batch)
-            _backward(plan, loss_sum, loss_weight)
+    for part in plan.passes:
+        with plan.reducer.one_pass(part, plan.own):
+            loss_sums = _loss_sums(plan, state, part, batch)
+            _backward(plan, loss_sums.sum(), loss_weight)
             clock.enter("forward_backward")
-        statistics.loss_sums[index] = loss_sum.detach()
+        micro_batches = slice(part.start, part.stop)
+        statistics.loss_sums[micro_batches] = loss_sums.detach()
         if state.batch_norms:
-            statistics.batch_norms[index] = layers.batch_statistics(state.batch_norms)
+            statistics.batch_norms[micro_batches] = layers.batch_statistics(state.batch_norms)
     clock.enter("optimizer")
     if not is_alone:
         if signals.requested() is not None:
@@ -103,19 +104,23 @@ def _own_rows(plan: Plan, state: State) -> _Rows:
     return _Rows(state.step, start, lay_out(inputs, plan.memory_format), labels, row_keys(1, state.dropouts))
 
 
-def _micro_batch_loss(plan: Plan, state: State, index: int, batch: _Rows) -> Tensor:
-    """Return the summed loss, float32 [], over micro-batch `index`."""
-    start, stop = plan.sampler.micro_batch(batch.step, index)
+def _loss_sums(plan: Plan, state: State, part: range, batch: _Rows) -> Tensor:
+    """Return the summed loss of each micro-batch in `part`, float32 [G], from one forward pass."""
+    bounds = [plan.sampler.micro_batch(batch.step, index) for index in part]
+    sizes = [stop - start for start, stop in bounds]
+    if is_empty := not any(sizes):
+        sizes[0] = 1  # one that weighs nothing
     inputs, labels, keys = batch.inputs, batch.labels, batch.keys
-    if stop - start < len(labels):
-        first = min(start - batch.start, len(labels) - 1)
-        part = slice(first, first + max(stop - start, 1))  # of no examples: one that weighs nothing
-        inputs, labels, keys = inputs[part], labels[part], keys[part] if keys is not None else None
-    with layers.row_keys(state.dropouts, keys):
+    if sum(sizes) < len(labels):
+        first = min(bounds[0][0] - batch.start, len(labels) - 1)
+        rows = slice(first, first + sum(sizes))
+        inputs, labels, keys = inputs[rows], labels[rows], keys[rows] if keys is not None else None
+    with layers.one_pass(state.dropouts, state.batch_norms, keys, sizes):
         logits = state.model(inputs)
     smoothing = plan.config.optim.label_smoothing
-    loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-    return loss_sum if stop > start else loss_sum * 0
+    losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    loss_sums = torch.stack([each.sum() for each in losses.split(sizes)])
+    return loss_sums * 0 if is_empty else loss_sums
 
 
 def _backward(plan: Plan, loss_sum: Tensor, weight: Tensor) -> None:

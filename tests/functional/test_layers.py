@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from train.errors import UserError
 from train.functional import rng
 from train.functional.hashing import key
-from train.functional.layers import BatchNorm, batch_norms, convert, dropouts, merge_statistics, row_keys
+from train.functional.layers import BatchNorm, batch_norms, convert, dropouts, merge_statistics, one_pass
 from train.functional.rng import uniform
 from train.functional.sampler import Sampler
 from train.functional.tables import shares
@@ -46,7 +46,7 @@ def norm_pair(channels: int = 5) -> tuple[BatchNorm, nn.BatchNorm2d]:
 
 def dropped(layer: nn.Module, features: Tensor, row: Tensor) -> Tensor:
     """Return what a converted layer makes of features in a pass with these row keys."""
-    with row_keys(dropouts(layer), row):
+    with one_pass(dropouts(layer), [], row, []):
         return layer(features)
 
 
@@ -101,7 +101,7 @@ def test_layers_and_calls_of_a_pass_have_masks_of_their_own() -> None:
     features = torch.ones(4, 1000)
     masks = []
     for _ in range(2):  # the second pass repeats the first
-        with row_keys(dropouts(layers), keys(4)):
+        with one_pass(dropouts(layers), [], keys(4), []):
             masks += [layers[number](features) for number in (0, 0, 3, 3)]
     for one, other in itertools.combinations(masks[:4], 2):
         assert 0.45 < float((one == other).float().mean()) < 0.55
@@ -125,7 +125,7 @@ def test_dropout_without_keys_fails_in_training() -> None:
 
 def test_activation_checkpointing_fails_instead_of_drawing_another_mask() -> None:
     layer, features = convert(nn.Dropout(0.5)), torch.ones(2, 3, requires_grad=True)
-    with row_keys(dropouts(layer), keys(2)):
+    with one_pass(dropouts(layer), [], keys(2), []):
         out = torch.utils.checkpoint.checkpoint(layer, features, use_reentrant=False)
     with pytest.raises(RuntimeError, match="Activation checkpointing"):
         (out**2).sum().backward()
@@ -177,7 +177,7 @@ def test_batch_norm_computes_what_torchs_does() -> None:
         (mine**3).sum().backward()
         (reference**3).sum().backward()
         assert torch.equal(batch.grad, copy.grad)  # type: ignore[arg-type]
-        merge(ours, ours.batch_mean[None], ours.batch_var[None], [8])
+        merge(ours, ours.batch_mean, ours.batch_var, [8])
     for name in ("running_mean", "running_var"):
         assert torch.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-7)
         getattr(ours, name).copy_(getattr(theirs, name))
@@ -191,8 +191,8 @@ def test_batch_norm_leaves_running_statistics_to_merge() -> None:
     ours(batch)
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
     assert set(before) == {"weight", "bias", "running_mean", "running_var"}
-    assert torch.allclose(ours.batch_mean, batch.mean((0, 2, 3)), atol=1e-6)
-    assert torch.allclose(ours.batch_var, batch.var((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(ours.batch_mean[0], batch.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(ours.batch_var[0], batch.var((0, 2, 3)), atol=1e-6)
 
 
 @pytest.mark.parametrize("cuts", [[16], [8, 8], [1, 15], [4, 4, 4, 4], [3, 5, 0, 8]])
@@ -217,11 +217,40 @@ def test_merge_of_what_forward_left_is_close_to_one_big_batch(parts: int) -> Non
     for part in batch.chunk(parts):
         ours(part)
         left.append((ours.batch_mean, ours.batch_var))
-    merge(ours, *(torch.stack(column) for column in zip(*left, strict=True)), [16 // parts] * parts)
+    merge(ours, *(torch.cat(column) for column in zip(*left, strict=True)), [16 // parts] * parts)
     theirs(batch)
     bias = parts / (16 * 144)  # the parts' variances are unbiased: each a little larger than its share of the whole
     assert torch.allclose(ours.running_mean, theirs.running_mean, atol=1e-6)  # type: ignore[arg-type]
     assert torch.allclose(ours.running_var, theirs.running_var, rtol=2 * bias)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sizes", [[8], [4, 4], [5, 0, 1, 2], [0, 8]])
+@pytest.mark.parametrize("rows_per_example", [1, 3])
+def test_batch_norm_normalizes_each_micro_batch_of_a_pass_by_itself(sizes: list[int], rows_per_example: int) -> None:
+    """One pass over several micro-batches gives what a pass over each of them gives, gradients too."""
+    together, alone = norm_pair()[0], norm_pair()[0]
+    one, other = (inputs(8 * rows_per_example, 5, 3).requires_grad_() for _ in range(2))
+    with one_pass([], [together], None, sizes):
+        found = together(one)
+    parts = other.split([rows_per_example * size for size in sizes])
+    left = [(alone(part), alone.batch_mean, alone.batch_var) for part in parts if len(part)]
+    outputs, means, variances = map(torch.cat, zip(*left, strict=True))
+    assert torch.equal(found, outputs)
+    filled = [size > 0 for size in sizes]
+    assert torch.equal(together.batch_mean[filled], means)
+    assert torch.equal(together.batch_var[filled], variances)
+    assert len(together.batch_mean) == len(together.batch_var) == len(sizes)
+    (found**3).sum().backward()
+    (outputs**3).sum().backward()
+    assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+    assert torch.allclose(together.weight.grad, alone.weight.grad)  # type: ignore[arg-type]
+    assert together.sizes is None
+
+
+def test_batch_norm_refuses_rows_that_examples_do_not_share_out() -> None:
+    norm = batch_norm(5)
+    with one_pass([], [norm], None, [2, 3]), pytest.raises(UserError, match="7 rows for 5 examples"):
+        norm(inputs(7, 5, 3))
 
 
 @pytest.mark.parametrize(("num_examples", "num_micro_batches"), [(100, 8), (37, 5), (3, 8), (64, 1), (60_000, 7)])
@@ -257,7 +286,7 @@ def test_batch_norm_of_any_dimension_computes_what_torchs_does(kind: Any, shape:
     theirs, batch = kind(5), torch.randn(8, 5, *shape)
     ours: Any = convert(copy.deepcopy(theirs))
     assert torch.equal(ours(batch), theirs(batch))
-    merge(ours, ours.batch_mean[None], ours.batch_var[None], [8])
+    merge(ours, ours.batch_mean, ours.batch_var, [8])
     assert torch.allclose(ours.running_var, theirs.running_var)
     assert torch.equal(theirs.eval()(batch), convert(copy.deepcopy(theirs))(batch))
 
@@ -269,8 +298,8 @@ def test_batch_norm_of_a_single_value_has_variance_zero(shape: tuple[int, ...]) 
     out = norm(single)
     out.sum().backward()
     assert torch.equal(out, torch.full_like(out, 0.5))
-    assert torch.equal(norm.batch_mean, torch.tensor([1.0, -2.0, 5.0]))
-    assert torch.equal(norm.batch_var, torch.zeros(3))
+    assert torch.equal(norm.batch_mean, torch.tensor([[1.0, -2.0, 5.0]]))
+    assert torch.equal(norm.batch_var, torch.zeros(1, 3))
     assert torch.equal(single.grad, torch.zeros_like(single))  # type: ignore[arg-type]
 
 

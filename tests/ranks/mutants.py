@@ -144,15 +144,15 @@ def rank_order_sum() -> None:
 
 def mean_of_means() -> None:
     """Micro-batches of unequal size weigh the same: a mean over means (gradient accumulation in transformers, 2024)."""
-    micro_batch_loss = train.step._micro_batch_loss
+    loss_sums = train.step._loss_sums
 
-    def loss(plan: Plan, state: State, index: int, batch: Any) -> Tensor:
+    def weighted(plan: Plan, state: State, part: range, batch: Any) -> Tensor:
         sampler = plan.sampler
-        start, stop = sampler.micro_batch(batch.step, index)
-        weight = sampler.batch_rows(batch.step) / sampler.num_micro_batches / max(stop - start, 1)
-        return micro_batch_loss(plan, state, index, batch) * weight
+        sizes = [stop - start for start, stop in (sampler.micro_batch(batch.step, index) for index in part)]
+        mean_size = sampler.batch_rows(batch.step) / sampler.num_micro_batches
+        return loss_sums(plan, state, part, batch) * torch.tensor([mean_size / max(size, 1) for size in sizes])
 
-    train.step._micro_batch_loss = loss
+    train.step._loss_sums = weighted
 
 
 def rank_local_statistics() -> None:

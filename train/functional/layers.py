@@ -1,7 +1,8 @@
 """Dropout and BatchNorm whose results do not depend on who computes them. `convert` puts them in place of torch's.
 
-All randomness of a training pass comes in through `row_keys`, one key per example. Batch statistics go out through
-`BatchNorm.batch_mean` and `batch_var`, so that a step can merge those of its micro-batches in one fixed order.
+What a training pass needs comes in through `one_pass`: a key per example, from which all randomness follows, and the
+sizes of the micro-batches. Batch statistics go out through `BatchNorm.batch_mean` and `batch_var`, so that a step can
+merge those of its micro-batches in one fixed order.
 """
 
 import math
@@ -37,36 +38,56 @@ class Dropout(nn.modules.dropout._DropoutNd):
         if self.keys is None:
             what = "A dropout layer was called outside of a training step's forward pass"
             raise RuntimeError(f"{what}. Activation checkpointing does that, in the backward pass.")
-        num_examples = len(self.keys)
-        if len(input) % num_examples:
-            raise UserError(f"A dropout layer got {len(input)} rows for {num_examples} examples. Put the batch first.")
+        rows_per_example(input, len(self.keys))
         shape = (*input.shape[:2], *[1] * (input.dim() - 2)) if self.is_by_channel else input.shape
         salt = self.call << 32  # of the columns of a row's random numbers, each call has 2**32
         self.call += 1
-        kept = uniform(self.keys, math.prod(shape) // num_examples, salt).view(shape) >= self.p
+        kept = uniform(self.keys, math.prod(shape) // len(self.keys), salt).view(shape) >= self.p
         return input * kept * (1 / (1 - self.p) if self.p < 1 else 0)
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm (Ioffe and Szegedy, 2015) that stores a training pass's statistics instead of averaging them in.
+    """BatchNorm (Ioffe and Szegedy, 2015) over each micro-batch of a pass (ghost BatchNorm; Hoffer et al., 2017).
 
-    They are the micro-batch's mean and unbiased variance, float32 [C] each, of the last call in a pass.
+    It stores the micro-batches' means and unbiased variances, float32 [G,C] each, of the last call in a pass.
     `merge_statistics` updates the running ones once per step, the same on any world size.
     """
 
     momentum: float
     batch_mean: Tensor
     batch_var: Tensor
+    sizes: list[int] | None = None  # of the current pass's micro-batches, in examples; None: it is one
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize float [B,C,...] by the micro-batch's statistics in training, by the running ones otherwise."""
-        affine = self.weight, self.bias
+        """Normalize float [n * B,C,...] by the micro-batches' statistics in training, by the running ones otherwise.
+
+        The rows of an example must be next to each other. Raises UserError if B does not divide the first dimension.
+        """
         if not self.training:
-            return F.batch_norm(input, self.running_mean, self.running_var, *affine, False, self.momentum, self.eps)
+            running = self.running_mean, self.running_var
+            return F.batch_norm(input, *running, self.weight, self.bias, False, self.momentum, self.eps)
+        sizes = self.sizes or [len(input)]
+        num_rows = rows_per_example(input, sum(sizes))
+        parts = input.split([num_rows * size for size in sizes]) if len(sizes) > 1 else [input]
+        statistics = torch.zeros(2, len(sizes), self.num_features, device=self.batch_mean.device)
+        self.batch_mean, self.batch_var = statistics
+        outputs = [self._normalize(*part) for part in zip(parts, *statistics, strict=True)]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _normalize(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Normalize a micro-batch by its statistics, and write them to `mean` and `variance`, float32 [C]."""
+        if not len(input):
+            return input
         if input.numel() == self.num_features:  # a single value has no unbiased variance; two equal ones have 0
-            return self.forward(input.expand(2, *input.shape[1:]))[:1]
-        self.batch_mean, self.batch_var = torch.zeros(2, self.num_features, device=self.batch_mean.device)
-        return F.batch_norm(input, self.batch_mean, self.batch_var, *affine, True, 1.0, self.eps)
+            return self._normalize(input.expand(2, *input.shape[1:]), mean, variance)[:1]
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+
+
+def rows_per_example(input: Tensor, num_examples: int) -> int:
+    """Return how many rows of a layer's input belong to one example. Raises UserError if that is not a whole number."""
+    if len(input) % num_examples:
+        raise UserError(f"A layer got {len(input)} rows for {num_examples} examples. Put the batch first.")
+    return len(input) // num_examples
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -86,7 +107,7 @@ def convert(model: nn.Module) -> nn.Module:
             layer.__class__ = BatchNorm
             layer.num_batches_tracked = None  # not used: momentum is fixed
             for buffer in ("batch_mean", "batch_var"):
-                layer.register_buffer(buffer, torch.zeros_like(layer.running_mean), persistent=False)
+                layer.register_buffer(buffer, torch.zeros_like(layer.running_mean)[None], persistent=False)
     return model
 
 
@@ -96,13 +117,22 @@ def dropouts(model: nn.Module) -> list[Dropout]:
 
 
 @contextmanager
-def row_keys(layers: list[Dropout], keys: Tensor | None) -> Iterator[None]:
-    """Give a model's dropout layers the keys, int64 [B], of the examples of the pass inside."""
-    for number, layer in enumerate(layers):
-        layer.keys, layer.call = keys, number << 16
+def one_pass(
+    dropouts: list[Dropout], batch_norms: list[BatchNorm], keys: Tensor | None, sizes: list[int]
+) -> Iterator[None]:
+    """Give a model's layers what the training pass inside needs.
+
+    That is the examples' keys, int64 [B], and the sizes of the micro-batches that they fill in order.
+    """
+    for number, dropout in enumerate(dropouts):
+        dropout.keys, dropout.call = keys, number << 16
+    for norm in batch_norms:
+        norm.sizes = sizes
     yield
-    for layer in layers:
-        layer.keys = None
+    for dropout in dropouts:
+        dropout.keys = None
+    for norm in batch_norms:
+        norm.sizes = None
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:
@@ -111,8 +141,8 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def batch_statistics(layers: list[BatchNorm]) -> Tensor:
-    """Return the last training pass's statistics, float32 [2 * channels]: all layers' means, then the variances."""
-    return torch.cat([*(layer.batch_mean for layer in layers), *(layer.batch_var for layer in layers)])
+    """Return the last training pass's statistics, float32 [G, 2 * channels]: all layers' means, then the variances."""
+    return torch.cat([*(layer.batch_mean for layer in layers), *(layer.batch_var for layer in layers)], dim=1)
 
 
 def merge_statistics(layers: list[BatchNorm], found: Tensor, shares: Tensor, is_sound: Tensor) -> None:

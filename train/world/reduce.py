@@ -67,7 +67,7 @@ class Tree:
 
 
 class Allreduce:
-    """Fast mode: plain DDP. A rank's micro-batches add up in place; the last backward pass averages over the ranks."""
+    """Fast mode: plain DDP. A rank's passes add up in place; the last backward pass averages over the ranks."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.model, self.world = model, world
@@ -81,9 +81,12 @@ class Allreduce:
         self.world.clock.enter("reduce")
 
     @contextmanager
-    def micro_batch(self, index: int, own: range) -> Iterator[None]:
-        """Run one forward and backward inside. Collective in a rank's last micro-batch: every rank must call it."""
-        is_last = index == own[-1]
+    def one_pass(self, part: range, own: range) -> Iterator[None]:
+        """Run forward and backward of some of a rank's own micro-batches inside, in order.
+
+        Collective in a rank's last pass: every rank must call it.
+        """
+        is_last = part.stop == own.stop
         if is_last and self.world.world_size > 1:
             self.world.clock.announce()
         with nullcontext() if is_last else self.world.accelerator.no_sync(self.model):
@@ -111,17 +114,20 @@ class ExactTree:
         self.stack: list[tuple[Node, list[Tensor]]] = []  # subtrees of this step, and their sum for each parameter
 
     @contextmanager
-    def micro_batch(self, index: int, own: range) -> Iterator[None]:
-        """Run one forward and backward inside. Collective in a rank's last micro-batch: every rank must call it."""
-        if index == own[0]:
+    def one_pass(self, part: range, own: range) -> Iterator[None]:
+        """Run forward and backward of one of a rank's own micro-batches inside, in order.
+
+        Collective in a rank's last pass: every rank must call it.
+        """
+        if part.start == own.start:
             self.stack.clear()  # an error may have left something of the step before
         with self.world.accelerator.no_sync(self.model):
             yield
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]  # None if not used
-        self._push(self.stack, Node(index, index + 1), gradients)
+        self._push(self.stack, Node(part.start, part.stop), gradients)
         for parameter in self.parameters:
             parameter.grad = None
-        if index == own[-1]:
+        if part.stop == own.stop:
             _, gradients = self.stack[0]
             if self.world.world_size > 1:
                 with self.world.clock.collective():
