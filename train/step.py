@@ -48,7 +48,7 @@ def train_step(plan: Plan, state: State) -> None:
     for part in plan.passes:
         with plan.reducer.one_pass(part, plan.own):
             loss_sums = _loss_sums(plan, state, part, batch)
-            _backward(plan, loss_sums.sum(), loss_weight)
+            _backward(plan, loss_sums, loss_weight)
             clock.enter("forward_backward")
         micro_batches = slice(part.start, part.stop)
         statistics.loss_sums[micro_batches] = loss_sums.detach()
@@ -119,16 +119,20 @@ def _loss_sums(plan: Plan, state: State, part: range, batch: _Rows) -> Tensor:
         logits = state.model(inputs)
     smoothing = plan.config.optim.label_smoothing
     losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-    loss_sums = torch.stack([each.sum() for each in losses.split(sizes)])
+    if min(sizes) == max(sizes):
+        loss_sums = losses.view(len(sizes), -1).sum(1)  # one kernel
+    else:
+        loss_sums = torch.stack([each.sum() for each in losses.split(sizes)])
     return loss_sums * 0 if is_empty else loss_sums
 
 
-def _backward(plan: Plan, loss_sum: Tensor, weight: Tensor) -> None:
-    """Add the gradients of weight * loss_sum to the parameters'."""
+def _backward(plan: Plan, loss_sums: Tensor, weight: Tensor) -> None:
+    """Add the gradients of the weighted sum of all `loss_sums`, float32 [G], to the parameters'."""
+    weights = weight.expand(len(loss_sums))
     if plan.tables.has_scaler:
-        plan.world.accelerator.backward(loss_sum, gradient=weight)
+        plan.world.accelerator.backward(loss_sums, gradient=weights)
     else:
-        loss_sum.backward(weight)  # accelerate would also divide by 1
+        loss_sums.backward(weights)  # accelerate would also divide by 1
 
 
 def _clip(plan: Plan, state: State) -> Tensor:

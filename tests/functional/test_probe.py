@@ -154,6 +154,7 @@ SABOTAGED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "float64": (lambda: Net().double(), "conv.weight, conv.bias, fc.weight and 1 more must be float32"),
     "nothing to train": (lambda: Net().requires_grad_(False), "no trainable parameters"),
     "tied layers": (Tied, "conv.weight and also_conv.weight share their memory"),
+    "BatchNorm of pixels first": (lambda: Net(Tokens(nn.BatchNorm1d(8), is_image_first=False)), "Two micro-batches"),
     "a state that is no tensor": (lambda: Net(Extra()), "between._extra_state .* must be tensors"),
 }  # fmt: skip
 
@@ -191,6 +192,19 @@ class Clamped(nn.Conv2d):
         return super().forward(input)
 
 
+class Tokens(nn.Module):
+    """Applies a layer to all pixels of all images, as rows of features."""
+
+    def __init__(self, layer: nn.Module, *, is_image_first: bool) -> None:
+        super().__init__()
+        self.layer, self.order = layer, (0, 2, 3, 1) if is_image_first else (2, 3, 0, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        rows = features.permute(self.order)
+        found = self.layer(rows.flatten(0, 2)).view(rows.shape)
+        return found.permute([self.order.index(axis) for axis in range(4)])
+
+
 class Extra(nn.Identity):
     def get_extra_state(self) -> str:
         return "text"
@@ -220,6 +234,7 @@ SOUND: dict[str, Callable[[], nn.Module]] = {
     "sequence first": lambda: Net(Attention(encoder(dropout=0.0, batch_first=False), is_batch_first=False)),
     "frozen": Frozen,
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(360, 4)),
+    "BatchNorm of pixels": lambda: Net(Tokens(nn.BatchNorm1d(8), is_image_first=True)),
     "BatchNorm of features": lambda: nn.Sequential(nn.Flatten(), nn.Linear(360, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)),
 }
 
