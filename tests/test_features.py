@@ -95,49 +95,6 @@ def test_resolved_config_trains_the_same_run(tmp_path: Path) -> None:
     assert ranks["weights_sha256"] == first["weights_sha256"]
 
 
-# sweep.yaml is for `wandb sweep`, not for --config
-RECIPES = [path for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")) if path.stem != "sweep"]
-
-
-@pytest.mark.sample(4)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_starts_and_names_its_command(tmp_path: Path, recipe: Path) -> None:
-    text = recipe.read_text()
-    assert f"python -m train --config configs/{recipe.name}" in text
-    assert (yaml.safe_load(text)["data"].get("fallback", False)) == (recipe.stem == "quickstart")
-    short = "--train.max_steps 2 --train.num_threads 1 --data.name digits --eval.batch_size 100"
-    short += " --log.progress false --log.report false"
-    command = [sys.executable, "-m", "train", "--config", str(recipe), *short.split(), "--run.dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (run,) = tmp_path.iterdir()
-    assert run.name.startswith(f"{recipe.stem}-2")
-    assert str(run / "summary.json") in done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.mnist
-def test_quickstart_reaches_99_percent_on_mnist(tmp_path: Path, mnist_root: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "launch",
-        "run",
-        "--",
-        "--config",
-        "configs/quickstart.yaml",
-        "--run.dir",
-        str(tmp_path),
-    ]
-    env = os.environ | {"MNIST_ROOT": str(mnist_root)}
-    done = subprocess.run([*command, "--run.name", "q"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "q" / "summary.json").read_text())
-    assert summary["data"]["name"] == "mnist"
-    assert summary["num_examples"] == 10_000
-    assert summary["results"]["raw"]["accuracy"] >= 0.989  # one seed; the mean of five is in the recipe
-
-
 def test_profiled_steps_are_a_trace(tmp_path: Path) -> None:
     """The trace has the steps after A until B of rank 0 and no others. It changes no bit. The run may end before B."""
     plain = train(2, tmp_path / "plain", "--train.max_steps 8")

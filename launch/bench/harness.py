@@ -18,6 +18,7 @@ MEASURES: dict[str, tuple[Callable[..., list[Row]], int, str]] = {  # name: (fun
     "throughput": (measures.throughput, 100, "our loop and a bare PyTorch loop of the same model, in one process"),
     "peers": (peers.peers, 5, "the same model in the idioms of other trainers (pip install 'lockstep[bench]')"),
     "exact": (measures.exact, 5, "exact against fast mode, on 1 and 2 processes (on 1 if there is one GPU)"),
+    "micro-batches": (measures.micro_batches, 5, "BatchNorm over 1, 2 and 8 micro-batches of a batch, on 1 process"),
     "scaling": (measures.scaling, 3, "1 to N processes: strong (one global batch) and weak (one share per process)"),
     "startup": (measures.startup, 5, "the whole command: help, an error, a training of one step"),
     "time-to-accuracy": (

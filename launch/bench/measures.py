@@ -251,6 +251,21 @@ def exact(repeats: int) -> list[Row]:
     return rows
 
 
+def micro_batches(repeats: int) -> list[Row]:
+    """Measure a network with BatchNorm on one process: its micro-batches in one pass, in several, and in exact mode."""
+    works = {
+        name: partial(images_per_second, 1, 128, f"--model.name vgg --train.num_threads 0 --train.{flags}")
+        for name, flags in {
+            "1 x 128": "num_micro_batches 1",
+            "2 x 64, one pass": "num_micro_batches 2",
+            "8 x 16, one pass": "num_micro_batches 8",
+            "8 x 16, eight passes": "num_micro_batches 8 --train.max_micro_batch_size 16",
+            "8 x 16, exact": "exact true --train.num_micro_batches 8",
+        }.items()
+    }
+    return in_turns(works, repeats, "images/s", "1 x 128")
+
+
 def scaling(repeats: int) -> list[Row]:
     """Measure 1 to N processes, one per GPU or core: one global batch (strong), or one share each (weak)."""
     sizes = [2**power for power in range((count_gpus() or count_cores()).bit_length())]

@@ -30,8 +30,8 @@ EVERYTHING = (
     f"--checkpoint.every_steps {SAVE_STEPS} --checkpoint.keep 3"
 )
 DEMO = (
-    "--config configs/quickstart.yaml --train.exact true --train.num_micro_batches 8 --train.global_batch_size 512 "
-    f"--model.dropout 0.2 --augment.shift 2 --checkpoint.every_steps {SAVE_STEPS}"
+    "--config configs/exact.yaml --data.fallback true --model.dropout 0.2 --augment.shift 2 "
+    f"--checkpoint.every_steps {SAVE_STEPS}"
 )
 # A GPU makes three such steps in 10 ms, so that we may miss the steps to kill at. It gets many more of them.
 EPOCHS = {"cpu": 3, "cuda": 31}

@@ -69,6 +69,9 @@ def test_trainings_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert turns[10:14] == turns[14:]
     assert rows["2 processes, exact, 8 x 64"].values == [208.0, 208.0]
     assert rows["2 processes, exact, 8 x 64"].base == "2 processes, fast"
+    turns.clear()
+    assert [row.values for row in measures.micro_batches(1)] == [[101.0], [102.0], [108.0], [116.0], [108.0]]
+    assert len(set(turns)) == 5
     assert {row.base for row in measures.scaling(1)} <= {row.name for row in measures.scaling(1)} | {None}
 
 
