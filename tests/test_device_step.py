@@ -152,6 +152,22 @@ def test_this_test_sees_a_read_and_a_stray_tensor(monkeypatch: pytest.MonkeyPatc
             seen_step(run)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", [8]),
+        ("--train.max_micro_batch_size 128", [8]),
+        ("--train.max_micro_batch_size 100", [6, 2]),
+        ("--train.max_micro_batch_size 16", [1] * 8),
+        ("--train.exact true", [1] * 8),
+    ],
+)
+def test_a_rank_makes_as_few_passes_as_its_memory_allows(flags: str, expected: list[int]) -> None:
+    with opened(f"--model.name tiny_bn --train.global_batch_size 128 --train.num_micro_batches 8 {flags}") as run:
+        assert [len(part) for part in run.plan.passes] == expected
+        assert seen_step(run).kernels["convolution_backward"] == 3 * len(expected)
+
+
 # Operations of a step of each recipe, in fp32. Each takes a GPU 0.3 to 5 us, and without graphs the host about 5 us.
 KERNELS = {"fast": 63, "quickstart": 63, "fast-99.5": 256, "mnist": 257, "best": 317}
 

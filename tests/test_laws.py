@@ -242,6 +242,13 @@ def test_accumulation_follows_the_memory_limit(tmp_path: Path) -> None:
     assert_close(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_passes_that_the_memory_limit_cuts_agree_to_round_off(tmp_path: Path) -> None:
+    flags = "--train.max_steps 10 --optim.lr 0.01 --model.name tiny_bn --train.num_micro_batches 8"
+    train(1, tmp_path / "whole", flags)
+    train(2, tmp_path / "cut", flags, "--train.max_micro_batch_size 24")  # 4 of 8 on each rank, in passes of 3 and 1
+    assert_close(tmp_path / "whole", tmp_path / "cut")
+
+
 @pytest.mark.parametrize("mutant", ["doubled_example", "dropped_example"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_coverage_checksum_stops_a_run_that_misuses_an_example(tmp_path: Path, mutant: str, world_size: int) -> None:

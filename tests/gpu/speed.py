@@ -81,6 +81,7 @@ def cases(lab: Lab) -> list[Check]:
         "fast ordinary": f"{FAST} {off}",
         "fast graph": f"{FAST} {on}",
         "fast-99.5 graph": f"{FAST_995} {on}",
+        "fast-99.5 graph 1 x 128": f"{FAST_995} {on} --train.num_micro_batches 1",
         "fast graph nchw": f"{FAST} {on} --train.channels_last false",
         **{f"fast graph exact {parts}": f"{exact} {parts}" for parts in (1, 4, 8)},
         **{f"fast graph {batch}": f"{FAST} {on} --train.global_batch_size {batch}" for batch in (1024, 8192)},

@@ -117,6 +117,21 @@ def test_every_launcher_trains_the_same_run(tmp_path: Path, launcher: str, alone
     assert "Warning" not in output.replace("Setting OMP_NUM_THREADS", "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "launch run"])
+def test_every_launcher_trains_a_recipe_with_batch_norm_on_8_ranks(tmp_path: Path, launcher: str) -> None:
+    command = {
+        "torchrun": (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "8", "-m", "train"),
+        "accelerate": (*LAUNCHERS["accelerate"][1][:-2], "--num_processes", "8", "-m", "train"),
+        "launch run": launch_run(8),
+    }[launcher]
+    recipe = "--config configs/mnist.yaml --data.name digits --model.name vgg --train.global_batch_size 128"
+    code, output = finish(start(tmp_path / "run", *command, flags=f"{recipe} --train.max_steps 3 --log.every_steps 1"))
+    assert code == 0, output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["world_size"], summary["num_micro_batches"], summary["step"]) == (8, 8, 3)
+
+
 def test_asking_for_more_processes_than_come_up_is_an_error(tmp_path: Path) -> None:
     command = (str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "train")
     code, output = finish(start(tmp_path / "run", *command))
