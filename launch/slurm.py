@@ -5,13 +5,13 @@ request passes `sbatch --test-only`. Arguments are passed as a list, never throu
 slurm/train.sbatch.
 """
 
+import argparse
 import os
 import re
 import shlex
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 from train.cli import Parser, parse, run_name, split_arguments
@@ -19,7 +19,15 @@ from train.config import Config
 from train.errors import CRASHED, FINISHED, UserError
 
 ROOT = Path(__file__).parent.parent
-SITE = 'if [ -f slurm/site.env ]; then set -a; . slurm/site.env >&2; set +a; fi; exec "$@"'  # its SBATCH_* reach sbatch
+# The SBATCH_* of site.env reach sbatch. Its options end with it, and it may have Windows line ends.
+SITE = """
+if [ -f slurm/site.env ]; then set -a; . <(tr -d '\\r' <slurm/site.env) >&2 || :; set +aeu +o pipefail; fi
+exec "$@"
+"""
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # any other SLURM_* is of the job that this is called from
+RANKS = ("gpus", "gpus_per_node", "gres", "ntasks", "ntasks_per_node")  # options that ask for ranks
+TOTALS = ("gpus", "ntasks")  # on all nodes together
+UNCOUNTED = ("--ntasks-per-gpu", "--ntasks-per-core", "--ntasks-per-socket", "--gpus-per-socket", "--gpus-per-task")
 POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
 LOST, INTERRUPTED = 3, 130  # exit codes: the job was submitted and can no longer be followed; Ctrl-C
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
@@ -33,10 +41,15 @@ def make_parser() -> Parser:
         description="Check a training and submit it. Options that are not listed go to sbatch: --time, --partition, "
         "--signal=USR2@600, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
     )
-    parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
-    gpus = "GPUs and ranks per node; 0: CPU ranks (default 0)"
-    parser.add_argument("--gpus-per-node", type=int, default=0, help=gpus)
-    parser.add_argument("--ntasks-per-node", type=int, default=1, help="CPU ranks per node (default 1)")
+    parser.add_argument("--nodes", "-N", type=int, help="nodes (default 1, or what --gpus or --ntasks needs)")
+    gpus = "GPUs and ranks per node, as [TYPE:]NUMBER; --gres=gpu:NUMBER is the same"
+    parser.add_argument("--gpus-per-node", help=gpus)
+    parser.add_argument("--gres", help=argparse.SUPPRESS)
+    parser.add_argument("--gpus", "-G", help="GPUs and ranks in all, as [TYPE:]NUMBER")
+    parser.add_argument("--ntasks-per-node", type=int, help="CPU ranks per node (default 1)")
+    parser.add_argument("--ntasks", "-n", type=int, help="CPU ranks in all")
+    array = "the tasks of a sweep: its seeds, or lines of its file, which count from 1"
+    parser.add_argument("--array", "-a", help=array)
     sweep = "'seeds', or a file with one line of flags per run; needs --array, such as --array=1-5%%2"
     parser.add_argument("--sweep", help=sweep)
     parser.add_argument("--dry-run", action="store_true", help="print the command and do not submit")
@@ -46,17 +59,57 @@ def make_parser() -> Parser:
     return parser
 
 
-def check_options(options: Namespace, extra: list[str]) -> None:
+def check_options(options: argparse.Namespace, extra: list[str]) -> None:
     """Raise UserError if an option has a value that makes no job."""
-    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("gpus_per_node", 0)):
+    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("ntasks", 1)):
         value = getattr(options, name)
-        if value < least:
+        if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}. Use {least} or more.")
-    has_array = any(word.startswith("--array=") for word in extra)
-    if options.sweep and not has_array:
+    for word in extra:
+        if word.startswith(UNCOUNTED) and not re.fullmatch("--gpus-per-task=(.*:)?1", word):
+            raise UserError(f"{word} does not give the number of ranks. Use --gpus, --gpus-per-node or --ntasks.")
+    if options.sweep and not options.array:
         raise UserError("--sweep needs --array=FIRST-LAST, such as --array=1-5%2.")
     if options.sweep and options.follow:
         raise UserError("--sweep cannot be followed: each of its tasks has its own log. Drop --follow.")
+
+
+def count_gpus(name: str, value: str) -> int:
+    """Return the number of GPUs in 8, h100:8, h100:4,a100:4 or, for --gres, gpu:8. Raises UserError."""
+    parts = value.split(",") if name != "gres" else [part for part in value.split(",") if part.startswith("gpu")]
+    numbers = [re.fullmatch(r"(?:[a-zA-Z][^:]*:){0,2}(\d+)", part) for part in parts]
+    if None in numbers:
+        raise UserError(f"--{name.replace('_', '-')} is {value}. Use NUMBER or TYPE:NUMBER.")
+    return sum(int(number[1]) for number in numbers if number)
+
+
+def count_ranks(options: argparse.Namespace) -> int:
+    """Return the world size that the options ask for: GPUs, or else tasks. Raises UserError if they disagree."""
+    nodes, sizes = options.nodes or 1, {}
+    for name in RANKS:
+        if (value := getattr(options, name)) is not None:
+            number = value if name.startswith("ntasks") else count_gpus(name, value)
+            sizes[name] = number * (nodes if name not in TOTALS else 1)
+    sizes = {name: size for name, size in sizes.items() if size}
+    if sizes.keys() - {"ntasks", "ntasks_per_node"}:  # one task per node asks for nothing: each GPU gets a rank
+        sizes = {name: size for name, size in sizes.items() if not (name.startswith("ntasks") and size == nodes)}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"--{name.replace('_', '-')} gives {size}" for name, size in sizes.items())
+        raise UserError(f"The options ask for different numbers of ranks: {found}. Each GPU gets one rank.")
+    return max(sizes.values(), default=nodes)
+
+
+def check_array(path: Path, num_lines: int, array: str) -> None:
+    """Raise UserError if an index of --array is not a line of the sweep's file."""
+    for part in array.partition("%")[0].split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
+        if not found:
+            raise UserError(f"--array is {array}. Use FIRST-LAST, such as 1-5%2.")
+        first, last, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
+        for index in range(first, last + 1, step):
+            if not 1 <= index <= num_lines:
+                hint = f"Lines count from 1: use --array=1-{num_lines}"
+                raise UserError(f"{path} has {num_lines} lines, and no line {index} of --array={array}. {hint}.")
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -72,13 +125,14 @@ def check_world(config: Config, world_size: int) -> None:
     resolve_num_micro_batches(config.train, world_size, has_batch_norm=has_batch_norm)
 
 
-def check_lines(path: Path, arguments: list[str]) -> None:
-    """Raise UserError if a sweep's file cannot be read or one of its lines makes no config."""
+def check_lines(path: Path, array: str, arguments: list[str]) -> None:
+    """Raise UserError if a sweep's file cannot be read, lacks a line, or one of its lines makes no config."""
     try:
         lines = (ROOT / path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         expected = "Use 'seeds', or a file with one line of flags per run"
         raise UserError(f"--sweep {path} cannot be read: {error}. {expected}.") from None
+    check_array(path, len(lines), array)
     for number, line in enumerate(lines, 1):
         try:
             parse([*arguments, *shlex.split(line)])
@@ -86,17 +140,22 @@ def check_lines(path: Path, arguments: list[str]) -> None:
             raise UserError(f"{path}, line {number}: {error}") from None
 
 
-def command(options: Namespace, extra: list[str], arguments: list[str]) -> list[str]:
+def command(options: argparse.Namespace, extra: list[str], arguments: list[str]) -> list[str]:
     """Return the sbatch command line."""
-    kind = "gpus" if options.gpus_per_node else "ntasks"
-    ranks = [f"--{kind}-per-node", str(options.gpus_per_node or options.ntasks_per_node)]
+    asked = [name for name in RANKS if getattr(options, name) not in (None, "0")] or ["ntasks_per_node"]
+    nodes = options.nodes or (None if asked[0] in TOTALS else 1)
+    words = ["--nodes", str(nodes)] if nodes else []
+    for name in asked:
+        words += [f"--{name.replace('_', '-')}", str(getattr(options, name) or 1)]
+    words += ["--array", options.array] if options.array else []
     script = ["slurm/sweep.sbatch", options.sweep] if options.sweep else ["slurm/train.sbatch"]
-    return ["sbatch", "--parsable", "--nodes", str(options.nodes), *ranks, *extra, *script, *arguments]
+    return ["sbatch", "--parsable", *words, *extra, *script, *arguments]
 
 
 def run(*argv: str) -> str:
     """Run a command in the project's directory with the site's settings. Raises UserError if it fails."""
-    done = subprocess.run(("bash", "-c", SITE, "bash", *argv), cwd=ROOT, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in KEPT}
+    done = subprocess.run(("bash", "-c", SITE, "bash", *argv), cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         message = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise UserError(f"{argv[0]} failed: {message}")
@@ -149,12 +208,14 @@ def main(argv: list[str]) -> int:
     if options.print_run:
         if "SLURM_JOB_ID" not in os.environ:
             raise UserError("--print-run is for the job: SLURM_JOB_ID is not set.")
-        print(Path(config.run.dir) / run_name(config, arguments, os.environ["SLURM_JOB_ID"]))
+        job = os.environ["SLURM_JOB_ID"]
+        folder = f"sweep-{os.environ['SLURM_ARRAY_JOB_ID']}" if options.sweep else ""
+        print(Path(config.run.dir, folder, run_name(config, arguments, job)))
         return FINISHED
     check_options(options, extra)
     if options.sweep and options.sweep != "seeds":
-        check_lines(Path(options.sweep), arguments)
-    check_world(config, options.nodes * (options.gpus_per_node or options.ntasks_per_node))
+        check_lines(Path(options.sweep), options.array, arguments)
+    check_world(config, count_ranks(options))
     sbatch = command(options, extra, arguments)
     if options.dry_run:
         print(shlex.join(sbatch))
@@ -162,7 +223,7 @@ def main(argv: list[str]) -> int:
     run(sbatch[0], "--test-only", *sbatch[2:])
     job = run(*sbatch).split(";")[0]
     log = ROOT / (f"slurm-{job}_*.log" if options.sweep else f"slurm-{job}.log")
-    place = f"runs/sweep-{job}" if options.sweep else str(Path(config.run.dir) / run_name(config, arguments, job))
+    place = Path(config.run.dir, f"sweep-{job}" if options.sweep else run_name(config, arguments, job))
     print(f"job {job}: squeue -j {job}; log {log}; run {place}; scancel {job} ends it", flush=True)
     if not options.follow:
         return FINISHED

@@ -38,8 +38,10 @@ def complain(error: UserError | RunError, world: "World | None") -> int:
     Rank 0 prints it. Before there is a world, in which all ranks raise the same error, one rank of each other machine
     prints it too. Ranks that print nothing wait briefly, because launchers kill all ranks as soon as one exits.
     """
-    place = read_placement()
-    rank, local_rank = place.rank, place.local_rank
+    rank, local_rank = 0, 0
+    with contextlib.suppress(UserError):  # this error may be about the placement
+        place = read_placement()
+        rank, local_rank = place.rank, place.local_rank
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif world is None and local_rank == 0:

@@ -2,14 +2,24 @@
 
 import json
 import re
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ranks.processes import rows
 
-from slurm.lab import Lab
+from slurm.lab import Lab, lab
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON = """#!/bin/bash
+# Runs the training slower (tests/slurm/rank.py); everything else as it is.
+if [ "$2" = train ]; then exec {python} {root}/tests/slurm/rank.py "${{@:3}}"; fi
+exec {python} "$@"
+"""
 
 STEPS = 60
 TRAIN = f"""
@@ -25,6 +35,23 @@ class Cluster:
 
     def __init__(self, running: Lab, project: Path) -> None:
         self.lab, self.project = running, project
+
+    def tidy(self) -> None:
+        """Leave no job and no dead node for the next test."""
+        self.run("scancel", "--user", "root")
+        for node in self.lab.nodes:
+            self.bring_back(node)
+        deadline = time.monotonic() + 60
+        idle = ("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D")
+        while self.run("squeue", "--noheader").strip() or self.run(*idle).strip() != str(len(self.lab.nodes)):
+            assert time.monotonic() < deadline, self.run("squeue") + self.run("sinfo")
+            time.sleep(0.3)
+
+    def bring_back(self, node: str) -> None:
+        """Boot a node that was killed, or connect it again."""
+        if node not in self.lab.processes:
+            self.lab.start(node)
+        self.lab.netup(node)
 
     def run(self, *command: str, check: bool = True, **env: str) -> str:
         variables = [f"{name}={value}" for name, value in env.items()]
@@ -77,3 +104,18 @@ class Cluster:
         """Return what the ranks of one attempt of a job recorded about themselves."""
         found = [json.loads(path.read_text()) for path in (self.project / "ranks" / job).glob(f"{attempt}-*.json")]
         return {int(facts["RANK"] or 0): facts for facts in found}
+
+
+@contextmanager
+def running(place: Path, nodes: int = 3) -> Iterator[Cluster]:
+    """Start a cluster with a copy of the project."""
+    project = place / "project"
+    shutil.copytree(ROOT / "slurm", project / "slurm")
+    for package in ("train", "launch", "configs"):
+        (project / package).symlink_to(ROOT / package)
+    (project / "python").write_text(PYTHON.format(python=sys.executable, root=ROOT))
+    (project / "python").chmod(0o755)
+    site = f"PYTHON={project}/python\nexport PYTHONPATH={ROOT} XDG_CACHE_HOME={place}/cache WANDB_MODE=disabled\n"
+    (project / "slurm" / "site.env").write_text(site)
+    with lab(place / "lab", nodes) as started:
+        yield Cluster(started, project)

@@ -80,13 +80,24 @@ def test_a_good_cluster_is_ok(lab: Cluster) -> None:
     done = lab("head", "env", "-C", str(ROOT), *command, "--", "--data.name", "digits", "--run.dir", runs)
     lines = done.stdout.splitlines()[:-1]
     found = {line[5:19].strip(): (line[:5].strip(), line[19:]) for line in lines}
-    names = {"sbatch", "partitions", "submit", "shared files", "network", "nodes", "packages", "all-reduce"}
+    names = {
+        "sbatch",
+        "partitions",
+        "submit",
+        "shared files",
+        "network",
+        "nodes",
+        "packages",
+        "all-reduce",
+        "preemption",
+    }
     assert names <= found.keys(), done.stderr
     assert {name: found[name] for name in names if found[name][0] != "OK"} == {}
     assert found["partitions"][1] == "main* 2 idle, urgent 2 idle"
     assert found["network"][1].startswith("2 node(s) add up right")
     assert "2 node(s) with the same versions: python 3." in found["nodes"][1]
     assert f"{runs} is shared by 2 node(s)" == found["shared files"][1]
+    assert re.match(r"USR2 through Slurm: saved at step \d+, resumed to the same bits, \d+ s", found["preemption"][1])
     assert done.returncode == ("fail" in [status for status, _ in found.values()])
 
 
@@ -179,6 +190,18 @@ def test_a_node_without_the_program_fails(lab: Cluster) -> None:
         status, text, _ = lab.doctor()["nodes"]
     assert status == "fail"
     assert text.startswith(("0 of 2", "1 of 2"))
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_the_signal_fails(lab: Cluster) -> None:
+    """USR2 stays ignored on both nodes, as by a wrapper that does not pass it on."""
+    signals = ROOT / "train" / "world" / "signals.py"
+    deaf = signals.read_text().replace("signal.SIGINT, signal.SIGUSR2)", "signal.SIGINT)")
+    with replaced(lab, "node1", signals, deaf), replaced(lab, "node2", signals, deaf):
+        status, text, remedy = lab.doctor()["preemption"]
+    assert status == "fail"
+    assert "ended with exit code 0, expected 75 and a checkpoint" in text
+    assert "wrapper" in remedy
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ Exact mode gives all world sizes the same bits, so one undisturbed run is the re
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -17,14 +16,8 @@ import yaml
 from conftest import ROOT
 from ranks.processes import rows, wait_for_step
 
-from slurm.cluster import TRAIN, WAIT_SECONDS, Cluster
-from slurm.lab import lab, why_not
-
-PYTHON = """#!/bin/bash
-# Runs the training slower (tests/slurm/rank.py); everything else as it is.
-if [ "$2" = train ]; then exec {python} {root}/tests/slurm/rank.py "${{@:3}}"; fi
-exec {python} "$@"
-"""
+from slurm.cluster import TRAIN, WAIT_SECONDS, Cluster, running
+from slurm.lab import why_not
 
 # Print the GPU that a task would choose. The lab's GPUs are fakes, so this sets the number that torch reports.
 CHOOSE = """
@@ -50,33 +43,15 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    place = tmp_path_factory.mktemp("slurm")
-    project = place / "project"
-    shutil.copytree(ROOT / "slurm", project / "slurm")
-    for package in ("train", "launch", "configs"):
-        (project / package).symlink_to(ROOT / package)
-    (project / "python").write_text(PYTHON.format(python=sys.executable, root=ROOT))
-    (project / "python").chmod(0o755)
-    site = f"PYTHON={project}/python\nexport PYTHONPATH={ROOT} XDG_CACHE_HOME={place}/cache WANDB_MODE=disabled\n"
-    (project / "slurm" / "site.env").write_text(site)
-    with lab(place / "lab") as running:
-        yield Cluster(running, project)
+    with running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
 
 
 @pytest.fixture(autouse=True)
 def quiet_cluster(cluster: Cluster) -> Iterator[None]:
     """Leave no job and no dead node for the next test."""
     yield
-    cluster.run("scancel", "--user", "root")
-    for node in cluster.lab.nodes:
-        if node not in cluster.lab.processes:
-            cluster.lab.start(node)
-        cluster.lab.netup(node)
-    deadline = time.monotonic() + 60
-    idle = ("sinfo", "-h", "-t", "idle", "-p", "main", "-o", "%D")
-    while cluster.run("squeue", "--noheader").strip() or cluster.run(*idle).strip() != "3":
-        assert time.monotonic() < deadline, cluster.run("squeue") + cluster.run("sinfo")
-        time.sleep(0.3)
+    cluster.tidy()
 
 
 @pytest.fixture(scope="module")

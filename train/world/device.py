@@ -9,7 +9,7 @@ import torch
 
 from train.config import TrainConfig
 from train.errors import UserError
-from train.world.launcher import tasks_on_node
+from train.world.launcher import is_slurm_task
 
 SHARE_GPU = "LOCKSTEP_SHARE_GPU"  # for tests: ranks share one GPU and exchange by gloo or nccl (2.30 or newer)
 NATIVE_CAPABILITY = (8, 0)  # of the first GPUs with bf16 and TF32; older ones emulate bf16 or fail
@@ -22,9 +22,9 @@ def num_gpus_for(num_visible: int, local_rank: int, local_world_size: int) -> in
     together then have `SLURM_GPUS_ON_NODE`. The ranks of a launcher that runs inside a task share the GPUs of that
     task.
     """
-    env = os.environ
-    is_task = env.get("SLURM_LOCALID") == str(local_rank) and tasks_on_node(env) == local_world_size
-    return max(num_visible, int(env.get("SLURM_GPUS_ON_NODE", local_world_size))) if is_task else num_visible
+    if not is_slurm_task(os.environ, local_rank, local_world_size):
+        return num_visible
+    return max(num_visible, int(os.environ.get("SLURM_GPUS_ON_NODE", local_world_size)))
 
 
 def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -> torch.device:

@@ -13,6 +13,8 @@ from train.config import TrainConfig
 from train.errors import UserError
 
 SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # without a launcher
+STEP = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"]
+STEP += ["SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"]
 RESTART_COUNTS = ("LOCKSTEP_RESTART", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -65,37 +67,70 @@ def accept_placement(config: TrainConfig) -> Placement:
     return placement
 
 
-def tasks_on_node(env: Mapping[str, str]) -> int:
-    """Return how many tasks of this Slurm step run on this node; 0 outside of a step.
-
-    `SLURM_STEP_TASKS_PER_NODE` may be 2(x3),1.
-    """
-    tasks: list[int] = []
-    for group in env.get("SLURM_STEP_TASKS_PER_NODE", "0").split(","):
+def expand_counts(text: str) -> list[int]:
+    """Return the numbers that Slurm abbreviates: 2(x3),1 is [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for group in text.split(","):
         count, _, times = group.rstrip(")").partition("(x")
-        tasks += [int(count)] * int(times or 1)
-    return tasks[int(env.get("SLURM_NODEID", "0"))] if any(tasks) else 0
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def tasks_on_node(env: Mapping[str, str]) -> int:
+    """Return how many tasks of this Slurm step run on this node; 0 outside of a step, or if that is unknown."""
+    tasks = dict(enumerate(expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", "0"))))
+    return tasks.get(int(env.get("SLURM_NODEID", "0")), 0)
+
+
+def is_at_prompt(env: Mapping[str, str]) -> bool:
+    """Return whether this process was started by hand in the shell of `srun --pty`, which is one task of a step.
+
+    The other tasks of that step are shells that have ended. The steps that `srun` starts from such a shell inherit its
+    variables, but their tasks have no terminal.
+    """
+    task = env.get("SLURM_TASK_PID")
+    if "SLURM_PTY_PORT" not in env or task == str(os.getpid()):
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return task is None
+    return True
 
 
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of torch's launchers for a rank that srun started directly; empty for other processes.
 
     `SLURM_STEP_NODELIST` may be node[01-03,7],x: the first host runs rank 0. The port depends on job, attempt and step.
-    So jobs that share a node do not collide, nor does an attempt with one that a lost node left running.
+    So jobs that share a node do not collide, nor does an attempt with one that a lost node left running. Raises
+    UserError if the variables describe no task.
     """
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1 or "RANK" in env or "WORLD_SIZE" in env:
+    if env.get("SLURM_STEP_NUM_TASKS", "1") == "1" or "RANK" in env or "WORLD_SIZE" in env or is_at_prompt(env):
         return {}
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env["SLURM_STEP_NODELIST"])
-    first_host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else "")
-    job, attempt, step = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    try:
+        first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env["SLURM_STEP_NODELIST"])
+        first_host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else "")
+        job, attempt, step = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+        rank, world_size, local_rank = (int(env[name]) for name in STEP[:3])
+        if not (first_host and 0 <= rank < world_size and 0 <= local_rank < tasks_on_node(env)):
+            raise ValueError
+    except (KeyError, ValueError):
+        found = ", ".join(f"{name} {env.get(name, 'is not set')}" for name in STEP)
+        remedy = "Start with `srun python -m train`, or `unset SLURM_STEP_NUM_TASKS` to train alone"
+        raise UserError(f"Slurm's variables do not describe a task of a step: {found}. {remedy}.") from None
     return {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(tasks_on_node(env)),
         "MASTER_ADDR": env.get("MASTER_ADDR") or first_host,
         "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + (16 * job + 4 * attempt + step) % 15000),
     }
+
+
+def is_slurm_task(env: Mapping[str, str], local_rank: int, local_world_size: int) -> bool:
+    """Return whether the ranks of this machine are the tasks of a Slurm step, not processes inside of a task."""
+    return env.get("SLURM_LOCALID") == str(local_rank) and tasks_on_node(env) == local_world_size
 
 
 def is_restart() -> bool:
@@ -113,7 +148,7 @@ def run_suffix() -> str:
     identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if identity != "none":
         return identity
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PTY_PORT" not in os.environ:  # not at an interactive prompt
+    if "SLURM_STEP_ID" in os.environ and not is_at_prompt(os.environ):
         return f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"  # the same after a requeue
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise UserError(

@@ -23,7 +23,7 @@ from train.config import TrainConfig
 from train.errors import RunError, UserError
 from train.world.clock import START_TIMEOUT_SECONDS, Clock, DeviceMeter
 from train.world.device import choose_backend, choose_device, set_arithmetic
-from train.world.launcher import Placement, accept_placement, store_address
+from train.world.launcher import Placement, accept_placement, is_slurm_task, store_address
 from train.world.process import tune_malloc
 
 T = TypeVar("T")
@@ -59,10 +59,16 @@ def make_accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
         )
 
 
-def choose_num_threads(config: TrainConfig, local_world_size: int) -> int:
-    """Return the CPU threads of this process. By default: an equal share of the cores, or 1 in exact mode."""
+def choose_num_threads(config: TrainConfig, place: Placement) -> int:
+    """Return the CPU threads of this process. By default: an equal share of the cores, or 1 in exact mode.
+
+    Slurm may bind each task to its own `--cpus-per-task`.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.num_threads or (1 if config.exact else max(1, cores // local_world_size))
+    share = max(1, cores // place.local_world_size)
+    if is_slurm_task(os.environ, place.local_rank, place.local_world_size):
+        share = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or share))
+    return config.num_threads or (1 if config.exact else share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +94,7 @@ class World(Placement):
         if place.world_size > 1:
             join(device, place, timedelta(seconds=limit + BACKSTOP_SECONDS))
         accelerator = make_accelerator(config, device)
-        num_threads = choose_num_threads(config, place.local_world_size)
+        num_threads = choose_num_threads(config, place)
         torch.set_num_threads(num_threads)  # after Accelerator(), which sets a number of its own on several ranks
         clock = Clock(DeviceMeter() if place.world_size > 1 and device.type == "cuda" else None)
         clock.limit = limit
