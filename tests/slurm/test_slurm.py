@@ -265,7 +265,7 @@ def test_sweep(cluster: Cluster) -> None:
 
 
 def test_scripts_are_shell() -> None:
-    for script in ("train.sbatch", "sweep.sbatch", "site.env.example"):
+    for script in ("train.sbatch", "ranks.sbatch", "sweep.sbatch", "site.env.example"):
         assert subprocess.run(["bash", "-n", ROOT / "slurm" / script]).returncode == 0
     ignored = subprocess.run(["git", "check-ignore", "-q", "slurm/site.env"], cwd=ROOT, env=os.environ)
     assert ignored.returncode == 0

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import ROOT
 
+from slurm import lab
 from slurm.cluster import TRAIN, Cluster, running
 from slurm.lab import why_not
 
@@ -171,7 +172,7 @@ def at_prompt(cluster: Cluster, shell: str, *commands: str) -> str:
     return cluster.run("bash", "-c", f"timeout 110 script -qec {shlex.quote(shell)} /dev/null <typed", TRAIN="1")
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shell",
     [
@@ -212,3 +213,20 @@ def test_sweep_of_windows_lines_in_a_directory_of_its_own(cluster: Cluster) -> N
         summary = cluster.project / "mine" / f"sweep-{job[1]}" / f"line-{number}" / "summary.json"
         assert json.loads(summary.read_text())["config"]["seed"] == number
     assert not (cluster.project / "runs" / f"sweep-{job[1]}").exists()
+
+
+@pytest.mark.slow
+def test_rank_has_a_thread_for_each_of_its_cpus(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Slurm binds tasks, a rank whose srun did not ask for --cpus-per-task would get one core."""
+    binding = lab.CONFIG.replace("task/none", "task/affinity\nTaskPluginParam=autobind=cores").replace(
+        "CPUs=8", "CPUs=2"
+    )
+    monkeypatch.setattr(lab, "CONFIG", binding)
+    flags = ("--train.exact", "false", "--train.num_threads", "0", "--train.max_steps", "5")
+    with running(tmp_path_factory.mktemp("bound"), nodes=1) as bound:
+        job = bound.submit("threads", "--cpus-per-task", "2", flags=flags)
+        assert bound.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", bound.log(job)
+        summary = json.loads((bound.path("threads") / "summary.json").read_text())
+    assert summary["environment"]["num_threads"] == 2
