@@ -41,7 +41,8 @@ def make_parser() -> Parser:
         description="Check a training and submit it. Options that are not listed go to sbatch: --time, --partition, "
         "--signal=USR2@600, --requeue, --no-requeue, --mem=0, ... Write those with a value as --name=value.",
     )
-    parser.add_argument("--nodes", "-N", type=int, help="nodes (default 1, or what --gpus or --ntasks needs)")
+    nodes = "nodes (default 1, or what --gpus or --ntasks needs); MIN-MAX: it continues while MIN are left"
+    parser.add_argument("--nodes", "-N", help=nodes)
     gpus = "GPUs and ranks per node, as [TYPE:]NUMBER; --gres=gpu:NUMBER is the same"
     parser.add_argument("--gpus-per-node", help=gpus)
     parser.add_argument("--gres", help=argparse.SUPPRESS)
@@ -61,7 +62,7 @@ def make_parser() -> Parser:
 
 def check_options(options: argparse.Namespace, extra: list[str]) -> None:
     """Raise UserError if an option has a value that makes no job."""
-    for name, least in (("nodes", 1), ("ntasks_per_node", 1), ("ntasks", 1)):
+    for name, least in (("ntasks_per_node", 1), ("ntasks", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}. Use {least} or more.")
@@ -85,7 +86,7 @@ def count_gpus(name: str, value: str) -> int:
 
 def count_ranks(options: argparse.Namespace) -> int:
     """Return the world size that the options ask for: GPUs, or else tasks. Raises UserError if they disagree."""
-    nodes, sizes = options.nodes or 1, {}
+    nodes, sizes = node_range(options.nodes)[1], {}
     for name in RANKS:
         if (value := getattr(options, name)) is not None:
             number = value if name.startswith("ntasks") else count_gpus(name, value)
@@ -110,6 +111,15 @@ def check_array(path: Path, num_lines: int, array: str) -> None:
             if not 1 <= index <= num_lines:
                 hint = f"Lines count from 1: use --array=1-{num_lines}"
                 raise UserError(f"{path} has {num_lines} lines, and no line {index} of --array={array}. {hint}.")
+
+
+def node_range(text: str | None) -> tuple[int, int]:
+    """Return the least and the largest number of nodes of `N` or `MIN-MAX`. Raises UserError for anything else."""
+    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text or "1")
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise UserError(f"--nodes is {text}. Use a number, such as 4, or a range, such as 2-8.")
+    return least, most
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -142,13 +152,20 @@ def check_lines(path: Path, array: str, arguments: list[str]) -> None:
 
 def command(options: argparse.Namespace, extra: list[str], arguments: list[str]) -> list[str]:
     """Return the sbatch command line."""
-    asked = [name for name in RANKS if getattr(options, name) not in (None, "0")] or ["ntasks_per_node"]
-    nodes = options.nodes or (None if asked[0] in TOTALS else 1)
-    words = ["--nodes", str(nodes)] if nodes else []
+    least, most = node_range(options.nodes)
+    asked = [name for name in RANKS if getattr(options, name) not in (None, "0")]
+    if least < most and options.ntasks_per_node == 1:
+        asked.remove("ntasks_per_node")  # with it Slurm gives the least number of nodes
+    if least == most and not asked:
+        asked, options.ntasks_per_node = ["ntasks_per_node"], 1
+    nodes = options.nodes or (None if asked[0] in TOTALS else "1")
+    words = ["--nodes", nodes] if nodes else []
     for name in asked:
-        words += [f"--{name.replace('_', '-')}", str(getattr(options, name) or 1)]
+        words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     words += ["--array", options.array] if options.array else []
+    words += ["--no-kill"] if least < most else []
     script = ["slurm/sweep.sbatch", options.sweep] if options.sweep else ["slurm/train.sbatch"]
+    script += [f"--min-nodes={least}"] if least < most else []
     return ["sbatch", "--parsable", *words, *extra, *script, *arguments]
 
 

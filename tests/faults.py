@@ -6,6 +6,7 @@ elastic       kill workers under torchrun --max-restarts and measure how long un
               measure how long until no orphan is left
 crash-points  kill a process at every system call that writes a checkpoint
 long          train many steps on two ranks and measure slopes of memory, descriptors, threads, step time and disk
+nodes         lose and return nodes of a real Slurm under jobs that may shrink (needs root, see slurm/lab.py)
 """
 
 import argparse
@@ -29,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from ranks import crashes, endurance  # noqa: E402
 from ranks.processes import Ranks, arguments, rows  # noqa: E402
 
+from slurm import losses  # noqa: E402
 from train.world.clock import Record  # noqa: E402
 
 EVERY_STEPS = 5  # checkpoint.every_steps
@@ -252,13 +254,8 @@ def kills_table(result: dict[str, Any]) -> str:
         lines.append(
             f"| {way} | {moment} | {len(found)} | {again} | {statistics.median(seconds):.1f}, {max(seconds):.1f} |"
         )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{len(result['kills'])} kills; " + ", ".join(f"{n} {what}" for what, n in result["totals"].items()),
-        ]
-    )
+    totals = ", ".join(f"{n} {what}" for what, n in result["totals"].items())
+    return "\n".join([*lines, "", f"{len(result['kills'])} kills; {totals}"])
 
 
 def elastic(options: argparse.Namespace, place: Path) -> dict[str, Any]:
@@ -308,12 +305,15 @@ def is_good(what: str, result: dict[str, Any]) -> bool:
     if what == "elastic":
         ends = all(row["seconds"] <= 5 and not row["left"] for row in result["agents"])
         return ends and all(row["seconds"] <= 10 for row in result["kills"])
+    if what == "nodes":
+        return losses.is_good(result)
     return not result["problems"] if what == "crash-points" else result["codes"] == [0, 0]
 
 
 CAMPAIGNS: dict[str, Any] = {
     "kills": (kills, kills_table), "elastic": (elastic, elastic_table),
     "crash-points": (crashes.campaign, crashes.table), "long": (endurance.campaign, endurance.table),
+    "nodes": (losses.campaign, losses.table),
 }  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def main(argv: list[str]) -> int:
     """Run campaigns; return 0 if nothing was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=[*CAMPAIGNS])
-    parser.add_argument("--kills", type=int, default=200, help="of kills and elastic")
+    parser.add_argument("--kills", type=int, default=200, help="of kills and elastic; nodes loses a tenth as many")
     parser.add_argument("--agents", type=int, default=5, help="agents to kill in elastic")
     parser.add_argument("--ways", nargs="+", choices=[*SHARES], help="of kills: only these, in equal shares")
     parser.add_argument("--steps", type=int, default=100_000, help="of long")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+FINISH = """mkdir -p runs/5; echo '{"outcome": "finished"}' >runs/5/summary.json"""
 STUB = {
-    "srun": 'printf "srun"; printf " %s" "${@:1:6}"; echo; env | grep ^SLURM_ | sort | sed "s/^/env /"',
+    "srun": f'printf "srun"; printf " %s" "${{@:1:7}}"; echo; env | grep ^SLURM_ | sort | sed "s/^/env /"; {FINISH}',
     "squeue": "echo COMPLETED",
     "scontrol": 'if [ "$2" = hostnames ]; then tr , "\\n" <<<"$3"; else echo "$DETAILS"; fi',
     "python": 'echo "runs/$SLURM_JOB_ID"',
@@ -80,7 +81,7 @@ def test_srun_is_told_what_the_job_asked_for(place: Path, variables: dict[str, s
     code, lines = batch(place, "train.sbatch", **variables)
     assert code == 0, lines
     (srun,) = [line for line in lines if line.startswith("srun")]
-    assert srun.startswith(f"srun --nodes=2 {options} --kill-on-bad-exit=0"), lines
+    assert srun.startswith(f"srun --nodelist=n1,n2 --nodes=2 {options} --kill-on-bad-exit=0"), lines
     assert not any("warning" in line or "SLURM_TRES_PER_TASK" in line for line in lines)
 
 
@@ -95,7 +96,9 @@ def test_variables_of_another_job_do_not_reach_srun(place: Path) -> None:
     }
     code, lines = batch(place, "train.sbatch", SLURM_TASKS_PER_NODE="1(x2)", SLURM_JOB_CPUS_PER_NODE="1(x2)", **leaked)
     assert code == 0
-    assert any(line.startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill") for line in lines), lines
+    assert any(
+        line.startswith("srun --nodelist=n1,n2 --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill") for line in lines
+    ), lines
     passed = {line.split("=")[0].removeprefix("env ") for line in lines if line.startswith("env ")}
     assert passed & leaked.keys() == {"SLURM_NTASKS", "SLURM_NPROCS"}  # --ntasks wins over these
 
@@ -125,7 +128,7 @@ def test_no_task_of_an_array_trains_unless_each_has_a_line(place: Path, array: d
 
 def test_flags_with_windows_line_ends(place: Path) -> None:
     (place / "lines.txt").write_bytes(b"--seed 1 --model.name tiny\r\n--seed 2\r\n")
-    (place / "bin" / "srun").write_text('#!/bin/bash\nprintf "<%s>" "$@"\n')
+    (place / "bin" / "srun").write_text(f'#!/bin/bash\nprintf "<%s>" "$@"\n{FINISH}\n')
     code, lines = batch(place, "sweep.sbatch", "lines.txt", SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="1")
     assert code == 0
     assert any("<--seed><1><--model.name><tiny><--run.name><line-1>" in line for line in lines), lines

@@ -70,8 +70,28 @@ def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("--nodes 2-4", "--nodes 2-4 --no-kill slurm/train.sbatch --min-nodes=2"),  # --ntasks-per-node 1 would give 2
+        (
+            "--nodes 1-4 --ntasks-per-node 2",
+            "--nodes 1-4 --ntasks-per-node 2 --no-kill slurm/train.sbatch --min-nodes=1",
+        ),
+        ("--nodes 4-4", "--nodes 4-4 --ntasks-per-node 1 slurm/train.sbatch"),
+    ],
+)
+def test_only_a_range_of_nodes_lets_a_job_lose_some(
+    capsys: pytest.CaptureFixture[str], options: str, wanted: str
+) -> None:
+    assert slurm.main([*options.split(), "--dry-run", "--", *SMALL]) == 0
+    assert shlex.split(capsys.readouterr().out) == ["sbatch", "--parsable", *wanted.split(), *SMALL]
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
+        *((["--nodes", nodes, "--", *SMALL], f"--nodes is {nodes}. Use") for nodes in ("0", "0-2", "3-2", "2-", "two")),
+        (["--nodes", "2-9", "--", *SMALL], "9 processes cannot share train.num_micro_batches 8"),
         (["--", *SMALL, "--seeed", "1"], "There is no config field seeed"),
         (["--nodes", "2", "--gpus-per-node", "8", "--", *SMALL], "16 processes cannot share train.num_micro_batches 8"),
         (["--time", "5", "--", *SMALL], "unexpected argument: '5'"),

@@ -1,6 +1,7 @@
 """Train as `python -m train` does, slower, and record where the rank runs.
 
-ENVIRONMENT  SECONDS_PER_STEP: sleep that long before each step of the first attempt.  POISON_STEP: die in that step.
+ENVIRONMENT  SECONDS_PER_STEP: sleep that long before each step until the job is requeued. SECONDS_PER_STEP_ALWAYS: also
+after that. POISON_STEP: die in that step.
 """
 
 import json
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> int:
             (folder / f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{plan.world.rank}.json").write_text(
                 json.dumps(facts)
             )
-        if "SLURM_RESTART_COUNT" not in os.environ:
-            time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
+        pace = "SECONDS_PER_STEP_ALWAYS" if "SLURM_RESTART_COUNT" in os.environ else "SECONDS_PER_STEP"
+        time.sleep(float(os.environ.get(pace, "0")))
         if state.step == int(os.environ.get("POISON_STEP", "-1")):
             os._exit(9)
         prepare(plan, state)

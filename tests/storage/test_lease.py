@@ -109,6 +109,22 @@ def test_only_a_later_attempt_of_the_same_job_may_take_over(job: str | None) -> 
     assert not is_later_attempt({"job": "8", "restart": 9}, {})
 
 
+def test_srun_after_a_lost_node_may_take_over_and_a_node_that_returns_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """slurm/train.sbatch counts its attempts. A cut-off first node could count further than the job's new attempt."""
+    process, _ = other(tmp_path, "7", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    monkeypatch.setenv("LOCKSTEP_RESTART", "5")
+    with pytest.raises(UserError, match="is being trained by process"):
+        Lease(tmp_path, is_main=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with Lease(tmp_path, is_main=True):
+        process.kill()
+        process.join()
+
+
 def test_old_attempt_can_neither_save_nor_prune_nor_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     old = Lease(tmp_path, is_main=True)

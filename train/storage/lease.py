@@ -44,13 +44,15 @@ def identity() -> dict[str, Any]:
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),  # not set in the first attempt
+        "srun": int(os.environ.get("LOCKSTEP_RESTART") or 0),  # slurm/train.sbatch may run several in one attempt
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
 def is_later_attempt(new: dict[str, Any], old: dict[str, Any]) -> bool:
     """Return whether `new` is a later attempt of `old`'s Slurm job, which means that Slurm has given up the old one."""
-    return new["job"] is not None and new["job"] == old.get("job") and new["restart"] > old.get("restart", 0)
+    new_attempt, old_attempt = ((holder.get("restart", 0), holder.get("srun", 0)) for holder in (new, old))
+    return new["job"] is not None and new["job"] == old.get("job") and new_attempt > old_attempt
 
 
 class Lease:

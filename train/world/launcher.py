@@ -101,9 +101,9 @@ def is_at_prompt(env: Mapping[str, str]) -> bool:
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of torch's launchers for a rank that srun started directly; empty for other processes.
 
-    `SLURM_STEP_NODELIST` may be node[01-03,7],x: the first host runs rank 0. The port depends on job, attempt and step.
-    So jobs that share a node do not collide, nor does an attempt with one that a lost node left running. Raises
-    UserError if the variables describe no task.
+    `SLURM_STEP_NODELIST` may be node[01-03,7],x: the first host runs rank 0. The port depends on job, attempt and step,
+    or on slurm/train.sbatch's count of attempts. So jobs that share a node do not collide, nor does an attempt with one
+    that a lost node left running. Raises UserError if the variables describe no task.
     """
     if env.get("SLURM_STEP_NUM_TASKS", "1") == "1" or "RANK" in env or "WORLD_SIZE" in env or is_at_prompt(env):
         return {}
@@ -111,6 +111,7 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
         first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env["SLURM_STEP_NODELIST"])
         first_host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else "")
         job, attempt, step = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+        offset = int(env.get("LOCKSTEP_RESTART") or 4 * attempt + step)
         rank, world_size, local_rank = (int(env[name]) for name in STEP[:3])
         if not (first_host and 0 <= rank < world_size and 0 <= local_rank < tasks_on_node(env)):
             raise ValueError
@@ -124,7 +125,7 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": str(local_rank),
         "LOCAL_WORLD_SIZE": str(tasks_on_node(env)),
         "MASTER_ADDR": env.get("MASTER_ADDR") or first_host,
-        "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + (16 * job + 4 * attempt + step) % 15000),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + (16 * job + offset) % 15000),
     }
 
 
