@@ -53,7 +53,8 @@ def complain(error: UserError | RunError, world: "World | None") -> int:
 
 def run_directory(config: Config, argv: list[str], world: "World") -> RunDir:
     """Return run.dir/run.name, the same on all ranks. Collective: every rank must call it."""
-    return RunDir(Path(config.run.dir, world.broadcast(run_name(config, argv, run_suffix()))))
+    name = config.run.name or run_name(config, argv, run_suffix())
+    return RunDir(Path(config.run.dir, world.broadcast(name)))
 
 
 def main(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.commands.config.config_args import ClusterConfig
 from ranks.processes import free_port, rows, wait_for_step
 
 import launch.run
@@ -125,11 +126,9 @@ def test_every_launcher_trains_a_recipe_with_batch_norm_on_8_ranks(tmp_path: Pat
         "accelerate": (*LAUNCHERS["accelerate"][1][:-2], "--num_processes", "8", "-m", "train"),
         "launch run": launch_run(8),
     }[launcher]
-    recipe = "--config configs/mnist.yaml --data.name digits --model.name vgg --train.global_batch_size 128"
-    code, output = finish(start(tmp_path / "run", *command, flags=f"{recipe} --train.max_steps 3 --log.every_steps 1"))
-    assert code == 0, output
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["world_size"], summary["num_micro_batches"], summary["step"]) == (8, 8, 3)
+    flags = "--config configs/mnist.yaml --data.name digits --train.max_steps 3"  # it wins over SMALL
+    code, output = finish(start(tmp_path / "run", *command, flags=flags))
+    assert (code, "8 micro-batch(es) of 16, on 8 rank(s)" in output) == (0, True), output
 
 
 def test_asking_for_more_processes_than_come_up_is_an_error(tmp_path: Path) -> None:
@@ -140,11 +139,21 @@ def test_asking_for_more_processes_than_come_up_is_an_error(tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_two_precisions_that_disagree_are_an_error(tmp_path: Path) -> None:
-    command = (str(BIN / "accelerate"), "launch", "--cpu", "--mixed_precision", "bf16", "-m", "train")
-    code, output = finish(start(tmp_path / "run", *command))
-    assert code != 0
-    assert "error: accelerate launch asks for mixed precision bf16, train.precision is fp32" in output
+def test_file_that_accelerate_config_writes_works(tmp_path: Path) -> None:
+    """It asks for bf16 by default in many a tutorial. The training's own precision wins, and one line says so."""
+    written = tmp_path / "default_config.yaml"
+    answers = {"distributed_type": "MULTI_GPU", "num_processes": 2, "mixed_precision": "bf16", "gpu_ids": "all"}
+    always = {"compute_environment": "LOCAL_MACHINE", "use_cpu": False, "debug": False, "same_network": True}
+    unused = {"downcast_bf16": "no", "tpu_env": []}
+    ClusterConfig(**answers, **always, **unused, main_process_port=free_port()).to_yaml_file(written)
+    command = (str(BIN / "accelerate"), "launch", "--config_file", str(written), "-m", "train")
+    code, output = finish(start(tmp_path / "run", *command, flags="--train.device cpu --train.max_steps 8"))
+    assert code == 0, output
+    assert rows(tmp_path / "run", "start")[0]["world_size"] == 2
+    assert [line for line in output.splitlines() if "accelerate launch" in line] == [
+        "warning: accelerate launch asks for mixed precision bf16, train.precision is fp32: fp32 is used, because the "
+        "config alone decides the result. Set --train.precision bf16 to change it."
+    ]
 
 
 def test_an_abort_in_the_interpreters_clean_up_does_not_reach_a_rank(tmp_path: Path) -> None:

@@ -92,11 +92,15 @@ class Lab:
         for gpu in range(gpus):  # copies of /dev/null: enough for Slurm to hand them out
             os.mknod(place / "dev" / f"nvidia{gpu}", 0o600 | 0o020000, os.makedev(1, 3))
 
-    def up(self) -> None:
-        """Start the head and all nodes; return when Slurm reports them as idle."""
+    def boot_head(self) -> None:
+        """Boot the head, whose bridge connects the nodes."""
         self._boot("head")
         for command in ("ip link add br0 type bridge", f"ip addr add {NETWORK}.1/24 dev br0", "ip link set br0 up"):
             self.sh(*command.split())
+
+    def up(self) -> None:
+        """Start the head and all nodes; return when Slurm reports them as idle."""
+        self.boot_head()
         munge = self.place / "munge"
         (munge / "key").write_bytes(os.urandom(128))
         shutil.chown(munge, "munge", "munge")
@@ -141,8 +145,8 @@ class Lab:
             time.sleep(0.01)
         self.processes[node] = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
 
-    def start(self, node: str) -> None:
-        """Boot a node, connect it to the head's bridge and start its daemon."""
+    def boot(self, node: str) -> None:
+        """Boot a node and connect it to the head's bridge."""
         self._boot(node)
         head = ["nsenter", "-t", str(self.processes["head"]), "-n", "ip", "link"]  # in our own count of processes
         end = ["type", "veth", "peer", "name", "eth0", "netns", str(self.processes[node])]
@@ -150,6 +154,10 @@ class Lab:
         subprocess.run([*head, "set", f"v-{node}", "master", "br0", "up"], check=True)
         self.run_on(node, "ip", "addr", "add", f"{self.addresses[node]}/24", "dev", "eth0")
         self.run_on(node, "ip", "link", "set", "eth0", "up")
+
+    def start(self, node: str) -> None:
+        """Boot a node and start its daemon."""
+        self.boot(node)
         self.run_on(node, "slurmd", "-N", node)
 
     def kill(self, node: str) -> None:
@@ -165,22 +173,18 @@ class Lab:
         """Connect a node again."""
         self.sh("ip", "link", "set", f"v-{node}", "up")
 
+    def enter(self, node: str, cwd: Path | None = None) -> list[str]:
+        """Return the command that runs the one after it on a node."""
+        target = ["nsenter", "-t", str(self.processes[node])]
+        return [*target, "-m", "-u", "-n", "-p", f"--wdns={cwd or Path.cwd()}", "--"]
+
     def run_on(self, node: str, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Run a command on a node; return what it printed."""
-        enter = [
-            "nsenter",
-            "-t",
-            str(self.processes[node]),
-            "-m",
-            "-u",
-            "-n",
-            "-p",
-            f"--wdns={cwd or Path.cwd()}",
-            "--",
-        ]
         env = os.environ | {"SLURM_CONF": f"{self.place}/slurm.conf", "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
         with tempfile.TemporaryFile("w+") as output:  # a daemon would keep a pipe open
-            done = subprocess.run([*enter, *command], stdout=output, stderr=subprocess.STDOUT, env=env, timeout=120)
+            done = subprocess.run(
+                [*self.enter(node, cwd), *command], stdout=output, stderr=subprocess.STDOUT, env=env, timeout=120
+            )
             output.seek(0)
             text = output.read()
         assert not check or done.returncode == 0, f"{command} on {node}: {done.returncode}\n{text}"
@@ -206,5 +210,4 @@ if __name__ == "__main__":
     if reason := why_not():
         sys.exit(reason)
     with lab(Path(sys.argv[1]).absolute()) as started:
-        shell = ["nsenter", "-t", str(started.processes["head"]), "-m", "-u", "-n", "-p", "--", "bash"]
-        subprocess.run(shell, env=os.environ | {"SLURM_CONF": f"{started.place}/slurm.conf"})
+        subprocess.run([*started.enter("head"), "bash"], env=os.environ | {"SLURM_CONF": f"{started.place}/slurm.conf"})

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         if not seen:
             seen = True
             facts = {name: os.environ.get(name) for name in SHOWN} | {"host": os.uname().nodename}
-            folder = Path("ranks") / os.environ["SLURM_JOB_ID"]
+            folder = Path("ranks") / os.environ.get("SLURM_JOB_ID", "no-job")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{plan.world.rank}.json").write_text(
                 json.dumps(facts)

@@ -32,6 +32,8 @@ def own_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("RANK", "ACCELERATE_BYPASS_DEVICE_MAP"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     yield
     set_arithmetic(is_exact=False, is_tf32=False)
 

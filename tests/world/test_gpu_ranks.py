@@ -209,7 +209,10 @@ def opened_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(world, "choose_device", lambda *_: device)
         monkeypatch.setattr(world, "join", lambda *_: None)
         monkeypatch.setattr(world, "make_accelerator", lambda *_: found)
-        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, "0")
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, str(world_size))
         return World.open(config)
 
     threads = torch.get_num_threads()

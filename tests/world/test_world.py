@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import refusal
 
 from train.__main__ import main
-from train.world.launcher import read_placement, run_suffix, slurm_variables
+from train.world.launcher import SINGLE, Placement, rank_variables, read_placement, run_suffix, slurm_variables
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -72,7 +73,7 @@ def test_port_differs_between_all_steps_that_the_batch_script_starts() -> None:
 
 def test_other_launchers_are_left_alone() -> None:
     assert slurm_variables({}) == {}
-    assert slurm_variables(STEP | {"RANK": "0"}) == {}  # torchrun inside of srun
+    assert rank_variables(STEP | SINGLE) == {}  # torchrun inside of srun
     assert slurm_variables(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
 
 
@@ -90,8 +91,9 @@ def test_error_that_only_another_machine_has_is_printed_there(
     local_rank: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before ranks are connected they cannot share an error. Rank 0 may have none, or wait for this rank."""
-    monkeypatch.setenv("RANK", "8")
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    place = {"RANK": "8", "WORLD_SIZE": "16", "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "2"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("train.__main__.OTHER_RANKS_WAIT_SECONDS", 0.0)
     assert main(["--config", "/only/on/other/machines.yaml"]) == 2
     found = capsys.readouterr().err
@@ -124,3 +126,41 @@ print(resident() - before)
         for how in ("kept", "given back")
     ]
     assert left[0] > 4 * 10**7 > 2 * left[1]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0", "WORLD_SIZE": "two"},
+        {"RANK": "0", "WORLD_SIZE": ""},
+        {"RANK": "-1", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+    ],
+)
+def test_variables_that_describe_no_place_are_refused(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    line = refusal([], capsys)
+    for name, value in variables.items():
+        assert f"{name}={value}" in line
+
+
+def test_launcher_without_local_rank_starts_one_rank_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert read_placement() == Placement(rank=1, world_size=2, local_rank=0, local_world_size=1)
+
+
+def test_single_rank_needs_no_local_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """enroot's hook for images of PyTorch does not set it."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert read_placement() == Placement(rank=0, world_size=1, local_rank=0, local_world_size=1)

@@ -1,4 +1,4 @@
-"""The environment variables of `launch run`, torchrun, accelerate and srun: a process's place, and its run's identity.
+"""The environment variables of the launchers, from `launch run` to mpirun: a process's place, and its run's identity.
 
 This is the only home of RANK and WORLD_SIZE.
 """
@@ -15,6 +15,20 @@ from train.errors import UserError
 SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # without a launcher
 STEP = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"]
 STEP += ["SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST"]
+MPI = (  # Open MPI; MPICH and Intel MPI; in the order of SINGLE
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
+# What accelerate would do in addition: {variable: (its value for nothing, what to use instead)}
+MULTI_GPU = ("false", "distributed_type: MULTI_GPU")
+ACCELERATE_OPTIONS = {
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--train.compile true"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--train.max_micro_batch_size N"),
+    "ACCELERATE_USE_FSDP": MULTI_GPU,
+    "ACCELERATE_USE_DEEPSPEED": MULTI_GPU,
+    "ACCELERATE_USE_MEGATRON_LM": MULTI_GPU,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": MULTI_GPU,
+}
 RESTART_COUNTS = ("LOCKSTEP_RESTART", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -29,42 +43,104 @@ class Placement:
 
 
 def read_placement() -> Placement:
-    """Return the placement that the launcher's environment variables describe, or that of a single process."""
-    env = SINGLE | os.environ | slurm_variables(os.environ)
-    return Placement(*(int(env[name]) for name in SINGLE))
+    """Return the placement that the launcher's environment variables describe, or that of a single process.
+
+    A launcher that sets neither LOCAL_RANK nor LOCAL_WORLD_SIZE starts one rank per machine. Raises UserError if the
+    variables are incomplete or contradict each other.
+    """
+    env = os.environ | rank_variables(os.environ)
+    numbers = [env.get(name, SINGLE[name]) for name in SINGLE]
+    place = Placement(*(int(number) if number.isdecimal() else -1 for number in numbers))
+    is_whole = ("RANK" in env) == ("WORLD_SIZE" in env)
+    is_local_whole = place.world_size == 1 or ("LOCAL_RANK" in env) == ("LOCAL_WORLD_SIZE" in env)
+    is_local_valid = 0 <= place.local_rank < place.local_world_size <= place.world_size
+    if not (is_whole and is_local_whole and is_local_valid and 0 <= place.rank < place.world_size):
+        shown = " ".join(f"{name}={env.get(name, 'unset')}" for name in SINGLE)
+        raise UserError(
+            f"The launcher's variables are {shown}. Expected RANK below WORLD_SIZE, LOCAL_RANK below LOCAL_WORLD_SIZE, "
+            "and both or neither of a pair. Set them, or use torchrun."
+        )
+    return place
+
+
+def is_local_rank_given() -> bool:
+    """Return whether the launcher told this rank which ones share its machine."""
+    return "LOCAL_WORLD_SIZE" in os.environ
 
 
 def store_address() -> tuple[str, int]:
-    """Return the host and port on which rank 0 serves the store of the process group."""
-    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    """Return the host and port on which rank 0 serves the store of the process group. Raises UserError without them."""
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port.isdecimal():
+        raise UserError(
+            f"MASTER_ADDR is {host or 'unset'} and MASTER_PORT is {port or 'unset'}. Expected the name of rank 0's "
+            "machine and a free port there. Set both for every rank (mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500)."
+        )
+    return host, int(port)
+
+
+def check_accelerate(precision: str, env: Mapping[str, str]) -> str | None:
+    """Return a warning if accelerate's variables ask for another precision, which they do not change.
+
+    Raises UserError if they ask for anything else that would change the result.
+    """
+    for name, (nothing, instead) in ACCELERATE_OPTIONS.items():
+        if (value := env.get(name, nothing)).lower() != nothing:
+            raise UserError(
+                f"{name} is {value}, expected {nothing}: it would change the result. Remove it from accelerate's "
+                f"config file or the environment, and use {instead}."
+            )
+    asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16", "fp16"):
+        raise UserError(f"accelerate launch asks for mixed precision {asked}. Use no, bf16 or fp16.")
+    if asked in ("no", precision):
+        return None
+    return (
+        f"warning: accelerate launch asks for mixed precision {asked}, train.precision is {precision}: {precision} is "
+        f"used, because the config alone decides the result. Set --train.precision {asked} to change it."
+    )
 
 
 def accept_placement(config: TrainConfig) -> Placement:
-    """Return the placement, and set the environment variables that torch reads to match it.
+    """Return the placement, and set the environment variables that torch and accelerate read to match it.
 
-    Raises UserError if accelerate would silently start another world size or precision than it was asked for.
+    Raises UserError if accelerate would silently start another world size, or compute something else.
     """
     env = os.environ
-    env.update(slurm_variables(env))
+    env.update(rank_variables(env))
     if "WORLD_SIZE" not in env and "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
         raise UserError(
             "accelerate launch was asked for several processes and started one, as its CPU launcher does. "
             "Use `accelerate launch --multi_gpu --num_processes N` with ACCELERATE_USE_CPU=1, "
             "or `torchrun --nproc-per-node N`."
         )
-    asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", config.precision):
-        raise UserError(
-            f"accelerate launch asks for mixed precision {asked}, train.precision is {config.precision}. "
-            f"Use --train.precision {asked}, or leave mixed precision out of accelerate's config."
-        )
-    if env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-        raise UserError("Set train.max_micro_batch_size instead of accelerate's gradient_accumulation_steps.")
     placement = read_placement()
+    warning = check_accelerate(config.precision, env)
+    if warning and placement.rank == 0:
+        print(warning, flush=True)
     if placement.world_size == 1:  # else accelerate wraps the model in DDP, which gives other gradients
         for name in SINGLE:
             env.pop(name, None)
+    else:
+        env.setdefault("LOCAL_RANK", "0")  # for accelerate
     return placement
+
+
+def rank_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of torch's launchers that `env` lacks, for a rank that mpirun or srun started.
+
+    Scripts for Slurm, and enroot's hook, set all but LOCAL_WORLD_SIZE. mpirun comes first: in a Slurm job it uses srun.
+    """
+    if env.keys() >= SINGLE.keys():
+        return {}
+    others = {name: value for name, value in env.items() if name not in SINGLE}
+    for names in MPI:
+        if env.keys() >= set(names):
+            found = {own: env[name] for own, name in zip(SINGLE, names, strict=True)}
+            break
+    else:
+        found = slurm_variables(others)
+    return {name: value for name, value in found.items() if not env.get(name)}
 
 
 def expand_counts(text: str) -> list[int]:
@@ -105,7 +181,7 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     or on slurm/train.sbatch's count of attempts. So jobs that share a node do not collide, nor does an attempt with one
     that a lost node left running. Raises UserError if the variables describe no task.
     """
-    if env.get("SLURM_STEP_NUM_TASKS", "1") == "1" or "RANK" in env or "WORLD_SIZE" in env or is_at_prompt(env):
+    if env.get("SLURM_STEP_NUM_TASKS", "1") == "1" or is_at_prompt(env):
         return {}
     try:
         first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", env["SLURM_STEP_NODELIST"])

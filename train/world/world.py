@@ -4,10 +4,12 @@ Invariant: the world size is the one that the launcher asked for, or the run sto
 of torch.distributed.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,7 +25,7 @@ from train.config import TrainConfig
 from train.errors import RunError, UserError
 from train.world.clock import START_TIMEOUT_SECONDS, Clock, DeviceMeter
 from train.world.device import choose_backend, choose_device, set_arithmetic
-from train.world.launcher import Placement, accept_placement, is_slurm_task, store_address
+from train.world.launcher import Placement, accept_placement, is_local_rank_given, is_slurm_task, store_address
 from train.world.process import tune_malloc
 
 T = TypeVar("T")
@@ -37,14 +39,36 @@ def join(device: torch.device, place: Placement, timeout: timedelta) -> None:
     By default, torch's store listens on all interfaces. `launch run` therefore opens the socket, on the loopback
     interface alone, and rank 0 serves the store on it.
     """
-    store = None
+    store, address = None, store_address()
     if STORE_FD in os.environ:
         is_server = place.rank == 0
         listener = int(os.environ[STORE_FD]) if is_server else None
-        store = dist.TCPStore(*store_address(), place.world_size, is_server, timeout, master_listen_fd=listener)
+        store = dist.TCPStore(*address, place.world_size, is_server, timeout, master_listen_fd=listener)
+    elif place.local_world_size == 1 < place.world_size and not is_local_rank_given():
+        store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+        refuse_shared_machine(store, place)
     dist.init_process_group(
         choose_backend(device), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
     )
+
+
+def refuse_shared_machine(store: dist.Store, place: Placement) -> None:
+    """Raise UserError if two ranks are on one machine: both would use its first GPU and all of its cores.
+
+    Collective: every rank must call it. It needs no process group, whose first use NCCL would refuse.
+    """
+    names = [f"host-{rank}" for rank in range(place.world_size)]
+    store.set(names[place.rank], socket.gethostname())
+    hosts = store.multi_get(names)  # waits for all of them
+    store.set(f"{names[place.rank]}-done", "")
+    if place.rank == 0:  # it serves the store, so it leaves last
+        store.wait([f"{name}-done" for name in names])
+    host, count = collections.Counter(hosts).most_common(1)[0]
+    if count > 1:
+        raise UserError(
+            f"{count} ranks are on {host.decode()}, and LOCAL_RANK and LOCAL_WORLD_SIZE are unset. Set both for every "
+            "rank, or use torchrun."
+        )
 
 
 def make_accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
