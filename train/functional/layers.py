@@ -63,24 +63,29 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
         The rows of an example must be next to each other. Raises UserError if B does not divide the first dimension.
         """
+        affine = self.weight, self.bias
         if not self.training:
-            running = self.running_mean, self.running_var
-            return F.batch_norm(input, *running, self.weight, self.bias, False, self.momentum, self.eps)
+            return F.batch_norm(input, self.running_mean, self.running_var, *affine, False, self.momentum, self.eps)
         sizes = self.sizes or [len(input)]
         num_rows = rows_per_example(input, sum(sizes))
-        parts = input.split([num_rows * size for size in sizes]) if len(sizes) > 1 else [input]
         statistics = torch.zeros(2, len(sizes), self.num_features, device=self.batch_mean.device)
         self.batch_mean, self.batch_var = statistics
-        outputs = [self._normalize(*part) for part in zip(parts, *statistics, strict=True)]
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        if len(sizes) == 1:
+            return self._normalize(input, self.batch_mean[0], self.batch_var[0], *affine)
+        parts = input.split([num_rows * size for size in sizes])
+        # One operation then adds up the gradients of all micro-batches.
+        copies = [[None] * len(sizes) if each is None else each.expand(len(sizes), -1).unbind() for each in affine]
+        return torch.cat([self._normalize(*part) for part in zip(parts, *statistics, *copies, strict=True)])
 
-    def _normalize(self, input: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    def _normalize(
+        self, input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         """Normalize a micro-batch by its statistics, and write them to `mean` and `variance`, float32 [C]."""
         if not len(input):
             return input
         if input.numel() == self.num_features:  # a single value has no unbiased variance; two equal ones have 0
-            return self._normalize(input.expand(2, *input.shape[1:]), mean, variance)[:1]
-        return F.batch_norm(input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+            return self._normalize(input.expand(2, *input.shape[1:]), mean, variance, weight, bias)[:1]
+        return F.batch_norm(input, mean, variance, weight, bias, True, 1.0, self.eps)
 
 
 def rows_per_example(input: Tensor, num_examples: int) -> int:
