@@ -21,7 +21,7 @@ from train.cli import Parser
 from train.config import TrainConfig
 from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError, one_line
 from train.world.environment import versions
-from train.world.launcher import read_placement, slurm_variables
+from train.world.launcher import rank_variables, read_placement
 from train.world.process import leave
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
@@ -36,7 +36,7 @@ def measure(sizes: list[int], repeats: int, timeout: timedelta, *, on_cpu: bool)
     from train.world.device import choose_device
     from train.world.world import join
 
-    os.environ.update(ALONE | os.environ | slurm_variables(os.environ))
+    os.environ.update(ALONE | os.environ | rank_variables(os.environ))
     place = read_placement()
     rank, world_size = place.rank, place.world_size
     torch.set_num_threads(1)
