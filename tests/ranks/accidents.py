@@ -28,12 +28,13 @@ RANK, STEP = int(os.environ.get("RANK", "0")), int(os.environ.get("STEP", "13"))
 
 
 def _in_micro_batch(change: Callable[[Any, nn.Module, int, torch.Tensor], torch.Tensor]) -> None:
-    inner = train.step._micro_batch_loss
+    inner = train.step._loss_sums
 
-    def loss(plan: Plan, state: State, index: int, batch: Any) -> torch.Tensor:
-        return change(batch, state.model, index, inner(plan, state, index, batch))
+    def changed(plan: Plan, state: State, part: range, batch: Any) -> torch.Tensor:
+        losses = zip(part, inner(plan, state, part, batch), strict=True)
+        return torch.stack([change(batch, state.model, index, loss) for index, loss in losses])
 
-    train.step._micro_batch_loss = loss
+    train.step._loss_sums = changed
 
 
 def _in_augment(happens: Callable[[], None], rank: int | None = 1) -> None:
@@ -179,7 +180,7 @@ def nobody_and_slow() -> None:
 PLACES: dict[str, tuple[Any, str]] = {
     "data": (Sampler, "rank_examples"),
     "augment": (train.step, "augment"),
-    "forward_backward": (train.step, "_micro_batch_loss"),
+    "forward_backward": (train.step, "_loss_sums"),
     "optimizer": (train.step.optim, "grad_norm"),
     "log": (train.tracking.journal.Journal, "_log"),
     "evaluate": (train.loop, "evaluate"),
