@@ -154,7 +154,7 @@ SABOTAGED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "float64": (lambda: Net().double(), "conv.weight, conv.bias, fc.weight and 1 more must be float32"),
     "nothing to train": (lambda: Net().requires_grad_(False), "no trainable parameters"),
     "tied layers": (Tied, "conv.weight and also_conv.weight share their memory"),
-    "BatchNorm of pixels first": (lambda: Net(Tokens(nn.BatchNorm1d(8), is_image_first=False)), "Two micro-batches"),
+    "BatchNorm of pixels first": (lambda: Net(Tokens(nn.BatchNorm1d(8), is_image_first=False)), "rows of an image"),
     "a state that is no tensor": (lambda: Net(Extra()), "between._extra_state .* must be tensors"),
 }  # fmt: skip
 
@@ -236,6 +236,12 @@ SOUND: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(360, 4)),
     "BatchNorm of pixels": lambda: Net(Tokens(nn.BatchNorm1d(8), is_image_first=True)),
     "BatchNorm of features": lambda: nn.Sequential(nn.Flatten(), nn.Linear(360, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)),
+    # BatchNorm over few examples makes their round-off larger in each layer.
+    "a deep network with BatchNorm": lambda: nn.Sequential(
+        *(nn.Flatten(), nn.Linear(360, 256)),
+        *(layer for _ in range(20) for layer in (nn.BatchNorm1d(256), nn.Tanh(), nn.Linear(256, 256))),
+        nn.Linear(256, 4),
+    ),
 }
 
 

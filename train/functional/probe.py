@@ -19,8 +19,8 @@ from train.errors import UserError
 from train.functional import layers, rng
 from train.functional.augment import lay_out
 
-WHOLE, REST, PART, ONE = slice(0, 7), slice(0, 2), slice(2, 7), slice(0, 1)  # batches of images
-ROUND_OFF = 1e-4  # of logits computed in batches of two sizes, as a share of the largest
+WHOLE, PART, ONE = slice(0, 7), slice(2, 7), slice(0, 1)  # batches of images
+ROUND_OFF = 1e-4  # of results computed in batches of two sizes, as a share of the largest
 MAX_NAMES = 3  # in a message
 NOT_BY_SEED = "It draws what `seed` does not decide when it is built. Use torch's generator alone."
 
@@ -64,7 +64,7 @@ def check(
                 )
 
 
-def check_mode(model: nn.Module, run: Callable[..., Tensor], drawn: list[str]) -> None:
+def check_mode(model: nn.Module, run: Callable[[slice], Tensor], drawn: list[str]) -> None:
     """Raise UserError if passes in the model's current mode, training or evaluation, break a law."""
     tensors, states = contents(model), generators()
     first = results(model, run)
@@ -80,24 +80,30 @@ def check_mode(model: nn.Module, run: Callable[..., Tensor], drawn: list[str]) -
     if results(model, run) != first:
         raise UserError("The same images gave other results in a second pass. A network must keep no state.")
     mode = "training" if model.training else "evaluation"
+    rows: list[Tensor] = []  # that reach the BatchNorm layers in a pass
     norms = layers.batch_norms(model)
-    if norms and not agree(run(WHOLE, sizes=[2, 5]), torch.cat([run(REST), run(PART)])):
-        raise UserError(
-            "Two micro-batches in one pass give other logits than in two. Before an nn.BatchNorm layer, keep the rows "
-            "of an image next to each other: put the batch first."
-        )
     for layer in norms:  # the only ones that may mix images
         layer.eval()
-    if not agree(run(WHOLE)[PART], run(PART)):
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0])) for layer in norms]
+    whole, whole_rows = run(WHOLE)[PART], rows.copy()
+    rows.clear()
+    if not agree(whole, run(PART)):
         raise UserError(
             f"In {mode}, an image's logits depend on the other images of its batch. Only nn.BatchNorm layers may mix "
             "images, in training. Put the batch first in all layers."
         )
+    if not all(agree(every[-len(some) :], some) for every, some in zip(whole_rows, rows, strict=False)):
+        raise UserError(
+            "An nn.BatchNorm layer gets the rows of an image apart from each other, but one pass may compute several "
+            "micro-batches. Put the batch first before that layer."
+        )
+    for hook in hooks:
+        hook.remove()
 
 
-def agree(logits: Tensor, others: Tensor) -> bool:
-    """Return whether two tensors of logits are the same to round-off."""
-    return bool((logits - others).abs().max() <= ROUND_OFF * logits.abs().max())
+def agree(values: Tensor, others: Tensor) -> bool:
+    """Return whether two tensors of equal shape are the same to round-off."""
+    return bool((values - others).abs().max() <= ROUND_OFF * values.abs().max())
 
 
 def check_tensors(model: nn.Module) -> None:
@@ -115,15 +121,10 @@ def check_tensors(model: nn.Module) -> None:
             raise UserError(f"{other} and {name} share their memory. Register a tensor or a layer under one name.")
 
 
-def logits_of(
-    model: nn.Module, images: Tensor, num_classes: int, rows: slice, sizes: list[int] | None = None
-) -> Tensor:
-    """Return the logits, float [B,K], of some of the images in the model's current mode.
-
-    `sizes` are those of the micro-batches; by default there is one.
-    """
+def logits_of(model: nn.Module, images: Tensor, num_classes: int, rows: slice) -> Tensor:
+    """Return the logits, float [B,K], of some of the images in the model's current mode."""
     keys = rng.row_keys(0, rows.start, rows.stop, images.device)
-    told = layers.dropouts(model), layers.batch_norms(model), keys, sizes or [len(keys)]
+    told = layers.dropouts(model), layers.batch_norms(model), keys, [len(keys)]
     with torch.set_grad_enabled(model.training), layers.one_pass(*told):
         logits: Any = model(images[rows].clone())
     is_float = isinstance(logits, Tensor) and logits.is_floating_point()
@@ -135,7 +136,7 @@ def logits_of(
     return logits
 
 
-def results(model: nn.Module, run: Callable[..., Tensor]) -> dict[str, bytes]:
+def results(model: nn.Module, run: Callable[[slice], Tensor]) -> dict[str, bytes]:
     """Return the bits of the logits of all images; and in training, by name, of each trainable parameter's gradient."""
     logits = run(WHOLE)
     found: dict[str, Any] = {"logits": logits}
