@@ -71,6 +71,10 @@ def check_options(options: argparse.Namespace, extra: list[str]) -> None:
             raise UserError(f"{word} does not give the number of ranks. Use --gpus, --gpus-per-node or --ntasks.")
     if options.sweep and not options.array:
         raise UserError("--sweep needs --array=FIRST-LAST, such as --array=1-5%2.")
+    if options.array and not options.sweep:
+        raise UserError(
+            f"--array={options.array} needs --sweep, such as --sweep seeds: one run would start many times."
+        )
     if options.sweep and options.follow:
         raise UserError("--sweep cannot be followed: each of its tasks has its own log. Drop --follow.")
 
@@ -135,8 +139,8 @@ def check_world(config: Config, world_size: int) -> None:
     resolve_num_micro_batches(config.train, world_size, has_batch_norm=has_batch_norm)
 
 
-def check_lines(path: Path, array: str, arguments: list[str]) -> None:
-    """Raise UserError if a sweep's file cannot be read, lacks a line, or one of its lines makes no config."""
+def check_lines(path: Path, array: str, arguments: list[str], world_size: int) -> None:
+    """Raise UserError if a sweep's file cannot be read, lacks a line, or a line makes no run of so many ranks."""
     try:
         lines = (ROOT / path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -145,7 +149,7 @@ def check_lines(path: Path, array: str, arguments: list[str]) -> None:
     check_array(path, len(lines), array)
     for number, line in enumerate(lines, 1):
         try:
-            parse([*arguments, *shlex.split(line)])
+            check_world(parse([*arguments, *shlex.split(line)]), world_size)
         except ValueError as error:  # shlex's, or a UserError
             raise UserError(f"{path}, line {number}: {error}") from None
 
@@ -231,7 +235,7 @@ def main(argv: list[str]) -> int:
         return FINISHED
     check_options(options, extra)
     if options.sweep and options.sweep != "seeds":
-        check_lines(Path(options.sweep), options.array, arguments)
+        check_lines(Path(options.sweep), options.array, arguments, count_ranks(options))
     check_world(config, count_ranks(options))
     sbatch = command(options, extra, arguments)
     if options.dry_run:

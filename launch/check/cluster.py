@@ -176,8 +176,8 @@ def preemption(shared: Path, nodes: int, where: list[str]) -> Finding:
     starts = [row["step"] for row in hit.read_rows() if row["event"] == "start"]
     if starts != [0, saved[0]]:
         return Finding("preemption", "fail", f"saved at step {saved[0]}, but started at {starts}", "is run.dir shared?")
-    hashes = {summary.weights_sha256 for run in (hit, undisturbed) if (summary := run.read_summary())}
-    if len(hashes) != 1:
+    hashes = {summary and summary.weights_sha256 for summary in (hit.read_summary(), undisturbed.read_summary())}
+    if len(hashes) != 1 or None in hashes:
         text = f"resumed at step {saved[0]}, but to other bits than an undisturbed run on one node"
         return Finding(
             "preemption", "fail", text, "nodes of one kind (--constraint): exact mode needs the same processors"

@@ -103,6 +103,7 @@ def test_only_a_range_of_nodes_lets_a_job_lose_some(
             ["--sweep", "tests/launch/test_sweep.py", "--array=1-2", "--", *SMALL],
             "tests/launch/test_sweep.py, line 1: ",
         ),
+        (["--array=1-2", "--", *SMALL], "--array=1-2 needs --sweep"),
         (["--print-run", "--", *SMALL], "--print-run is for the job"),
     ],
 )
@@ -111,6 +112,13 @@ def test_refusals_are_one_line(argv: list[str], words: str) -> None:
         slurm.main([*argv[: argv.index("--")], "--dry-run", *argv[argv.index("--") :]])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_line_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("--seed 1\n--train.num_micro_batches 2\n")
+    options = ["--sweep", f"{tmp_path}/lines", "--array=1-2", "--nodes", "3", "--dry-run"]
+    with pytest.raises(UserError, match="line 2: 3 processes cannot share train.num_micro_batches 2"):
+        slurm.main([*options, "--", *SMALL])
 
 
 def test_task_beyond_the_last_line_trains_nothing(tmp_path: Path) -> None:

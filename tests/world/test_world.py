@@ -10,6 +10,7 @@ import pytest
 from conftest import refusal
 
 from train.__main__ import main
+from train.errors import UserError
 from train.world.launcher import SINGLE, Placement, rank_variables, read_placement, run_suffix, slurm_variables
 
 STEP = {
@@ -75,6 +76,16 @@ def test_other_launchers_are_left_alone() -> None:
     assert slurm_variables({}) == {}
     assert rank_variables(STEP | SINGLE) == {}  # torchrun inside of srun
     assert slurm_variables(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+
+
+def test_mpi_that_does_not_place_its_ranks_on_machines_is_refused() -> None:
+    """A rank of Cray's launcher would train alone. Slurm's variables place a rank of `srun --mpi=pmi2`."""
+    cray = {"PMI_RANK": "1", "PMI_SIZE": "4"}
+    with pytest.raises(UserError, match="PMI_SIZE 4"):
+        rank_variables(cray)
+    assert rank_variables(cray | STEP)["WORLD_SIZE"] == "7"
+    assert rank_variables({"PMI_RANK": "0", "PMI_SIZE": "1"}) == {}
+    assert rank_variables(cray | SINGLE) == {}
 
 
 def test_run_has_the_same_name_after_a_requeue(monkeypatch: pytest.MonkeyPatch) -> None:

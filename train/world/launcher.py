@@ -71,7 +71,7 @@ def is_local_rank_given() -> bool:
 def store_address() -> tuple[str, int]:
     """Return the host and port on which rank 0 serves the store of the process group. Raises UserError without them."""
     host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(
             f"MASTER_ADDR is {host or 'unset'} and MASTER_PORT is {port or 'unset'}. Expected the name of rank 0's "
             "machine and a free port there. Set both for every rank (mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500)."
@@ -140,6 +140,11 @@ def rank_variables(env: Mapping[str, str]) -> dict[str, str]:
             break
     else:
         found = slurm_variables(others)
+        sizes = [f"{names[1]} {env[names[1]]}" for names in MPI if env.get(names[1], "1") != "1"]
+        if sizes and not found and "RANK" not in env:
+            raise UserError(
+                f"The launcher sets {sizes[0]}, but not all that it needs. Set {', '.join(SINGLE)} per rank."
+            )
     return {name: value for name, value in found.items() if not env.get(name)}
 
 
