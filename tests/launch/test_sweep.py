@@ -117,7 +117,7 @@ def test_refusals_are_one_line(argv: list[str], words: str) -> None:
 def test_line_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lines").write_text("--seed 1\n--train.num_micro_batches 2\n")
     options = ["--sweep", f"{tmp_path}/lines", "--array=1-2", "--nodes", "3", "--dry-run"]
-    with pytest.raises(UserError, match="line 2: 3 processes cannot share train.num_micro_batches 2"):
+    with pytest.raises(UserError, match="line 2: 3 processes cannot share"):
         slurm.main([*options, "--", *SMALL])
 
 
