@@ -152,6 +152,8 @@ class Lab:
         end = ["type", "veth", "peer", "name", "eth0", "netns", str(self.processes[node])]
         subprocess.run([*head, "add", f"v-{node}", *end], check=True)
         subprocess.run([*head, "set", f"v-{node}", "master", "br0", "up"], check=True)
+        mac = f"02:00:00:00:00:{int(self.addresses[node].split('.')[-1]):02x}"  # others keep it in their ARP tables
+        self.run_on(node, "ip", "link", "set", "eth0", "address", mac)
         self.run_on(node, "ip", "addr", "add", f"{self.addresses[node]}/24", "dev", "eth0")
         self.run_on(node, "ip", "link", "set", "eth0", "up")
 
