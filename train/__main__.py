@@ -53,7 +53,7 @@ def complain(error: UserError | RunError, world: "World | None") -> int:
 
 def run_directory(config: Config, argv: list[str], world: "World") -> RunDir:
     """Return run.dir/run.name, the same on all ranks. Collective: every rank must call it."""
-    name = config.run.name or run_name(config, argv, run_suffix())
+    name = config.run.name or run_name(config, argv, run_suffix())  # run_suffix may refuse a launcher
     return RunDir(Path(config.run.dir, world.broadcast(name)))
 
 

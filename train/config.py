@@ -224,10 +224,10 @@ class TrainConfig(Section):
     global_batch_size: int = number(512, 1, unit=EXAMPLES)
     """Examples per step over all ranks: the same set, in the same order, on any world size."""
     num_micro_batches: int = number(0, 0, zero="automatic")
-    """Micro-batches per step; 0: as few as the ranks and the limit allow. BatchNorm and exact mode need a fixed number:
-    they normalize each, and add up their gradients. It decides the result, and is the largest world size."""
+    """Micro-batches per step; 0: as few as the ranks and the limit allow. BatchNorm normalizes each by itself, and exact
+    mode sums their gradients in order. Both need a fixed number, which is also the largest world size."""
     max_micro_batch_size: int = number(0, 0, unit=EXAMPLES, zero="no limit")
-    """Examples that a rank computes in one pass, for their memory; 0: no limit. Exact mode: always a micro-batch."""
+    """Most examples that a rank computes in one pass, to save memory; 0: no limit. Exact mode: one micro-batch each."""
     exact: bool = False
     """Sum gradients in one fixed order, so that every world size gives the same bits."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"

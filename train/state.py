@@ -80,11 +80,15 @@ class Plan:
 
     @property
     def passes(self) -> list[range]:
-        """The micro-batches of each of this rank's passes, forward and backward: as many as may be computed at once."""
+        """The micro-batches that this rank computes in each of its passes, forward and backward."""
         config, own = self.config.train, self.own
-        micro_batch_size = -(-self.sampler.global_batch_size // self.sampler.num_micro_batches)
-        most = max(1, config.max_micro_batch_size // micro_batch_size) if config.max_micro_batch_size else len(own)
-        most = 1 if config.exact else most  # the tree adds up the gradients of single ones
+        if config.exact:
+            most = 1  # the tree adds up the gradients of single micro-batches
+        elif config.max_micro_batch_size:
+            micro_batch_size = -(-self.sampler.global_batch_size // self.sampler.num_micro_batches)
+            most = max(1, config.max_micro_batch_size // micro_batch_size)
+        else:
+            most = len(own)
         return [own[first : first + most] for first in range(0, len(own), most)]
 
     def should_log(self, step: int) -> bool:

@@ -124,8 +124,8 @@ def check_tensors(model: nn.Module) -> None:
 def logits_of(model: nn.Module, images: Tensor, num_classes: int, rows: slice) -> Tensor:
     """Return the logits, float [B,K], of some of the images in the model's current mode."""
     keys = rng.row_keys(0, rows.start, rows.stop, images.device)
-    told = layers.dropouts(model), layers.batch_norms(model), keys, [len(keys)]
-    with torch.set_grad_enabled(model.training), layers.one_pass(*told):
+    needed = layers.dropouts(model), layers.batch_norms(model), keys, [len(keys)]
+    with torch.set_grad_enabled(model.training), layers.one_pass(*needed):
         logits: Any = model(images[rows].clone())
     is_float = isinstance(logits, Tensor) and logits.is_floating_point()
     if not is_float or logits.shape != (len(keys), num_classes):
