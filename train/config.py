@@ -224,8 +224,8 @@ class TrainConfig(Section):
     global_batch_size: int = number(512, 1, unit=EXAMPLES)
     """Examples per step over all ranks: the same set, in the same order, on any world size."""
     num_micro_batches: int = number(0, 0, zero="automatic")
-    """Micro-batches per step; 0: as few as the ranks and the limit allow. BatchNorm normalizes each by itself, and exact
-    mode sums their gradients in order. Both need a fixed number, which is also the largest world size."""
+    """Micro-batches per step; 0: as few as the ranks and the limit allow. BatchNorm normalizes each by itself, and
+    exact mode sums their gradients in order. Both need a fixed number, which is also the largest world size."""
     max_micro_batch_size: int = number(0, 0, unit=EXAMPLES, zero="no limit")
     """Most examples that a rank computes in one pass, to save memory; 0: no limit. Exact mode: one micro-batch each."""
     exact: bool = False
