@@ -232,13 +232,13 @@ def test_jobs_that_cannot_be_are_refused(lab: Cluster) -> None:
 
 @pytest.mark.slow
 def test_a_lost_node_is_a_warning(lab: Cluster) -> None:
-    assert lab("head", "scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test").returncode == 0
+    assert lab("head", "scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test").returncode == 0
     try:
         found = lab.doctor(1)
     finally:
         lab("head", "scontrol", "update", "NodeName=node2", "State=RESUME")
     assert found["partitions"][0] == "warn"
-    assert "main* 1 down" in found["partitions"][1]
+    assert "main* 1 drained" in found["partitions"][1]
     assert found["network"][0] == "OK"
 
 
