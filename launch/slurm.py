@@ -27,7 +27,7 @@ exec "$@"
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # any other SLURM_* is of the job that this is called from
 RANKS = ("gpus", "gpus_per_node", "gres", "ntasks", "ntasks_per_node")  # options that ask for ranks
 TOTALS = ("gpus", "ntasks")  # on all nodes together
-UNCOUNTED = ("--ntasks-per-gpu", "--ntasks-per-core", "--ntasks-per-socket", "--gpus-per-socket", "--gpus-per-task")
+UNCOUNTED = ("--ntasks-per-", "--gpus-per-", "--tres-per-")  # options of sbatch, but for --...-per-node above
 POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
 LOST, INTERRUPTED = 3, 130  # exit codes: the job was submitted and can no longer be followed; Ctrl-C
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
@@ -81,10 +81,11 @@ def check_options(options: argparse.Namespace, extra: list[str]) -> None:
 
 def count_gpus(name: str, value: str) -> int:
     """Return the number of GPUs in 8, h100:8, h100:4,a100:4 or, for --gres, gpu:8. Raises UserError."""
-    parts = value.split(",") if name != "gres" else [part for part in value.split(",") if part.startswith("gpu")]
+    parts = [part for part in value.split(",") if name != "gres" or part.startswith("gpu")]
     numbers = [re.fullmatch(r"(?:[a-zA-Z][^:]*:){0,2}(\d+)", part) for part in parts]
     if None in numbers:
-        raise UserError(f"--{name.replace('_', '-')} is {value}. Use NUMBER or TYPE:NUMBER.")
+        expected = "gpu:NUMBER or gpu:TYPE:NUMBER" if name == "gres" else "NUMBER or TYPE:NUMBER"
+        raise UserError(f"--{name.replace('_', '-')} is {value}. Use {expected}.")
     return sum(int(number[1]) for number in numbers if number)
 
 
@@ -148,6 +149,8 @@ def check_lines(path: Path, array: str, arguments: list[str], world_size: int) -
         raise UserError(f"--sweep {path} cannot be read: {error}. {expected}.") from None
     check_array(path, len(lines), array)
     for number, line in enumerate(lines, 1):
+        if "\\" in line:  # here and in xargs, which the job uses, it means different things inside of quotes
+            raise UserError(f"{path}, line {number} has a backslash. Use quotes.")
         try:
             check_world(parse([*arguments, *shlex.split(line)]), world_size)
         except ValueError as error:  # shlex's, or a UserError

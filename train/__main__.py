@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
         from train.world.world import World  # with torch, which takes seconds: after a bad config is refused
 
         world = World.open(config.train)
-    except UserError as error:
+    except (UserError, RunError) as error:
         return complain(error, None)
     try:
         from train.loop import train

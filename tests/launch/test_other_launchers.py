@@ -77,5 +77,14 @@ def test_missing_address_of_rank_0_is_refused(tmp_path: Path, changed: dict[str,
     assert words in refused_line(tmp_path, **changed)
 
 
+def test_ranks_that_do_not_find_each_other_say_where_they_looked(tmp_path: Path) -> None:
+    env = {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29500", "MUTANT": "launchers.impatient"}
+    ranks = Ranks(2, arguments(tmp_path / "run", "--train.timeout 2"), tmp_path / "logs", **env)
+    assert ranks.wait(60) == [1, 1], ranks.output()
+    (line,) = [line for line in ranks.output().splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 0 could not join 2 ranks at nowhere.invalid, port 29500: ")
+    assert "Traceback" not in ranks.output()
+
+
 def test_torchrun_may_restart_a_run_that_has_a_name(tmp_path: Path) -> None:
     assert train(1, tmp_path / "run", "--train.max_steps 1", TORCHELASTIC_MAX_RESTARTS="3")["step"] == 1

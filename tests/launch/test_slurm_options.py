@@ -49,6 +49,8 @@ def test_options_that_ask_for_ranks(
         ("--ntasks 0", "--ntasks is 0. Use 1 or more."),
         ("--gpus 4 --ntasks-per-gpu=2", "--ntasks-per-gpu=2 does not give the number of ranks"),
         ("--ntasks 2 --gpus-per-task=2", "--gpus-per-task=2 does not give the number of ranks"),
+        ("--nodes 2 --tres-per-node=gres/gpu:4", "--tres-per-node=gres/gpu:4 does not give the number of ranks"),
+        ("--gres=gpu", "--gres is gpu. Use gpu:NUMBER or gpu:TYPE:NUMBER."),
         (
             "--sweep lines.txt --array=0-2",
             "has 3 lines, and no line 0 of --array=0-2. Lines count from 1: use --array=1-3.",

@@ -114,10 +114,17 @@ def test_refusals_are_one_line(argv: list[str], words: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_line_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "lines").write_text("--seed 1\n--train.num_micro_batches 2\n")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--train.num_micro_batches 2", "line 2: 3 processes cannot share"),
+        ('--wandb.notes "a\\"b"', "line 2 has a backslash"),
+    ],
+)
+def test_line_that_makes_no_run_of_so_many_ranks_is_refused(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "lines").write_text(f"--seed 1\n{line}\n")
     options = ["--sweep", f"{tmp_path}/lines", "--array=1-2", "--nodes", "3", "--dry-run"]
-    with pytest.raises(UserError, match="line 2: 3 processes cannot share"):
+    with pytest.raises(UserError, match=words):
         slurm.main([*options, "--", *SMALL])
 
 

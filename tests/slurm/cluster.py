@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ranks.processes import rows
 
-from slurm.lab import Lab, lab
+from slurm.lab import Lab, lab, why_not
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = """#!/bin/bash
@@ -28,6 +29,10 @@ TRAIN = f"""
 --log.progress false --train.device cpu
 """.split()
 WAIT_SECONDS = 180.0
+NEEDS_LAB = [  # one lab at a time
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.xdist_group("slurm"),
+]
 
 
 class Cluster:

@@ -14,13 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from slurm.lab import Lab, why_not
+from slurm.cluster import NEEDS_LAB
+from slurm.lab import Lab
 from slurm.lab import lab as start
 
-pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-    pytest.mark.xdist_group("slurm"),
-]  # one lab at a time
+pytestmark = NEEDS_LAB
 ONLY_SLURM = """
 import json, os, sys
 from launch.check import cluster, doctor

@@ -10,32 +10,15 @@ import pytest
 from ranks.processes import rows, wait_for_step
 
 from slurm import losses
-from slurm.cluster import TRAIN, WAIT_SECONDS, Cluster, running
-from slurm.lab import why_not
+from slurm.cluster import NEEDS_LAB, TRAIN, WAIT_SECONDS, Cluster, running
 
-pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-    pytest.mark.xdist_group("slurm"),
-]  # one lab at a time
+pytestmark = [*NEEDS_LAB, pytest.mark.usefixtures("quiet_cluster")]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with running(tmp_path_factory.mktemp("shrink"), 4) as cluster:
         yield cluster
-
-
-@pytest.fixture(autouse=True)
-def quiet_cluster(cluster: Cluster) -> Iterator[None]:
-    """Leave no job and no dead node for the next test."""
-    yield
-    cluster.tidy()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster) -> str:
-    """Return the weights' SHA-256 of an undisturbed run on one node."""
-    return cluster.finish(cluster.submit("undisturbed"), "undisturbed")["weights_sha256"]
 
 
 def submit(cluster: Cluster, name: str, nodes: str, *options: str, **env: str) -> str:
@@ -71,7 +54,7 @@ def test_lost_first_node_has_the_job_requeued(cluster: Cluster, undisturbed: str
     getattr(cluster.lab, loss)("node1")
     assert cluster.finish(job, f"first-{loss}")["weights_sha256"] == undisturbed
     assert cluster.job(job)["Restarts"] == "1"
-    assert "node1" not in cluster.log(job).split("life 2")[1]
+    assert "node1" not in cluster.log(job).split("requeued 1 time")[1]
     assert [size for _, size in starts(cluster, f"first-{loss}")] == [3, 3]
 
 

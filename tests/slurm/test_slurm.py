@@ -16,8 +16,7 @@ import yaml
 from conftest import ROOT
 from ranks.processes import rows, wait_for_step
 
-from slurm.cluster import TRAIN, WAIT_SECONDS, Cluster, running
-from slurm.lab import why_not
+from slurm.cluster import NEEDS_LAB, TRAIN, WAIT_SECONDS, Cluster, running
 
 # Print the GPU that a task would choose. The lab's GPUs are fakes, so this sets the number that torch reports.
 CHOOSE = """
@@ -35,29 +34,13 @@ print(f"{place['LOCAL_RANK']} sees {os.environ['CUDA_VISIBLE_DEVICES']}: {found}
 """
 REFUSED = "2 processes on this machine, but 1 GPU(s). Start 1, or use --train.device cpu."
 
-pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-    pytest.mark.xdist_group("slurm"),
-]  # one lab at a time
+pytestmark = [*NEEDS_LAB, pytest.mark.usefixtures("quiet_cluster")]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with running(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
-
-
-@pytest.fixture(autouse=True)
-def quiet_cluster(cluster: Cluster) -> Iterator[None]:
-    """Leave no job and no dead node for the next test."""
-    yield
-    cluster.tidy()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster) -> str:
-    """Return the weights' SHA-256 of an undisturbed run on one node."""
-    return cluster.finish(cluster.submit("undisturbed"), "undisturbed")["weights_sha256"]
 
 
 @pytest.mark.slow

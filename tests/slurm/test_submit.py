@@ -13,15 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import ROOT
+from ranks.processes import rows
 
 from slurm import lab
-from slurm.cluster import TRAIN, Cluster, running
-from slurm.lab import why_not
+from slurm.cluster import NEEDS_LAB, TRAIN, Cluster, running
 
-pytestmark = [
-    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
-    pytest.mark.xdist_group("slurm"),
-]  # one lab at a time
+pytestmark = [*NEEDS_LAB, pytest.mark.usefixtures("quiet_cluster")]
 
 PYTHON = f"""#!/bin/bash
 # Ranks print their place, and train if TRAIN is set. Without training the run is finished at once.
@@ -40,12 +37,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with running(tmp_path_factory.mktemp("submit"), nodes=2) as cluster:
         (cluster.project / "python").write_text(PYTHON)
         yield cluster
-
-
-@pytest.fixture(autouse=True)
-def quiet_cluster(cluster: Cluster) -> Iterator[None]:
-    yield
-    cluster.tidy()
 
 
 def places(cluster: Cluster, job: str) -> list[tuple[int, int, str, str, str]]:
@@ -111,6 +102,22 @@ def test_uneven_ranks_train_to_the_same_bits(cluster: Cluster) -> None:
     uneven = cluster.finish(cluster.submit("uneven", "--nodes", "2", "--gpus", "3", TRAIN="1"), "uneven")
     assert (alone["world_size"], uneven["world_size"]) == (1, 3)
     assert alone["weights_sha256"] == uneven["weights_sha256"]
+
+
+@pytest.mark.parametrize("recipe", ["exact", "mnist"])
+def test_recipe_trains_the_same_on_8_tasks(cluster: Cluster, recipe: str) -> None:
+    """mnist.yaml has BatchNorm; its fast mode agrees to round-off in fp32."""
+    flags = f"--config configs/{recipe}.yaml --data.name digits --train.max_steps 3 --log.every_steps 1"
+    train = f"slurm/train.sbatch {flags} --log.progress false --train.precision fp32 --train.device cpu --run.name"
+    jobs = {}
+    for number in (1, 8):
+        options = f"--nodes {min(number, 2)} --ntasks {number}"
+        words = f"sbatch --parsable {options} {train} {recipe}-{number}".split()
+        jobs[number] = cluster.run(*words, TRAIN="1").split()[-1]
+    for number, job in jobs.items():
+        assert len(places(cluster, job)) == number
+    alone, eight = ([row["loss"] for row in rows(cluster.path(f"{recipe}-{number}"), "train")] for number in jobs)
+    assert eight == (alone if recipe == "exact" else pytest.approx(alone, rel=1e-3))
 
 
 @pytest.mark.sample(1)

@@ -239,6 +239,7 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.register_buffer("order", torch.arange(4))
         self.fc = nn.Linear(256, num_classes)
+        self.train()
 
     def train(self, mode=True):
         super().train(mode)

@@ -115,7 +115,7 @@ def test_a_bound_task_is_not_refused_where_slurm_does_not_count_the_gpus(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("text", "node", "tasks"), [("2(x3),1", "2", 2), ("2(x3),1", "3", 1), ("4", "0", 4), ("", "0", 0)]
+    ("text", "node", "tasks"), [("2(x3),1", "2", 2), ("2(x3),1", "3", 1), ("4", "0", 4), ("", "0", 0), ("x", "0", 0)]
 )
 def test_tasks_of_a_node(text: str, node: str, tasks: int) -> None:
     assert tasks_on_node({"SLURM_STEP_TASKS_PER_NODE": text or "0", "SLURM_NODEID": node}) == tasks

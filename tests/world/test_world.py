@@ -66,8 +66,8 @@ def test_port_differs_between_all_steps_that_the_batch_script_starts() -> None:
     """Without its count, step 4 of an attempt would have the port of the next attempt's step 0."""
     steps = [("0", "0"), ("0", "4"), ("1", "0"), ("1", "40"), ("2", "1")]
     found = [
-        slurm_variables(STEP | {"SLURM_RESTART_COUNT": life, "SLURM_STEP_ID": step, "LOCKSTEP_RESTART": str(number)})
-        for number, (life, step) in enumerate(steps)
+        slurm_variables(STEP | {"SLURM_RESTART_COUNT": restart, "SLURM_STEP_ID": step, "LOCKSTEP_RESTART": str(number)})
+        for number, (restart, step) in enumerate(steps)
     ]
     assert len({variables["MASTER_PORT"] for variables in found}) == len(steps)
 

@@ -90,8 +90,9 @@ def _build_own(
         for made in (module, twin):
             if not isinstance(made, nn.Module):
                 raise UserError(f"It returned {type(made).__name__}, expected a torch.nn.Module.")
-            if frozen := [name for name, layer in made.named_modules() if not layer.training]:
-                raise UserError(f"{probe.listed(frozen)} is in evaluation mode, which training ends. Override train().")
+            frozen = {layer for layer in made.modules() if not layer.training}
+            if ended := [name for name, layer in made.train().named_modules() if layer in frozen and layer.training]:
+                raise UserError(f"{probe.listed(ended)} is in evaluation mode, which training ends. Override train().")
             layers.convert(made.cpu())
         if {*module.parameters()} & {*twin.parameters()}:
             raise UserError(f"{function} returned a layer twice. Make new ones in each call.")

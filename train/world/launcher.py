@@ -159,8 +159,10 @@ def expand_counts(text: str) -> list[int]:
 
 def tasks_on_node(env: Mapping[str, str]) -> int:
     """Return how many tasks of this Slurm step run on this node; 0 outside of a step, or if that is unknown."""
-    tasks = dict(enumerate(expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", "0"))))
-    return tasks.get(int(env.get("SLURM_NODEID", "0")), 0)
+    try:
+        return expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
+    except (KeyError, ValueError, IndexError):
+        return 0
 
 
 def is_at_prompt(env: Mapping[str, str]) -> bool:
@@ -217,7 +219,7 @@ def is_slurm_task(env: Mapping[str, str], local_rank: int, local_world_size: int
 
 def is_restart() -> bool:
     """Return whether a launcher or Slurm has started this run before, with the same arguments."""
-    return any(int(os.environ.get(name) or 0) for name in RESTART_COUNTS)
+    return any(os.environ.get(name, "0").strip("0") for name in RESTART_COUNTS)
 
 
 def run_suffix() -> str:

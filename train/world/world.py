@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from train.config import TrainConfig
-from train.errors import RunError, UserError
+from train.errors import RunError, UserError, one_line
 from train.world.clock import START_TIMEOUT_SECONDS, Clock, DeviceMeter
 from train.world.device import choose_backend, choose_device, set_arithmetic
 from train.world.launcher import Placement, accept_placement, is_local_rank_given, is_slurm_task, store_address
@@ -37,19 +37,26 @@ def join(device: torch.device, place: Placement, timeout: timedelta) -> None:
     """Join the process group. Collective: every rank must call it.
 
     By default, torch's store listens on all interfaces. `launch run` therefore opens the socket, on the loopback
-    interface alone, and rank 0 serves the store on it.
+    interface alone, and rank 0 serves the store on it. Raises RunError if the ranks do not find each other in time.
     """
     store, address = None, store_address()
-    if STORE_FD in os.environ:
-        is_server = place.rank == 0
-        listener = int(os.environ[STORE_FD]) if is_server else None
-        store = dist.TCPStore(*address, place.world_size, is_server, timeout, master_listen_fd=listener)
-    elif place.local_world_size == 1 < place.world_size and not is_local_rank_given():
-        store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
-        refuse_shared_machine(store, place)
-    dist.init_process_group(
-        choose_backend(device), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
-    )
+    try:
+        if STORE_FD in os.environ:
+            is_server = place.rank == 0
+            listener = int(os.environ[STORE_FD]) if is_server else None
+            store = dist.TCPStore(*address, place.world_size, is_server, timeout, master_listen_fd=listener)
+        elif place.local_world_size == 1 < place.world_size and not is_local_rank_given():
+            store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+            refuse_shared_machine(store, place)
+        dist.init_process_group(
+            choose_backend(device), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
+    except dist.DistError as error:
+        host, port = address
+        raise RunError(
+            f"rank {place.rank} could not join {place.world_size} ranks at {host}, port {port}: "
+            f"{one_line(error).rstrip('.')}. Is that rank 0's machine, is the port free, and are all ranks running?"
+        ) from error
 
 
 def refuse_shared_machine(store: dist.Store, place: Placement) -> None:
