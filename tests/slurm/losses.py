@@ -119,11 +119,12 @@ class Losses:
         while not self.is_over():
             self.look()
             assert time.time() < deadline, self.cluster.log(self.job)
+        state = self.cluster.job(self.job)["JobState"]
+        assert state == "COMPLETED", f"{self.run.name}: {state}\n{self.cluster.log(self.job)}"
         summary = json.loads((self.run / "summary.json").read_text())
         logged = [row["step"] for row in rows(self.run, "train")]
         return {
             "runs": 1,
-            "not completed": self.cluster.job(self.job)["JobState"] != "COMPLETED",
             "other bits": summary["weights_sha256"] != sha256,
             "doubled or missing steps": logged != list(range(1, STEPS + 1)),
             "second writers": self.seconds_of_two > 5,  # a new one first makes its directory, then moves the old one
