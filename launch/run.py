@@ -141,7 +141,7 @@ def read_command_line(argv: list[str]) -> tuple[list[str], int, int, int]:
         raise UserError(f"--max-restarts is {options.max_restarts}. Use 0 or more.")
     config = parse(arguments)
     nproc = options.nproc or (config.train.device != "cpu" and count_gpus()) or 1
-    min_nproc = options.min_nproc or nproc
+    min_nproc = nproc if options.min_nproc is None else options.min_nproc
     if not 1 <= min_nproc <= nproc:
         raise UserError(f"--min-nproc is {min_nproc} of {nproc} processes. Use 1 to {nproc}.")
     name = run_name(config, arguments, run_suffix())

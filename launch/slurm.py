@@ -62,10 +62,9 @@ def make_parser() -> Parser:
 
 def check_options(options: argparse.Namespace, extra: list[str]) -> None:
     """Raise UserError if an option has a value that makes no job."""
-    for name, least in (("ntasks_per_node", 1), ("ntasks", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}. Use {least} or more.")
+    for name in ("ntasks_per_node", "ntasks"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}. Use 1 or more.")
     for word in extra:
         if word.startswith(UNCOUNTED) and not re.fullmatch("--gpus-per-task=(.*:)?1", word):
             raise UserError(f"{word} does not give the number of ranks. Use --gpus, --gpus-per-node or --ntasks.")
@@ -101,7 +100,9 @@ def count_ranks(options: argparse.Namespace) -> int:
         sizes = {name: size for name, size in sizes.items() if not (name.startswith("ntasks") and size == nodes)}
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"--{name.replace('_', '-')} gives {size}" for name, size in sizes.items())
-        raise UserError(f"The options ask for different numbers of ranks: {found}. Each GPU gets one rank.")
+        raise UserError(
+            f"The options ask for different world sizes on {nodes} node(s): {found}. Each GPU gets one rank."
+        )
     return max(sizes.values(), default=nodes)
 
 
@@ -196,7 +197,7 @@ def print_new(log: Path, position: int) -> int:
         return file.tell()
 
 
-def follow(job: str, log: Path) -> int:
+def follow(job: str) -> int:
     """Print the log and each new state until the job ends or is held; return its exit code."""
     shown, position, answered_at = "", 0, time.monotonic()
     while True:
@@ -208,9 +209,9 @@ def follow(job: str, log: Path) -> int:
                 return LOST
             time.sleep(POLL_SECONDS)
             continue
-        answered_at, fields = time.monotonic(), dict(re.findall(r"(\S+?)=(\S*)", text))
+        answered_at, fields = time.monotonic(), dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", text))
         state, reason = fields["JobState"], fields["Reason"]
-        position = print_new(log, position)
+        position = print_new(Path(fields.get("StdOut", "/dev/null")), position)
         now = f"{state} ({reason}) {fields.get('NodeList', '')}".replace("(None) ", "").replace("(null)", "")
         if now != shown:
             print(f"{time.strftime('%H:%M:%S')} job {job}: {now}", flush=True)
@@ -252,7 +253,7 @@ def main(argv: list[str]) -> int:
     if not options.follow:
         return FINISHED
     try:
-        return follow(job, log)
+        return follow(job)
     except KeyboardInterrupt:
         print(f"job {job} continues", file=sys.stderr)
         return INTERRUPTED

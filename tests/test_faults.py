@@ -10,6 +10,8 @@ import pytest
 from ranks import endurance
 from ranks.processes import rows
 
+from slurm import losses
+
 
 def options(**values: Any) -> argparse.Namespace:
     return argparse.Namespace(
@@ -57,3 +59,13 @@ def test_long_run_reports_slopes(tmp_path: Path) -> None:
         "slopes"
     ].keys()
     assert "| rank 0 resident_mib |" in endurance.table(result)
+
+
+def test_campaign_of_lost_nodes_sees_what_is_wrong() -> None:
+    row = {"how": "kill", "left": 2, "first": False, "requeued": False, "notice_seconds": 9.0, "seconds": 9.0}
+    row |= {"recomputed": 9}
+    totals = {"runs": 1, "other bits": 0}
+    assert losses.is_good({"totals": totals, "losses": [row]})
+    assert not losses.is_good({"totals": totals | {"other bits": 1}, "losses": [row]})
+    for change in ({"requeued": True}, {"first": True}, {"left": 1}, {"seconds": 31.0}, {"recomputed": 11}):
+        assert not losses.is_good({"totals": totals, "losses": [row | change]})

@@ -232,10 +232,8 @@ def snapshot(plan: Plan, state: State) -> checkpoint.Snapshot:
     """Collect what a checkpoint holds. Collective: every rank must call it."""
     scaler = plan.world.accelerator.scaler
     meta = {
-        "schema": checkpoint.SCHEMA,
         "step": state.step,
         "trajectory": trajectory(plan.config),
-        "num_micro_batches": plan.sampler.num_micro_batches if plan.config.train.num_micro_batches else 0,
         "sha256": plan.sha256,
         "data": plan.data.facts(),
         "ledger": dict(zip(("sum", "count"), state.ledger.reduced(plan.world), strict=True)),

@@ -25,7 +25,6 @@ from train.world.launcher import rank_variables, read_placement
 from train.world.process import leave
 
 VALUES = 1000  # distinct numbers: below 2**24 even when 4,096 ranks have added theirs
-ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def measure(sizes: list[int], repeats: int, timeout: timedelta, *, on_cpu: bool) -> dict[str, Any]:
@@ -33,17 +32,20 @@ def measure(sizes: list[int], repeats: int, timeout: timedelta, *, on_cpu: bool)
     import torch
     import torch.distributed as dist
 
-    from train.world.device import choose_device
+    from train.world.device import choose_backend, choose_device
     from train.world.world import join
 
-    os.environ.update(ALONE | os.environ | rank_variables(os.environ))
+    os.environ.update(rank_variables(os.environ))
     place = read_placement()
     rank, world_size = place.rank, place.world_size
     torch.set_num_threads(1)
     device = choose_device(TrainConfig(device="cpu" if on_cpu else "auto"), place.local_rank, place.local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    join(device, place, timeout)
+    if world_size > 1:
+        join(device, place, timeout)
+    else:
+        dist.init_process_group(choose_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     num_wrong, seconds = 0, {}
     for size in sizes:
         numbers = torch.arange(size // 4, device=device).remainder(VALUES).to(torch.float32)
@@ -103,9 +105,9 @@ def main(argv: list[str]) -> int:
         print(json.dumps(introduce(options.shared)), flush=True)
     try:
         found = measure(options.bytes, options.repeats, timedelta(seconds=options.timeout), on_cpu=options.cpu)
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return BAD_INPUT
+        return BAD_INPUT if isinstance(error, UserError) else CRASHED
     except Exception as error:  # the process group stays: destroying it would wait for ranks that may never join
         print(f"error: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
         return CRASHED

@@ -162,10 +162,8 @@ def preemption(shared: Path, nodes: int, where: list[str]) -> Finding:
         return ("bash", "-c", RANK, "rank", sys.executable, *program, *TRAINING, *QUIET, *place)
 
     code, output = preempt((*srun(nodes, where), "--kill-on-bad-exit=0", *train(hit, "-c", SLOW)), hit, seconds)
-    saved = [row["step"] for row in hit.read_rows() if row["event"] == "preempted"] if hit.metrics.exists() else []
-    remedy = (
-        "does a wrapper, a container or a prolog between srun and python keep signals? Try LOCKSTEP_SRUN without it"
-    )
+    saved = [row["step"] for row in hit.read_rows() if row["event"] == "preempted"]
+    remedy = "does a wrapper, container or prolog between srun and python keep signals? Try LOCKSTEP_SRUN without it"
     if code != PREEMPTED or len(saved) != 1:
         text = f"a training that Slurm sent USR2 ended with exit code {code}, expected {PREEMPTED} and a checkpoint"
         return Finding("preemption", "fail", f"{text}: {output[-150:]}", remedy)
@@ -182,10 +180,8 @@ def preemption(shared: Path, nodes: int, where: list[str]) -> Finding:
         return Finding(
             "preemption", "fail", text, "nodes of one kind (--constraint): exact mode needs the same processors"
         )
-    took = f"{time.monotonic() - began:.0f} s"
-    return Finding(
-        "preemption", "OK", f"USR2 through Slurm: saved at step {saved[0]}, resumed to the same bits, {took}"
-    )
+    text = f"USR2 through Slurm: saved at step {saved[0]}, resumed to the same bits, {time.monotonic() - began:.0f} s"
+    return Finding("preemption", "OK", text)
 
 
 def preempt(command: tuple[str, ...], run: RunDir, seconds: float) -> tuple[int, str]:

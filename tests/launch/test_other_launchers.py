@@ -14,9 +14,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
     return train(1, tmp_path_factory.mktemp("alone") / "run", EXACT)["weights_sha256"]
 
 
-def refused_line(tmp_path: Path, world_size: int = 2, **env: str) -> str:
+def refused_line(tmp_path: Path, **env: str) -> str:
     """Start ranks that must all be refused in one line; return it."""
-    ranks = Ranks(world_size, arguments(tmp_path / "run", EXACT), tmp_path / "logs", **env)
+    ranks = Ranks(2, arguments(tmp_path / "run", EXACT), tmp_path / "logs", **env)
     assert set(ranks.wait(60)) == {2}, ranks.output()
     (line,) = set(ranks.output().splitlines())
     assert line.startswith("error: ")

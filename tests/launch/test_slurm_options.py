@@ -8,6 +8,7 @@ from launch import slurm
 from train.errors import UserError
 
 SMALL = ["--data.name", "digits", "--model.name", "tiny", "--train.exact", "true", "--train.num_micro_batches", "8"]
+LINES = b"--seed 1\r\n--model.name tiny\r\n--seed 3\r\n"
 
 
 @pytest.mark.parametrize(
@@ -59,15 +60,20 @@ def test_options_that_ask_for_ranks(
         ("--sweep lines.txt --array=all", "--array is all. Use FIRST-LAST"),
     ],
 )
-def test_contradictions_are_refused(
-    options: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "lines.txt").write_bytes(b"--seed 1\r\n--model.name tiny\r\n--seed 3\r\n")
+def test_contradictions_are_refused(options: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lines.txt").write_bytes(LINES)
     monkeypatch.setattr(slurm, "ROOT", tmp_path)
     with pytest.raises(UserError) as error:
         slurm.main([*options.split(), "--dry-run", "--", *SMALL])
     assert words in str(error.value)
-    slurm.main(["--sweep", "lines.txt", "--array=1-3:2", "--dry-run", "--", *SMALL])
+
+
+def test_array_may_leave_lines_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lines.txt").write_bytes(LINES)
+    monkeypatch.setattr(slurm, "ROOT", tmp_path)
+    assert slurm.main(["--sweep", "lines.txt", "--array=1-3:2", "--dry-run", "--", *SMALL]) == 0
     assert "--array 1-3:2 slurm/sweep.sbatch lines.txt" in capsys.readouterr().out
 
 

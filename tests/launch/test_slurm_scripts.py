@@ -36,7 +36,13 @@ def batch(place: Path, script: str, *arguments: str, **variables: str) -> tuple[
     env |= {"PATH": f"{place}/bin:{env['PATH']}", "PYTHON": f"{place}/bin/python", "SLURM_JOB_ID": "5"}
     env |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n1,n2", **variables}
     done = subprocess.run(
-        ("bash", f"slurm/{script}", *arguments), cwd=place, env=env, text=True, stdout=-1, stderr=-2, timeout=60
+        ("bash", f"slurm/{script}", *arguments),
+        cwd=place,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
     )
     return done.returncode, done.stdout.splitlines()
 
@@ -113,17 +119,27 @@ def test_unknown_gpus_of_a_node_are_refused(place: Path) -> None:
     ("array", "words"),
     [
         ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1"}, "no line 0"),
-        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "3"}, "no line 3"),
+        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}, "no line 4"),
+        ({"SLURM_ARRAY_TASK_ID": "4"}, "has 3 lines, and no line 4"),
         ({}, "a sweep needs sbatch --array"),
     ],
 )
 def test_no_task_of_an_array_trains_unless_each_has_a_line(place: Path, array: dict[str, str], words: str) -> None:
-    """Otherwise a user who counts from 0 would train lines 1 to N - 1, and a table without the last line."""
-    (place / "lines.txt").write_text("--seed 1\n--seed 2\n")
+    """Otherwise a user who counts from 0 would train lines 1 to N - 1. An empty line is a run without overrides."""
+    (place / "lines.txt").write_text("--seed 1\n\n--seed 3")
     code, lines = batch(place, "sweep.sbatch", "lines.txt", SLURM_ARRAY_JOB_ID="5", **array)
     assert (code, len(lines)) == (2, 1)
     assert lines[0].startswith("slurm: error: ")
     assert words in lines[0]
+
+
+@pytest.mark.parametrize(("options", "line_end"), [("set -euo pipefail", "\n"), ("set -u", "\n"), ("", "\r\n")])
+def test_site_env_does_not_change_the_scripts(place: Path, options: str, line_end: str) -> None:
+    """Its shell options end with it. Its line ends may be Windows'."""
+    lines = [options, f"PYTHON={place}/bin/python", "false", ""]
+    (place / "slurm" / "site.env").write_bytes(line_end.join(lines).encode())
+    code, log = batch(place, "train.sbatch")
+    assert code == 0, log
 
 
 def test_flags_with_windows_line_ends(place: Path) -> None:
@@ -132,3 +148,10 @@ def test_flags_with_windows_line_ends(place: Path) -> None:
     code, lines = batch(place, "sweep.sbatch", "lines.txt", SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="1")
     assert code == 0
     assert any("<--seed><1><--model.name><tiny><--run.name><line-1>" in line for line in lines), lines
+
+
+def test_scripts_are_shell() -> None:
+    for script in ("train.sbatch", "ranks.sbatch", "sweep.sbatch", "site.env.example"):
+        assert subprocess.run(["bash", "-n", ROOT / "slurm" / script]).returncode == 0
+    ignored = subprocess.run(["git", "check-ignore", "-q", "slurm/site.env"], cwd=ROOT, env=os.environ)
+    assert ignored.returncode == 0

@@ -1,13 +1,10 @@
 """Test `launch sweep`, and what `launch slurm` refuses or prints without a cluster. tests/slurm has a cluster."""
 
-import os
 import shlex
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from pages import make_evaluation, make_summary
 
 from launch import slurm
@@ -52,16 +49,7 @@ def test_table_of_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     odd = "--wandb.notes=a 'b' \"c\" $(d)\ne,f"
-    options = [
-        "--nodes",
-        "4",
-        "--gpus-per-node",
-        "2",
-        "--time=1:00",
-        "--no-requeue",
-        "--signal=USR2@60",
-        "--dry-run",
-    ]
+    options = ["--nodes", "4", "--gpus-per-node", "2", "--time=1:00", "--no-requeue", "--signal=USR2@60", "--dry-run"]
     assert slurm.main([*options, "--", *SMALL, odd]) == 0
     wanted = shlex.split(
         "sbatch --parsable --nodes 4 --gpus-per-node 2 --time=1:00 --no-requeue --signal=USR2@60 slurm/train.sbatch"
@@ -128,18 +116,12 @@ def test_line_that_makes_no_run_of_so_many_ranks_is_refused(tmp_path: Path, line
         slurm.main([*options, "--", *SMALL])
 
 
-def test_task_beyond_the_last_line_trains_nothing(tmp_path: Path) -> None:
-    """An empty line is a run without overrides. A missing line is a mistake in --array."""
-    (tmp_path / "overrides.txt").write_text("--seed 1\n\n--seed 3")
-    command = ["bash", "slurm/sweep.sbatch", str(tmp_path / "overrides.txt")]
-    env = os.environ | {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_JOB_ID": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("\n")) == (2, 1)
-    assert "has 3 lines, and no line 4" in done.stdout
-
-
-def test_follow_waits_for_a_silent_controller_and_then_leaves_the_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter(["", "JobState=RUNNING Reason=None ExitCode=0:0", "", "JobState=COMPLETED Reason=None ExitCode=0:0"])
+def test_follow_waits_for_a_silent_controller_and_then_leaves_the_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my log").write_text("step 1\n")
+    job = f"JobState={{}} Reason=None ExitCode=0:0 StdOut={tmp_path}/my log"
+    answers = iter(["", job.format("RUNNING"), "", job.format("COMPLETED")])
 
     def run(*command: str) -> str:
         if answer := next(answers, ""):
@@ -148,6 +130,7 @@ def test_follow_waits_for_a_silent_controller_and_then_leaves_the_job_alone(monk
 
     monkeypatch.setattr(slurm, "run", run)
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
-    assert slurm.follow("7", Path("/no/log")) == 0
+    assert slurm.follow("7") == 0
+    assert capsys.readouterr().out.count("step 1") == 1
     monkeypatch.setattr(slurm, "PATIENCE_SECONDS", 0.05)
-    assert slurm.follow("7", Path("/no/log")) == slurm.LOST
+    assert slurm.follow("7") == slurm.LOST

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,22 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         return dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", self.run("scontrol", "show", "job", "-o", job).strip()))
 
-    def wait(self, job: str, *states: str) -> dict[str, str]:
-        """Wait until a job has one of these states and is not being requeued."""
+    def wait_until(self, job: str, is_reached: Callable[[], bool]) -> None:
+        """Wait until something has happened to a job, WAIT_SECONDS at most."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while (found := self.job(job))["JobState"] not in states:
-            assert time.monotonic() < deadline, f"{found}\n{self.log(job)}"
+        while not is_reached():
+            assert time.monotonic() < deadline, f"{self.job(job)}\n{self.log(job)}"
             time.sleep(0.3)
-        return found
+
+    def wait(self, job: str, *states: str) -> dict[str, str]:
+        """Wait until a job has one of these states; return what Slurm says about it."""
+        self.wait_until(job, lambda: self.job(job)["JobState"] in states)
+        return self.job(job)
+
+    def wait_until_held(self, job: str) -> dict[str, str]:
+        """Wait until a job is held; return what Slurm says about it."""
+        self.wait_until(job, lambda: "held" in self.job(job)["Reason"].lower())
+        return self.job(job)
 
     def finish(self, job: str, name: str) -> dict[str, Any]:
         """Wait for the job's end; return the summary of its run, whose directory must be tidy."""

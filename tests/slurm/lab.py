@@ -125,17 +125,7 @@ class Lab:
 
     def _boot(self, node: str) -> None:
         (self.place / f"{node}.up").unlink(missing_ok=True)
-        command = [
-            "unshare",
-            "--net",
-            "--uts",
-            "--mount",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--propagation",
-            "private",
-        ]
+        command = ["unshare", "-n", "-u", "-m", "-p", "-f", "--kill-child", "--propagation", "private"]
         with open(self.place / f"{node}.boot", "w") as log:
             arguments = ["bash", "-c", BOOT, node, node, str(self.place)]
             outer = self.parents[node] = subprocess.Popen([*command, *arguments], stdout=log, stderr=log)

@@ -3,10 +3,8 @@
 Exact mode gives all world sizes the same bits, so one undisturbed run is the reference for every test.
 """
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ import yaml
 from conftest import ROOT
 from ranks.processes import rows, wait_for_step
 
-from slurm.cluster import NEEDS_LAB, TRAIN, WAIT_SECONDS, Cluster, running
+from slurm.cluster import NEEDS_LAB, TRAIN, Cluster, running
 
 # Print the GPU that a task would choose. The lab's GPUs are fakes, so this sets the number that torch reports.
 CHOOSE = """
@@ -75,15 +73,6 @@ def test_each_task_chooses_a_gpu_of_its_own(cluster: Cluster, options: str, expe
     assert sorted(output.splitlines()) == sorted(expected * 2)
 
 
-@pytest.mark.slow
-def test_one_gpu_bound_to_each_task(cluster: Cluster, undisturbed: str) -> None:
-    job = cluster.submit("bound", "--nodes", "2", "--ntasks-per-node", "2", "--gpus-per-task", "1")
-    summary = cluster.finish(job, "bound")
-    assert (summary["world_size"], summary["weights_sha256"]) == (4, undisturbed)
-    for facts in cluster.ranks(job).values():
-        assert facts["CUDA_VISIBLE_DEVICES"] == facts["LOCAL_RANK"]
-
-
 def test_time_limit(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("limit", "--nodes", "2", "--time", "1", "--signal", "USR2@20", SECONDS_PER_STEP="0.8")
     assert cluster.finish(job, "limit")["weights_sha256"] == undisturbed
@@ -132,17 +121,13 @@ def test_silent_node_is_fenced(cluster: Cluster, undisturbed: str) -> None:
     job = cluster.submit("silent", SECONDS_PER_STEP="2")
     wait_for_step(cluster.path("silent"), 3)
     cluster.lab.netdown("node1")
-    deadline = time.monotonic() + WAIT_SECONDS
-    while len(rows(cluster.path("silent"), "start")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    cluster.wait_until(job, lambda: len(rows(cluster.path("silent"), "start")) > 1)
     alive = cluster.lab.run_on("node1", "pgrep", "-f", "rank.py", check=False)
     assert alive.strip(), "the old attempt has ended by itself: nothing is proven"
     assert cluster.finish(job, "silent")["weights_sha256"] == undisturbed
     assert cluster.ranks(job, 0)[0]["host"] == "node1"
     assert cluster.ranks(job, 1)[0]["host"] != "node1"
-    while "train.storage.lease.Fenced: fenced: " not in cluster.log(job):  # at its next save
-        assert time.monotonic() < deadline, cluster.log(job)
-        time.sleep(0.3)
+    cluster.wait_until(job, lambda: "train.storage.lease.Fenced: fenced: " in cluster.log(job))  # at its next save
     assert cluster.summary("silent")["weights_sha256"] == undisturbed
 
 
@@ -161,10 +146,7 @@ def test_scancel_ends_a_job_for_good_and_the_same_name_resumes(cluster: Cluster,
 @pytest.mark.slow
 def test_poison_is_held_after_its_attempts(cluster: Cluster) -> None:
     job = cluster.submit("poison", POISON_STEP="25", LOCKSTEP_ATTEMPTS="2")
-    deadline = time.monotonic() + WAIT_SECONDS
-    while "held" not in (found := cluster.job(job))["Reason"].lower():
-        assert time.monotonic() < deadline, cluster.log(job)
-        time.sleep(0.3)
+    found = cluster.wait_until_held(job)
     assert found["JobState"] == "PENDING"
     assert re.search(r"held: 2 attempts from runs/poison/checkpoints/step-00000020 without", found["Comment"])
     # the first attempt got from the start to step 20, which refills the budget: two more attempts from there
@@ -174,12 +156,8 @@ def test_poison_is_held_after_its_attempts(cluster: Cluster) -> None:
 @pytest.mark.slow
 def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
     for arguments, word in (
-        (["--", *TRAIN, "--optim.lrr", "1"], "optim.lr"),
-        (["--nodes", "3", "--ntasks-per-node", "3", "--", *TRAIN], "9 processes cannot share"),
         (["--nodes", "4", "--", *TRAIN], "sbatch failed"),
         (["--partition=none", "--", *TRAIN], "invalid partition"),
-        (["--nodes", "0", "--", *TRAIN], "--nodes is 0"),
-        (["stray", "--", *TRAIN], "unexpected argument: 'stray'"),
     ):
         code, output = cluster.launch(*arguments)
         assert code == 2, output
@@ -198,17 +176,7 @@ def test_bad_input_is_neither_queued_nor_requeued(cluster: Cluster) -> None:
 
 def test_launch_slurm_passes_hostile_arguments_and_follows(cluster: Cluster, undisturbed: str) -> None:
     hostile = 'it\'s "quoted", $(touch broken) `touch broken`; a\\b *\nnext line, ü && true'
-    arguments = [
-        "--nodes",
-        "2",
-        "--follow",
-        "--time=5",
-        "--",
-        *TRAIN,
-        "--run.name",
-        "followed",
-        f"--wandb.notes={hostile}",
-    ]
+    arguments = ["--nodes=2", "--follow", "--time=5", "--", *TRAIN, "--run.name=followed", f"--wandb.notes={hostile}"]
     code, shown = cluster.launch("--dry-run", *arguments)
     assert code == 0
     assert "--ntasks-per-node 1 --time=5 slurm/train.sbatch --data.name digits" in shown
@@ -232,10 +200,7 @@ def test_sweep(cluster: Cluster) -> None:
     seeds = re.search(r"job (\d+)", output)
     assert seeds, output
     lines = cluster.run("sbatch", "--parsable", "--array", "1-2", "slurm/sweep.sbatch", "lines.txt", *short).split()[-1]
-    deadline = time.monotonic() + WAIT_SECONDS
-    while cluster.run("squeue", "--noheader").strip():
-        assert time.monotonic() < deadline, cluster.run("squeue")
-        time.sleep(0.3)
+    cluster.wait_until(lines, lambda: not cluster.run("squeue", "--noheader").strip())
     config = {}
     for job, names in ((seeds.group(1), ("seed-1", "seed-2")), (lines, ("line-1", "line-2"))):
         logs = "".join(path.read_text() for path in cluster.project.glob(f"slurm-{job}_*.log"))
@@ -245,10 +210,3 @@ def test_sweep(cluster: Cluster) -> None:
     assert [config[name]["seed"] for name in config] == [1, 2, 1, 0]
     assert config["line-1"]["wandb"]["notes"] == "two words, one flag"
     assert config["line-2"]["optim"]["lr"] == 0.02
-
-
-def test_scripts_are_shell() -> None:
-    for script in ("train.sbatch", "ranks.sbatch", "sweep.sbatch", "site.env.example"):
-        assert subprocess.run(["bash", "-n", ROOT / "slurm" / script]).returncode == 0
-    ignored = subprocess.run(["git", "check-ignore", "-q", "slurm/site.env"], cwd=ROOT, env=os.environ)
-    assert ignored.returncode == 0

@@ -45,7 +45,7 @@ class Snapshot:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor]
-    meta: dict[str, Any]  # schema, step, trajectory, sha256, ledger, best, scaler, environment
+    meta: dict[str, Any]  # step, trajectory, sha256, data, ledger, best, scaler, environment
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:

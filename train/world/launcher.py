@@ -133,13 +133,12 @@ def rank_variables(env: Mapping[str, str]) -> dict[str, str]:
     """
     if env.keys() >= SINGLE.keys():
         return {}
-    others = {name: value for name, value in env.items() if name not in SINGLE}
     for names in MPI:
         if env.keys() >= set(names):
             found = {own: env[name] for own, name in zip(SINGLE, names, strict=True)}
             break
     else:
-        found = slurm_variables(others)
+        found = slurm_variables(env)
         sizes = [f"{names[1]} {env[names[1]]}" for names in MPI if env.get(names[1], "1") != "1"]
         if sizes and not found and "RANK" not in env:
             raise UserError(

@@ -39,12 +39,12 @@ def join(device: torch.device, place: Placement, timeout: timedelta) -> None:
     By default, torch's store listens on all interfaces. `launch run` therefore opens the socket, on the loopback
     interface alone, and rank 0 serves the store on it. Raises RunError if the ranks do not find each other in time.
     """
-    store, address = None, store_address()
+    store, (host, port) = None, store_address()
     try:
         if STORE_FD in os.environ:
             is_server = place.rank == 0
             listener = int(os.environ[STORE_FD]) if is_server else None
-            store = dist.TCPStore(*address, place.world_size, is_server, timeout, master_listen_fd=listener)
+            store = dist.TCPStore(host, port, place.world_size, is_server, timeout, master_listen_fd=listener)
         elif place.local_world_size == 1 < place.world_size and not is_local_rank_given():
             store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
             refuse_shared_machine(store, place)
@@ -52,7 +52,6 @@ def join(device: torch.device, place: Placement, timeout: timedelta) -> None:
             choose_backend(device), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
         )
     except dist.DistError as error:
-        host, port = address
         raise RunError(
             f"rank {place.rank} could not join {place.world_size} ranks at {host}, port {port}: "
             f"{one_line(error).rstrip('.')}. Is that rank 0's machine, is the port free, and are all ranks running?"
@@ -193,8 +192,6 @@ class World(Placement):
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Return the value of rank `source`, of JSON's types, on every rank. Collective: every rank must call it."""
-        if self.world_size == 1:
-            return value
         return json.loads(self.broadcast_bytes(json.dumps(value).encode(), source))
 
     def broadcast_bytes(self, content: bytes, source: int = 0) -> bytes:
