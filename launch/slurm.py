@@ -28,6 +28,7 @@ KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # any other SLURM_* is of 
 RANKS = ("gpus", "gpus_per_node", "gres", "ntasks", "ntasks_per_node")  # options that ask for ranks
 TOTALS = ("gpus", "ntasks")  # on all nodes together
 UNCOUNTED = ("--ntasks-per-", "--gpus-per-", "--tres-per-")  # options of sbatch, but for --...-per-node above
+SILENT = ("-Q", "--quiet", "-V", "--version", "--usage", "--test-only")
 POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
 LOST, INTERRUPTED = 3, 130  # exit codes: the job was submitted and can no longer be followed; Ctrl-C
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
@@ -66,6 +67,8 @@ def check_options(options: argparse.Namespace, extra: list[str]) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}. Use 1 or more.")
     for word in extra:
+        if word.startswith(SILENT):
+            raise UserError(f"{word} keeps sbatch from printing the job's id. Leave it out.")
         if word.startswith(UNCOUNTED) and not re.fullmatch("--gpus-per-task=(.*:)?1", word):
             raise UserError(f"{word} does not give the number of ranks. Use --gpus, --gpus-per-node or --ntasks.")
     if options.sweep and not options.array:
@@ -80,8 +83,10 @@ def check_options(options: argparse.Namespace, extra: list[str]) -> None:
 
 def count_gpus(name: str, value: str) -> int:
     """Return the number of GPUs in 8, h100:8, h100:4,a100:4 or, for --gres, gpu:8. Raises UserError."""
-    parts = [part for part in value.split(",") if name != "gres" or part.startswith("gpu")]
-    numbers = [re.fullmatch(r"(?:[a-zA-Z][^:]*:){0,2}(\d+)", part) for part in parts]
+    parts = [part.removeprefix("gres:") for part in value.split(",")]
+    if name == "gres":
+        parts = [part for part in parts if re.match("gpu(:|$)", part)]
+    numbers = [re.fullmatch(r"(?:[^:]+:){0,2}(\d+)", part) for part in parts]
     if None in numbers:
         expected = "gpu:NUMBER or gpu:TYPE:NUMBER" if name == "gres" else "NUMBER or TYPE:NUMBER"
         raise UserError(f"--{name.replace('_', '-')} is {value}. Use {expected}.")
@@ -144,14 +149,15 @@ def check_world(config: Config, world_size: int) -> None:
 def check_lines(path: Path, array: str, arguments: list[str], world_size: int) -> None:
     """Raise UserError if a sweep's file cannot be read, lacks a line, or a line makes no run of so many ranks."""
     try:
-        lines = (ROOT / path).read_text().splitlines()
+        content = (ROOT / path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         expected = "Use 'seeds', or a file with one line of flags per run"
         raise UserError(f"--sweep {path} cannot be read: {error}. {expected}.") from None
+    lines = [line.rstrip("\r") for line in content.removesuffix("\n").split("\n")] if content else []  # as sed does
     check_array(path, len(lines), array)
     for number, line in enumerate(lines, 1):
-        if "\\" in line:  # here and in xargs, which the job uses, it means different things inside of quotes
-            raise UserError(f"{path}, line {number} has a backslash. Use quotes.")
+        if "\\" in line or not line.replace("\t", " ").isprintable():  # xargs, which the job uses, reads them otherwise
+            raise UserError(f"{path}, line {number} has a backslash or a control character. Leave it out.")
         try:
             check_world(parse([*arguments, *shlex.split(line)]), world_size)
         except ValueError as error:  # shlex's, or a UserError

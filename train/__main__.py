@@ -36,7 +36,8 @@ def complain(error: UserError | RunError, world: "World | None") -> int:
     """Print one line; return the exit code.
 
     Rank 0 prints it. Before there is a world, in which all ranks raise the same error, one rank of each other machine
-    prints it too. Ranks that print nothing wait briefly, because launchers kill all ranks as soon as one exits.
+    prints a UserError too, and every rank a RunError. Ranks that print nothing wait briefly, because launchers kill all
+    ranks as soon as one exits.
     """
     rank, local_rank = 0, 0
     with contextlib.suppress(UserError):  # this error may be about the placement
@@ -44,7 +45,7 @@ def complain(error: UserError | RunError, world: "World | None") -> int:
         rank, local_rank = place.rank, place.local_rank
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif world is None and local_rank == 0:
+    elif world is None and (local_rank == 0 or isinstance(error, RunError)):
         print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(OTHER_RANKS_WAIT_SECONDS)

@@ -77,12 +77,23 @@ def test_missing_address_of_rank_0_is_refused(tmp_path: Path, changed: dict[str,
     assert words in refused_line(tmp_path, **changed)
 
 
-def test_ranks_that_do_not_find_each_other_say_where_they_looked(tmp_path: Path) -> None:
-    env = {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29500", "MUTANT": "launchers.impatient"}
-    ranks = Ranks(2, arguments(tmp_path / "run", "--train.timeout 2"), tmp_path / "logs", **env)
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"MASTER_ADDR": "nowhere.invalid"}, "at nowhere.invalid, port "),
+        ({"GLOO_SOCKET_IFNAME": "nope"}, "Unable to find address for: nope"),
+    ],
+)
+def test_ranks_that_do_not_find_each_other_say_where_they_looked(
+    tmp_path: Path, changed: dict[str, str], words: str
+) -> None:
+    given = arguments(tmp_path / "run", "--train.timeout 2")
+    ranks = Ranks(2, given, tmp_path / "logs", MUTANT="launchers.impatient", **changed)
     assert ranks.wait(60) == [1, 1], ranks.output()
-    (line,) = [line for line in ranks.output().splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: rank 0 could not join 2 ranks at nowhere.invalid, port 29500: ")
+    lines = [line for line in ranks.output().splitlines() if line.startswith("error: ")]
+    assert [f"rank {rank} could not join 2 ranks" in line and words in line for rank, line in enumerate(lines)] == [
+        True
+    ] * 2
     assert "Traceback" not in ranks.output()
 
 

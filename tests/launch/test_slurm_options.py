@@ -23,6 +23,9 @@ LINES = b"--seed 1\r\n--model.name tiny\r\n--seed 3\r\n"
         ("--nodes 2 --gpus-per-node h100:4", "--nodes 2 --gpus-per-node h100:4", 8),
         ("--nodes 2 --gpus-per-node 0", "--nodes 2 --ntasks-per-node 1", 2),
         ("--nodes 2 --gres=gpu:2", "--nodes 2 --gres gpu:2", 4),
+        ("--nodes 2 --gres=gres:gpu:2", "--nodes 2 --gres gres:gpu:2", 4),
+        ("--nodes 2 --gpus 2 --gres=gpumem:20g", "--nodes 2 --gpus 2 --gres gpumem:20g", 2),
+        ("--gpus=3g.20gb:2", "--gpus 3g.20gb:2", 2),
         ("--nodes 2 --gres=gpu:h100:2,tmpdisk:9", "--nodes 2 --gres gpu:h100:2,tmpdisk:9", 4),
         ("--nodes 2 --ntasks 3 --gpus-per-task=1", "--nodes 2 --ntasks 3 --gpus-per-task=1", 3),
         ("--nodes 2 --gpus-per-node 4 --ntasks-per-node 1", "--nodes 2 --gpus-per-node 4 --ntasks-per-node 1", 8),
@@ -51,6 +54,7 @@ def test_options_that_ask_for_ranks(
         ("--gpus 4 --ntasks-per-gpu=2", "--ntasks-per-gpu=2 does not give the number of ranks"),
         ("--ntasks 2 --gpus-per-task=2", "--gpus-per-task=2 does not give the number of ranks"),
         ("--nodes 2 --tres-per-node=gres/gpu:4", "--tres-per-node=gres/gpu:4 does not give the number of ranks"),
+        ("--quiet", "--quiet keeps sbatch from printing the job's id"),
         ("--gres=gpu", "--gres is gpu. Use gpu:NUMBER or gpu:TYPE:NUMBER."),
         (
             "--sweep lines.txt --array=0-2",

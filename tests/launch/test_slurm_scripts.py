@@ -150,6 +150,15 @@ def test_flags_with_windows_line_ends(place: Path) -> None:
     assert any("<--seed><1><--model.name><tiny><--run.name><line-1>" in line for line in lines), lines
 
 
+@pytest.mark.parametrize("line", ["--wandb.notes it's", '--wandb.notes "a\\"b"'])
+def test_line_with_broken_quotes_trains_nothing(place: Path, line: str) -> None:
+    """Otherwise the task would train the recipe without the line."""
+    (place / "lines.txt").write_text(f"--seed 1\n{line} --optim.lr 0.3\n")
+    code, lines = batch(place, "sweep.sbatch", "lines.txt", SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
+    assert code == 2
+    assert lines == ["slurm: error: line 2 of lines.txt has a backslash, or a quote without its partner"]
+
+
 def test_scripts_are_shell() -> None:
     for script in ("train.sbatch", "ranks.sbatch", "sweep.sbatch", "site.env.example"):
         assert subprocess.run(["bash", "-n", ROOT / "slurm" / script]).returncode == 0

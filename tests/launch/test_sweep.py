@@ -107,6 +107,8 @@ def test_refusals_are_one_line(argv: list[str], words: str) -> None:
     [
         ("--train.num_micro_batches 2", "line 2: 3 processes cannot share"),
         ('--wandb.notes "a\\"b"', "line 2 has a backslash"),
+        ("--seed 2\f--seed 3", "line 2 has a backslash or a control character"),
+        ("--wandb.notes it's", "line 2: No closing quotation"),
     ],
 )
 def test_line_that_makes_no_run_of_so_many_ranks_is_refused(tmp_path: Path, line: str, words: str) -> None:

@@ -63,6 +63,7 @@ BAD = {
     ),
     "a slow count in Python": ("self.calls = 0", STATE, "calls changed in a pass"),
     "a layer in evaluation mode": ("self.norm.eval()", "", "norm is in evaluation mode, which training ends"),
+    "evaluation for ever": ("self.train = lambda mode=True: super(Net, self).train(False)", "", "leaves it in eval"),
 }  # fmt: skip
 
 

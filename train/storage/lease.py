@@ -28,6 +28,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.rundir import RunDir, write_atomically
+from train.world.launcher import read_count
 
 PREFIX = ".writing-"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without flock
@@ -43,8 +44,8 @@ def identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),  # not set in the first attempt
-        "srun": int(os.environ.get("LOCKSTEP_RESTART") or 0),  # slurm/train.sbatch may run several in one attempt
+        "restart": read_count("SLURM_RESTART_COUNT"),  # not set in the first attempt
+        "srun": read_count("LOCKSTEP_RESTART"),  # slurm/train.sbatch may run several in one attempt
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

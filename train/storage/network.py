@@ -91,7 +91,11 @@ def _build_own(
             if not isinstance(made, nn.Module):
                 raise UserError(f"It returned {type(made).__name__}, expected a torch.nn.Module.")
             frozen = {layer for layer in made.modules() if not layer.training}
-            if ended := [name for name, layer in made.train().named_modules() if layer in frozen and layer.training]:
+            made.train()
+            if not made.training:
+                raise UserError("train() leaves it in evaluation mode. Call super().train(mode) there.")
+            modes = [(name or "It", layer.training) for name, layer in made.named_modules() if layer in frozen]
+            if ended := [name for name, is_training in modes if is_training]:
                 raise UserError(f"{probe.listed(ended)} is in evaluation mode, which training ends. Override train().")
             layers.convert(made.cpu())
         if {*module.parameters()} & {*twin.parameters()}:

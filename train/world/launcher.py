@@ -159,8 +159,8 @@ def expand_counts(text: str) -> list[int]:
 def tasks_on_node(env: Mapping[str, str]) -> int:
     """Return how many tasks of this Slurm step run on this node; 0 outside of a step, or if that is unknown."""
     try:
-        return expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
-    except (KeyError, ValueError, IndexError):
+        return dict(enumerate(expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])))[int(env["SLURM_NODEID"])]
+    except (KeyError, ValueError):
         return 0
 
 
@@ -216,9 +216,17 @@ def is_slurm_task(env: Mapping[str, str], local_rank: int, local_world_size: int
     return env.get("SLURM_LOCALID") == str(local_rank) and tasks_on_node(env) == local_world_size
 
 
+def read_count(name: str) -> int:
+    """Return the number that a launcher has put into a variable, or 0. Raises UserError if it is none."""
+    value = os.environ.get(name) or "0"
+    if not value.isdecimal():
+        raise UserError(f"The launcher's {name} is {value}, expected a number.")
+    return int(value)
+
+
 def is_restart() -> bool:
     """Return whether a launcher or Slurm has started this run before, with the same arguments."""
-    return any(os.environ.get(name, "0").strip("0") for name in RESTART_COUNTS)
+    return any(read_count(name) for name in RESTART_COUNTS)
 
 
 def run_suffix() -> str:
@@ -233,7 +241,7 @@ def run_suffix() -> str:
         return identity
     if "SLURM_STEP_ID" in os.environ and not is_at_prompt(os.environ):
         return f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"  # the same after a requeue
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+    if read_count("TORCHELASTIC_MAX_RESTARTS") > 0:
         raise UserError(
             "torchrun --max-restarts needs --run.name (or its --rdzv-id): a restart must find the same run."
         )

@@ -51,7 +51,7 @@ def join(device: torch.device, place: Placement, timeout: timedelta) -> None:
         dist.init_process_group(
             choose_backend(device), store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
         )
-    except dist.DistError as error:
+    except RuntimeError as error:  # torch's or gloo's
         raise RunError(
             f"rank {place.rank} could not join {place.world_size} ranks at {host}, port {port}: "
             f"{one_line(error).rstrip('.')}. Is that rank 0's machine, is the port free, and are all ranks running?"
