@@ -27,7 +27,7 @@ exec "$@"
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # any other SLURM_* is of the job that this is called from
 RANKS = ("gpus", "gpus_per_node", "gres", "ntasks", "ntasks_per_node")  # options that ask for ranks
 TOTALS = ("gpus", "ntasks")  # on all nodes together
-UNCOUNTED = ("--ntasks-per-", "--gpus-per-", "--tres-per-")  # options of sbatch, but for --...-per-node above
+UNCOUNTED = ("--ntasks-per-", "--gpus-per-", "--tres-per-")  # but for those in RANKS
 SILENT = ("-Q", "--quiet", "-V", "--version", "--usage", "--test-only")
 POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
 LOST, INTERRUPTED = 3, 130  # exit codes: the job was submitted and can no longer be followed; Ctrl-C
