@@ -146,6 +146,8 @@ def campaign(options: argparse.Namespace, place: Path) -> dict[str, Any]:
                 if row := losses.lose():
                     found.append(row)
                     print(row, file=sys.stderr, flush=True)
+                    if row["requeued"] != has_to_requeue(row):
+                        print(cluster.log(losses.job), file=sys.stderr, flush=True)
             for name, count in losses.examine(sha256).items():
                 totals[name] = totals.get(name, 0) + int(count)
             print(totals, file=sys.stderr, flush=True)
@@ -153,12 +155,17 @@ def campaign(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     return {"totals": totals, "losses": found}
 
 
+def has_to_requeue(row: dict[str, Any]) -> bool:
+    """Return whether too little was left to continue in the allocation after a loss."""
+    return row["first"] or row["left"] < LEAST
+
+
 def is_good(result: dict[str, Any]) -> bool:
     """Return whether nothing was wrong, and each job continued inside its allocation if it could."""
     wrong = sum(count for name, count in result["totals"].items() if name != "runs")
     return not wrong and all(
         row["recomputed"] <= EVERY_STEPS
-        and row["requeued"] == (row["first"] or row["left"] < LEAST)
+        and row["requeued"] == has_to_requeue(row)
         and (row["requeued"] or row["seconds"] <= 30)
         for row in result["losses"]
     )
