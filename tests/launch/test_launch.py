@@ -240,7 +240,7 @@ def test_launch_run_killed_leaves_no_orphan(tmp_path: Path) -> None:
     [
         (["--nproc", "0", "--"], "--nproc is 0"),
         (["--max-restarts", "-1", "--"], "--max-restarts is -1"),
-        (["--nproc", "2", "--min-nproc", "3", "--"], "--min-nproc is 3 of 2"),
+        (["--nproc", "2", "--min-nproc", "0", "--"], "--min-nproc is 0 of 2"),
         (["--nprocs", "2", "--"], "no option --nprocs"),
         (["--", "--optim.lr", "x"], "optim.lr"),
         (["--", "--config", "/no/such.yaml"], "/no/such.yaml"),

@@ -11,7 +11,15 @@ from conftest import refusal
 
 from train.__main__ import main
 from train.errors import UserError
-from train.world.launcher import SINGLE, Placement, rank_variables, read_placement, run_suffix, slurm_variables
+from train.world.launcher import (
+    SINGLE,
+    Placement,
+    is_restart,
+    rank_variables,
+    read_placement,
+    run_suffix,
+    slurm_variables,
+)
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -70,6 +78,12 @@ def test_port_differs_between_all_steps_that_the_batch_script_starts() -> None:
         for number, (restart, step) in enumerate(steps)
     ]
     assert len({variables["MASTER_PORT"] for variables in found}) == len(steps)
+
+
+def test_count_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCKSTEP_RESTART", "x")
+    with pytest.raises(UserError, match="The launcher's LOCKSTEP_RESTART is x, expected a number"):
+        is_restart()
 
 
 def test_other_launchers_are_left_alone() -> None:
