@@ -88,16 +88,18 @@ class Losses:
         known = len(self.cluster.log(self.job))
         getattr(self.cluster.lab, how)(node)
         lost_at = time.time()
-        self.returns.append((lost_at + self.rng.uniform(20, 40), node))
         noticed, deadline = float("inf"), lost_at + WAIT_SECONDS
         while True:
             attempts, begun, last = self.look()
+            if noticed == float("inf"):
+                is_named = f"lost {node};" in self.cluster.log(self.job)[known:]
+                noticed = time.time() if is_named else noticed_at(self.cluster, self.job, node, lost_at)
+                if noticed < float("inf"):  # a node that is back before that is not lost: the job is requeued
+                    self.returns.append((time.time() + self.rng.uniform(0, 20), node))
             if attempts == before:
                 reached = max(reached, last)
             elif last > 0:
                 break
-            if f"lost {node};" in self.cluster.log(self.job)[known:]:
-                noticed = min(noticed, time.time())
             if self.is_over():
                 return None
             assert time.time() < deadline, f"{node} {how}\n{self.cluster.log(self.job)}"

@@ -100,11 +100,9 @@ def test_time_limit_of_a_range_of_nodes(cluster: Cluster, undisturbed: str) -> N
 
 @pytest.mark.slow
 def test_campaign_of_losses_and_returns(tmp_path: Path) -> None:
-    """`tests/faults.py nodes` loses 20. The clock is not judged here: a node that answers too late counts as lost."""
+    """`tests/faults.py nodes` loses 20. The clock is not judged here."""
     result = losses.campaign(argparse.Namespace(kills=20, seed=3), tmp_path)
-    found = result["losses"]
-    assert all(row["requeued"] for row in found if losses.has_to_requeue(row))
-    in_time = [row | {"seconds": 0.0, "requeued": losses.has_to_requeue(row)} for row in found]
-    assert losses.is_good(result | {"losses": in_time}), result
+    found = [row | {"seconds": 0.0} for row in result["losses"]]
+    assert losses.is_good(result | {"losses": found}), result
     assert len(found) == 2
     assert "silence, " in losses.table(result) or "power failure, " in losses.table(result)
