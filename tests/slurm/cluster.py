@@ -129,7 +129,9 @@ def running(place: Path, nodes: int = 3) -> Iterator[Cluster]:
         (project / package).symlink_to(ROOT / package)
     (project / "python").write_text(PYTHON.format(python=sys.executable, root=ROOT))
     (project / "python").chmod(0o755)
-    site = f"PYTHON={project}/python\nexport PYTHONPATH={ROOT} XDG_CACHE_HOME={place}/cache WANDB_MODE=disabled\n"
-    (project / "slurm" / "site.env").write_text(site)
+    # Shell options, Windows line ends and a last command that fails must not change what the scripts do.
+    exports = f"PYTHONPATH={ROOT} XDG_CACHE_HOME={place}/cache WANDB_MODE=disabled"
+    site = f"set -euo pipefail\nPYTHON={project}/python\nexport {exports}\nfalse\n"
+    (project / "slurm" / "site.env").write_bytes(site.replace("\n", "\r\n").encode())
     with lab(place / "lab", nodes) as started:
         yield Cluster(started, project)

@@ -194,19 +194,27 @@ def test_launch_slurm_passes_hostile_arguments_and_follows(cluster: Cluster, und
 
 @pytest.mark.slow
 def test_sweep(cluster: Cluster) -> None:
-    short = [*TRAIN, "--train.max_steps", "5"]
-    (cluster.project / "lines.txt").write_text("--seed 1 --wandb.notes 'two words, one flag'\n--optim.lr 0.02\n")
+    """Its file has Windows line ends, and its recipe a directory of its own for runs."""
+    (cluster.project / "own.yaml").write_text("run: {dir: mine}\n")
+    short = ["--config", "own.yaml", *TRAIN, "--train.max_steps", "5"]
+    lines = b"--seed 1 --wandb.notes 'two words, one flag'\r\n--optim.lr 0.02\r\n"
+    (cluster.project / "lines.txt").write_bytes(lines)
     output = cluster.run(sys.executable, "-m", "launch", "slurm", "--sweep", "seeds", "--array=1-2%1", "--", *short)
-    seeds = re.search(r"job (\d+)", output)
+    seeds = re.search(r"job (\d+): .* run mine/sweep-(\d+);", output)
     assert seeds, output
-    lines = cluster.run("sbatch", "--parsable", "--array", "1-2", "slurm/sweep.sbatch", "lines.txt", *short).split()[-1]
-    cluster.wait_until(lines, lambda: not cluster.run("squeue", "--noheader").strip())
+    assert seeds[1] == seeds[2]
+    by_hand = cluster.run("sbatch", "--parsable", "--array", "1-2", "slurm/sweep.sbatch", "lines.txt", *short).split()[
+        -1
+    ]
+    cluster.wait_until(by_hand, lambda: not cluster.run("squeue", "--noheader").strip())
     config = {}
-    for job, names in ((seeds.group(1), ("seed-1", "seed-2")), (lines, ("line-1", "line-2"))):
+    for job, names in ((seeds[1], ("seed-1", "seed-2")), (by_hand, ("line-1", "line-2"))):
         logs = "".join(path.read_text() for path in cluster.project.glob(f"slurm-{job}_*.log"))
         assert re.search(r"2 of 2 runs: mean [\d.]+% \+- [\d.]+% \(standard deviation\)", logs), logs
         for name in names:
-            config[name] = yaml.safe_load((cluster.path(f"sweep-{job}") / name / "config.yaml").read_text())
+            run = cluster.project / "mine" / f"sweep-{job}" / name
+            config[name] = yaml.safe_load((run / "config.yaml").read_text())
+        assert not cluster.path(f"sweep-{job}").exists()
     assert [config[name]["seed"] for name in config] == [1, 2, 1, 0]
     assert config["line-1"]["wandb"]["notes"] == "two words, one flag"
     assert config["line-2"]["optim"]["lr"] == 0.02
