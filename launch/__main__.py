@@ -1,11 +1,17 @@
-"""`python -m launch SUBCOMMAND ...`: each subcommand is a module, imported when it is called."""
+"""`python -m launch SUBCOMMAND ...`: each subcommand is a module, imported when it is called.
+
+Exit codes: those of training, 130 after Ctrl-C, 141 if the reader of the output has left.
+"""
 
 import importlib
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before a train.py in the current directory
 
 from train import __version__
-from train.errors import BAD_INPUT, CRASHED, FINISHED, RunError, UserError, did_you_mean
-from train.world.process import keep_others_from_writing
+from train.errors import BAD_INPUT, CRASHED, FINISHED, INTERRUPTED, RunError, UserError, did_you_mean
+from train.world.process import keep_others_from_writing, protect_output
 
 ROOMS = {  # subcommands whose module is not next to this file, or whose function is not main
     "bench": "launch.bench.harness",
@@ -53,11 +59,16 @@ def main(argv: list[str]) -> int:
             hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
             raise UserError(f"There is no subcommand {name}. {hint}")
         module, _, function = ROOMS.get(name, f"launch.{name}").partition(":")
-        return getattr(importlib.import_module(module), function or "main")(argv[1:])
+        code = getattr(importlib.import_module(module), function or "main")(argv[1:])
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT if isinstance(error, UserError) else CRASHED
 
 
 if __name__ == "__main__":
+    protect_output(is_required=sys.argv[1:2] != ["run"])  # a training does not depend on what it prints
     sys.exit(main(sys.argv[1:]))

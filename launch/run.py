@@ -1,6 +1,6 @@
 """`python -m launch run`: train on this machine, one process per GPU.
 
-Unlike torchrun it passes exit codes on (75 stays 75), forwards SIGTERM, SIGINT and SIGUSR2 without killing a rank,
+Unlike torchrun it passes exit codes on (75 stays 75), forwards signals without killing a rank,
 leaves no orphan when it is killed itself, and restarts a run whose rank died. Not here: several machines (torchrun,
 Slurm). torch is not imported, so the launcher starts at once and stays small.
 """
@@ -17,18 +17,18 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from train.cli import Parser, parse, run_name, split_arguments
+from train.cli import Parser, parse, split_arguments
 from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, UserError
-from train.world.launcher import run_suffix
+from train.world import signals
+from train.world.launcher import check_world_size, choose_name
 from train.world.process import die_with_parent
 
 LEAVE_SECONDS = 10.0  # for the other ranks, once one has died: gloo tells them within a second
 SAVE_SECONDS = 60.0  # for the other ranks, once one has left with a saved checkpoint
 POLL_SECONDS = 0.05
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 DEV = Path("/dev")
 Command = tuple[str, ...]
-TRAIN: Command = (sys.executable, "-m", "train")
+TRAIN: Command = (sys.executable, str(Path(__file__).parents[1] / "train" / "__main__.py"))
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 # both would listen on the first interface that reaches other machines
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
@@ -64,7 +64,7 @@ class Ranks:
         env = {**ON_LOOPBACK, **os.environ, "LOCKSTEP_RESTART": str(restart)}
         env |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
         # Ranks inherit the mask and lift it once their handlers are installed, seconds later: no signal is lost before.
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
         try:
             # Rank 0 serves the rendezvous on this socket: no other process can take its port, or reach it from another
             # machine.
@@ -83,7 +83,7 @@ class Ranks:
                     )
                     self.processes.append(process)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
 
     def send(self, number: int) -> None:
         """Send a signal to every rank that is running."""
@@ -106,6 +106,8 @@ class Ranks:
                 first = failed[0]
                 deadline = time.monotonic() + (SAVE_SECONDS if first[1] == PREEMPTED else LEAVE_SECONDS)
             if None not in codes:
+                if BAD_INPUT in codes:  # it holds for all ranks, whatever became of the others
+                    return BAD_INPUT
                 return self._judge(*first) if first else FINISHED
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
@@ -117,7 +119,7 @@ class Ranks:
 
     def _judge(self, rank: int, code: int) -> int:
         """Return the exit code of an attempt whose first rank to leave with an error had this one; print a crash."""
-        if code in (PREEMPTED, BAD_INPUT):  # it holds for all ranks; one that was killed since hung during its exit
+        if code == PREEMPTED:  # it holds for all ranks; one that was killed since hung during its exit
             return code
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         print(f"launch: rank {rank} ended by {how}", file=self.output or sys.stderr, flush=True)
@@ -144,8 +146,8 @@ def read_command_line(argv: list[str]) -> tuple[list[str], int, int, int]:
     min_nproc = nproc if options.min_nproc is None else options.min_nproc
     if not 1 <= min_nproc <= nproc:
         raise UserError(f"--min-nproc is {min_nproc} of {nproc} processes. Use 1 to {nproc}.")
-    name = run_name(config, arguments, run_suffix())
-    return [*arguments, "--run.name", name], nproc, min_nproc, options.max_restarts
+    check_world_size(config.train, nproc)
+    return [*arguments, "--run.name", choose_name(config, arguments)], nproc, min_nproc, options.max_restarts
 
 
 def main(argv: list[str]) -> int:
@@ -158,7 +160,7 @@ def main(argv: list[str]) -> int:
         if ranks is not None:
             ranks.send(number)
 
-    for number in FORWARDED:  # first of all, so that no signal is lost
+    for number in signals.wanted():  # first of all, so that no signal is lost
         signal.signal(number, forward)
     arguments, nproc, min_nproc, max_restarts = read_command_line(argv)
     restart = 0

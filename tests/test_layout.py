@@ -125,7 +125,7 @@ def test_functional_imports_nothing_of_ranks_and_files() -> None:
 
 
 LIGHT_STEMS = (
-    "errors config trajectory cli signals process rundir records "
+    "errors config trajectory cli cores signals process rundir records "
     "charts page fingerprint wandb lease launcher environment __main__"
 )
 LIGHT = [path for path in TRAIN if path.stem in LIGHT_STEMS.split()]

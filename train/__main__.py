@@ -1,14 +1,20 @@
 """argv -> Config -> World -> train -> exit code; nothing else.
 
-Exit codes: 0 finished, 1 crash, 2 bad config or data, 75 preempted with a checkpoint saved.
+Exit codes: 0 finished, 1 crash, 2 bad config or data, 75 preempted: saved, if there was something to save.
 """
 
 import sys
+from pathlib import Path
+
+if not __package__:  # started as a file, so that a train.py in the current directory does not matter
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.world import signals
+from train.world.process import protect_output
 
 if __name__ == "__main__":
     signals.install()  # first: a signal must find its handler during the imports below
+    protect_output()
 
 import contextlib
 import faulthandler
@@ -16,14 +22,14 @@ import io
 import socket
 import time
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.cli import parse, run_name
+from train.cli import parse
 from train.config import Config
 from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, UserError, one_line
 from train.rundir import RunDir, Summary
-from train.world.launcher import read_placement, run_suffix
+from train.world.cores import let_threads_sleep
+from train.world.launcher import choose_name, read_placement
 from train.world.process import die_with_launcher, keep_others_from_writing, leave
 
 if TYPE_CHECKING:
@@ -52,15 +58,29 @@ def complain(error: UserError | RunError, world: "World | None") -> int:
     return BAD_INPUT if isinstance(error, UserError) else CRASHED
 
 
+def announce(text: str) -> None:
+    """Print what a signal does before there is a run, on rank 0."""
+    with contextlib.suppress(UserError):
+        if read_placement().rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+
 def run_directory(config: Config, argv: list[str], world: "World") -> RunDir:
     """Return run.dir/run.name, the same on all ranks. Collective: every rank must call it."""
-    name = config.run.name or run_name(config, argv, run_suffix())  # run_suffix may refuse a launcher
+    name = ""
+    with world.raising_together():
+        name = choose_name(config, argv) if world.is_main else name
     return RunDir(Path(config.run.dir, world.broadcast(name)))
 
 
 def main(argv: list[str]) -> int:
-    """Train as the command line says; return the exit code."""
-    signals.install()
+    """Train as the command line says; return the exit code. In another thread than the main one, without signals."""
+    with signals.handling():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
+    signals.announce(announce)
     die_with_launcher()
     keep_others_from_writing()
     with contextlib.suppress(io.UnsupportedOperation):  # stderr may have been replaced
@@ -68,6 +88,7 @@ def main(argv: list[str]) -> int:
     try:
         config = parse(argv)
         signals.leave_after(config.run.time_limit)
+        let_threads_sleep()
         from train.world.world import World  # with torch, which takes seconds: after a bad config is refused
 
         world = World.open(config.train)
@@ -115,6 +136,8 @@ def report(run_dir: RunDir, summary: Summary, *, write_page: bool) -> None:
         f"({summary.final.correct} of {summary.num_examples} {summary.data['name']} images)"
         f" in {summary.train_seconds:.1f} s of training{speed}"
     )
+    if summary.final.correct <= max(map(sum, summary.final.confusion)):
+        print("warning: no better than always answering one class: diverged (try a smaller optim.lr), or too short")
     if summary.data["is_fallback"]:
         print("!!! THIS IS NOT MNIST: trained on the fallback data set digits !!!")
     print(f"weights {summary.weights_sha256[:16]}...")

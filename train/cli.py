@@ -79,8 +79,13 @@ def recipe_name(argv: Sequence[str]) -> str | None:
 
 
 def run_name(config: Config, argv: Sequence[str], suffix: str) -> str:
-    """Return run.name, or a name from the recipe and a suffix that distinguishes its runs."""
-    return config.run.name or f"{recipe_name(argv) or Path(config.data.name).stem}-{suffix}"
+    """Return run.name, or a name from the recipe and a suffix that distinguishes its runs.
+
+    Raises UserError if the suffix breaks the rule of run.name.
+    """
+    stem = recipe_name(argv) or Path(config.data.name).stem
+    stem = re.sub("[^A-Za-z0-9._=+-]+", "-", stem).lstrip("._=+-")[:100] or "run"
+    return config.run.name or dataclasses.replace(config.run, name=f"{stem}-{suffix}").name or ""
 
 
 class _Loader(yaml.SafeLoader):

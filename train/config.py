@@ -315,8 +315,9 @@ class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: the mode in $WANDB_MODE, else online. online: use the server, or fall back to offline without a key or an
     answer. offline: write to the run directory. `python -m launch sync RUN` sends later what is missing."""
-    project: str = "lockstep"
-    """PROJECT or ENTITY/PROJECT in which the run appears. The entity is a user or a team; default: the key's own."""
+    project: str | None = None
+    """PROJECT or ENTITY/PROJECT in which the run appears. Default: $WANDB_PROJECT, else lockstep. The entity, a user or
+    a team, is by default $WANDB_ENTITY, else the key's own."""
     group: str = ""
     """Runs with the same group are shown together."""
     tags: list[str] = field(default_factory=list)

@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,8 +24,9 @@ from train.storage.lease import Lease
 from train.tracking.alarms import Alarms
 from train.tracking.journal import Journal
 from train.tracking.metrics import Metrics
-from train.tracking.summary import collect_samples, describe_batch, headline, read_finished, summarize
+from train.tracking.summary import collect_samples, describe_batch, headline, read_finished, remarks, summarize
 from train.tracking.tracer import Tracer
+from train.tracking.wandb import resolve
 from train.warmup import warm_up
 from train.world import signals
 from train.world.launcher import is_restart
@@ -41,6 +43,7 @@ def train(config: Config, world: World, run_dir: RunDir, argv: list[str]) -> Sum
     """
     began = time.perf_counter()
     with world.raising_together():
+        config = replace(config, wandb=resolve(config.wandb))
         lease = Lease(run_dir.path, is_main=world.is_main)
     with (
         lease,
@@ -98,10 +101,14 @@ def open_run(
             return metrics.open(state.step, plan.total_steps, staging)
 
     rows = on_main_rank(world, lease.run_dir.path, UserError, open_records) or []
+    signals.announce(metrics.say)
+    signals.defer()
     seconds = [row["train_seconds"] for row in rows if row["event"] == "train" and "train_seconds" in row]
     state.timing.train_seconds = seconds[-1] if seconds else 0.0
-    for line in (headline(plan, state, lease.run_dir.path, resumed_from), describe_batch(plan), *warnings):
-        metrics.say(line)
+    if world.is_main:
+        warnings += remarks(plan, argv)
+        for line in (headline(plan, state, lease.run_dir.path, resumed_from), describe_batch(plan), *warnings):
+            metrics.say(line)
     metrics.record(
         "start",
         state.step,
@@ -228,9 +235,14 @@ def find_checkpoint(
     with world.raising_together():
         if world.is_main and resume == "auto":
             found = checkpoint.latest(checkpoints, metrics.say)
+            if found is None and RunDir(checkpoints.parent).summary.exists():
+                raise UserError(
+                    f"{checkpoints.parent} holds a run whose checkpoints are gone. It would be overwritten. "
+                    "Put them back, or use another run.name."
+                )
         elif world.is_main and resume != "never":
             found = Path(resume), checkpoint.read(Path(resume))
-        elif world.is_main and checkpoint.directories(checkpoints):
+        elif world.is_main and (checkpoint.directories(checkpoints) or RunDir(checkpoints.parent).summary.exists()):
             raise UserError(f"{checkpoints.parent} holds a run, and run.resume is never. Use another run.name.")
     source = world.broadcast(str(found[0]) if found else None)
     files = found[1] if found else {}

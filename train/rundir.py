@@ -6,6 +6,8 @@ the `time` in seconds since 1970. A kill can leave a torn last line, which is no
 
 import contextlib
 import dataclasses
+import errno
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from train.errors import UserError
 Row = dict[str, Any]
 SCHEMA = 3  # of summary.json
 ATTEMPT_EVENTS = ("start", "preempted", "save_failed")  # their rows stay when steps are computed again
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, errno.ENOSYS)
 EXAMPLE = "runs/mnist-20260101-120000"
 
 
@@ -146,6 +149,22 @@ class RunDir:
         return self.config
 
 
+def reserve(parent: Path, name: str) -> str:
+    """Make a new directory for a run and return its name: `name`, or with -2, -3 ... if that is taken.
+
+    Raises UserError if it cannot be made.
+    """
+    for candidate in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+        try:
+            (parent / candidate).mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{parent / name} cannot be made: {error.strerror}. Use another run.dir.") from error
+    raise AssertionError("the numbers do not end")
+
+
 def parse_rows(text: str) -> list[Row]:
     """Return the whole rows of a text of lines."""
     rows = []
@@ -185,13 +204,35 @@ def write_atomically(path: Path, content: bytes, staging: Path | None = None, *,
             os.fsync(file.fileno())
 
 
+def sync_directory(path: Path) -> None:
+    """Put the names in a directory on the disk, where the file system can: many network and FUSE ones cannot."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+
+
 @contextlib.contextmanager
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Give a temporary path, in `staging` or next to `path`; rename it to `path` unless the block raises."""
     temporary = (staging or path.parent) / f".writing-{path.name}"
     try:
         yield temporary
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except (FileExistsError, PermissionError):  # some network file systems do not rename over a file
+            if not path.exists():
+                raise
+            before = path.with_name(f".before-{path.name}")
+            before.unlink(missing_ok=True)
+            path.rename(before)
+            temporary.rename(path)
+            before.unlink()
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -3,7 +3,6 @@
 Invariant: what a checkpoint holds, together with the config and the data, decides every later step. Nothing else does.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +16,12 @@ from train.functional import layers, optim
 from train.functional.augment import check_sizes
 from train.functional.sampler import Sampler, coverage_checksum
 from train.functional.tables import StepTables
-from train.functional.trajectory import differences, trajectory
+from train.functional.trajectory import differences, effective, trajectory
 from train.storage import checkpoint, network
 from train.storage.data import Data
 from train.world.environment import environment, environment_differences
 from train.world.graphs import leave_default_stream
+from train.world.launcher import check_world_size
 from train.world.reduce import Allreduce, ExactTree
 from train.world.world import World
 
@@ -159,21 +159,15 @@ class State:
 
 def resolve_num_micro_batches(config: TrainConfig, world_size: int, *, has_batch_norm: bool) -> int:
     """Return the number of micro-batches of a step. Raises UserError if the config does not fit the world size."""
-    asked, size, limit = config.num_micro_batches, config.global_batch_size, config.max_micro_batch_size
-    if asked >= world_size:
-        return asked
-    if asked:
-        raise UserError(
-            f"{world_size} processes cannot share train.num_micro_batches {asked}. Use at most {asked} processes, or "
-            f"--train.num_micro_batches {2 ** math.ceil(math.log2(world_size))} (another run: it changes the result)."
-        )
+    size, limit = config.global_batch_size, config.max_micro_batch_size
+    check_world_size(config, world_size)
+    if config.num_micro_batches:
+        return config.num_micro_batches
     if has_batch_norm:
         raise UserError(
             "This model has BatchNorm, so train.num_micro_batches decides what it learns. "
             "Set it to the largest world size that you want to use, such as --train.num_micro_batches 8."
         )
-    if size < world_size:
-        raise UserError(f"train.global_batch_size is {size}, fewer than {world_size} ranks. Use {world_size} or more.")
     return world_size * (-(-size // (world_size * limit)) if limit else 1)
 
 
@@ -263,11 +257,14 @@ def restore(plan: Plan, state: State, saved: checkpoint.Snapshot, source: str) -
 
 def _restore(plan: Plan, state: State, saved: checkpoint.Snapshot, source: str) -> list[str]:
     meta, scaler = saved.meta, plan.world.accelerator.scaler
-    changed = differences(meta["trajectory"], trajectory(plan.config))
+    changed = differences(effective(meta["trajectory"]), trajectory(plan.config))
     before, after = ({name: sha256[:12] for name, sha256 in each.items()} for each in (meta["sha256"], plan.sha256))
     changed += differences(before, after)
     if changed:
-        raise UserError(f"{source} belongs to another run: {', '.join(changed)}. Undo that, or use another run.name.")
+        raise UserError(
+            f"{source} belongs to another run: {', '.join(changed)}. Undo that, or start a new run: another run.name, "
+            f"and --model.weights {source}/model.safetensors to begin with these weights."
+        )
     state.step, state.best = meta["step"], meta["best"]
     state.closed_epoch, state.skipped_steps = meta["closed_epoch"], meta["skipped_steps"]
     if not (type(state.step) is int and 0 <= state.step <= plan.total_steps):

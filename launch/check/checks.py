@@ -24,7 +24,9 @@ from train.cli import to_yaml
 from train.config import Config, DataConfig, RunConfig
 from train.errors import RunError, UserError, one_line
 from train.rundir import RunDir
+from train.world.cores import choose_num_threads, count_cores, why_slow
 from train.world.environment import versions
+from train.world.launcher import Placement
 
 ROOT = Path(__file__).parents[2]
 PROCESS_SECONDS = 180.0  # for what starts processes; a busy machine imports torch in 15
@@ -104,6 +106,14 @@ def gpus(config: Config) -> Iterator[Finding]:
     else:
         status: Status = "fail" if config.train.device == "cuda" else "OK"
         yield Finding("gpus", status, "none: training runs on the CPU", "train.device cpu, or a machine with a GPU")
+
+
+def cores(config: Config) -> Iterator[Finding]:
+    """Check that the cores are free for the threads of a training of one process, and say what limits them."""
+    num_cores, num_threads = count_cores(), choose_num_threads(config.train, Placement(0, 1, 0, 1))
+    limit = f" of {os.cpu_count()}, by affinity or quota" if num_cores < (os.cpu_count() or 1) else ""
+    text, reason = f"{num_cores}{limit}; {num_threads} thread(s) for one process", why_slow(num_threads, 1)
+    yield Finding("cores", "warn" if reason else "OK", f"{text}; {reason}" if reason else text, "wait, or stop others")
 
 
 def precision(config: Config) -> Iterator[Finding]:
@@ -207,8 +217,9 @@ def disk(config: Config) -> Iterator[Finding]:
 
 def wandb(config: Config) -> Iterator[Finding]:
     """Check that there is a key for W&B. Training does not depend on it."""
-    mode = config.wandb.mode if config.wandb.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
-    if mode in ("disabled", "offline"):
+    from train.tracking.wandb import resolve
+
+    if (mode := resolve(config.wandb).mode) in ("disabled", "offline"):
         yield Finding("wandb", "OK", mode)
         return
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -219,8 +230,8 @@ def wandb(config: Config) -> Iterator[Finding]:
     if found or os.environ.get("WANDB_API_KEY"):
         yield Finding("wandb", "OK", f"a key for {host} is set")
     else:
-        status: Status = "fail" if mode == "online" else "warn"
+        status: Status = "fail" if config.wandb.mode == "online" else "warn"
         yield Finding("wandb", status, f"no key for {host} is set", "wandb login, or WANDB_MODE=offline")
 
 
-CHECKS = (packages, gpus, precision, all_reduce, deterministic, data, disk, wandb)
+CHECKS = (packages, gpus, cores, precision, all_reduce, deterministic, data, disk, wandb)

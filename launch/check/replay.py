@@ -12,7 +12,7 @@ from launch.check.compare import Series, collect, difference
 from train.cli import Parser, parse, split_arguments
 from train.config import Config, read_steps
 from train.errors import UserError
-from train.functional.trajectory import differences, trajectory
+from train.functional.trajectory import differences, effective, trajectory
 from train.report import records
 from train.report.records import Record
 from train.rundir import RunDir
@@ -51,7 +51,7 @@ def read_checkpoints(directory: Path, first: int) -> tuple[tuple[Path, "Snapshot
 
 def check_origin(record: Record, config: Config, sha256: dict[str, str]) -> None:
     """Raise UserError if the config, the data or a file are not those that the run was trained with."""
-    if record.summary and (changed := differences(record.summary.config, trajectory(config))):
+    if record.summary and (changed := differences(effective(record.summary.config), trajectory(config))):
         config_path = RunDir(record.path).config
         raise UserError(f"{config_path} is not what {record.path} was trained with: {', '.join(changed)}.")
     for name, found in sha256.items():

@@ -33,7 +33,17 @@ def trajectory(config: Config | dict[str, Any]) -> dict[str, Any]:
                 flat[path] = item
     if isinstance(name := flat.get("model.name"), str):  # of FILE.py:FUNCTION, the file's content decides, not its path
         flat["model.name"] = re.sub(r".*\.py:", ":", name)
-    return flat
+    return effective(flat)
+
+
+def effective(flat: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the fields that have no effect next to the others."""
+    unused = {
+        "train.epochs": flat.get("train.max_steps"),
+        "optim.beta2": flat.get("optim.name") == "sgd",
+        "augment.erase_size": flat.get("augment.erase") == 0,
+    }
+    return {name: value for name, value in flat.items() if not unused.get(name)}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from train import __version__
 from train.errors import UserError
+from train.rundir import sync_directory
 
 SCHEMA = 3
 PARTS = ("model", "optimizer", "ema")  # of a Snapshot, a safetensors file each
@@ -185,14 +186,6 @@ def latest(checkpoints: Path, notify: Callable[[str], None]) -> tuple[Path, File
     return None
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
     """Write a checkpoint and return its path. The path exists only once the checkpoint is whole and on the disk.
 
@@ -209,7 +202,7 @@ def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_directory(temporary)
+        sync_directory(temporary)
     except OSError:  # on a full disk, half a checkpoint would take up space
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -217,7 +210,7 @@ def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
         names = (checkpoints / f"damaged-{final.name}-{number}" for number in itertools.count())
         final.rename(next(path for path in names if not path.exists()))
     temporary.rename(final)
-    _sync_directory(checkpoints)
+    sync_directory(checkpoints)
     return final
 
 

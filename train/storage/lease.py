@@ -31,7 +31,8 @@ from train.rundir import RunDir, write_atomically
 from train.world.launcher import read_count
 
 PREFIX = ".writing-"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without flock
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # a file system without flock
+MAX_TRIES = 100  # to lock a file that others keep removing
 
 
 class Fenced(RuntimeError):
@@ -87,8 +88,9 @@ class Lease:
         if self.descriptor is None:
             return
         shutil.rmtree(self.staging, ignore_errors=True)
-        if self._is_lock_file(self.descriptor):
-            self.lock.unlink()
+        with contextlib.suppress(OSError):  # some file systems do not remove an open file
+            if self._is_lock_file(self.descriptor):
+                self.lock.unlink()
         os.close(self.descriptor)
         with contextlib.suppress(OSError):  # they are empty if the run was refused before it wrote anything
             self.checkpoints.rmdir()
@@ -113,7 +115,7 @@ class Lease:
 
     def _lock(self, own: dict[str, Any]) -> int:
         """Lock the `.lock` file, write our identity into it and return its descriptor."""
-        while True:
+        for _ in range(MAX_TRIES):
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,6 +136,7 @@ class Lease:
                 os.write(descriptor, json.dumps(own).encode())
                 return descriptor
             os.close(descriptor)  # the file was removed between our open and our lock: try again
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(self.lock))
 
     def _is_lock_file(self, descriptor: int) -> bool:
         """Return whether `.lock` is still the file that we opened."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from train.config import LogConfig, WandbConfig
 from train.rundir import Row, RunDir
-from train.tracking.wandb import Follower, mode_of
+from train.tracking.wandb import Follower
 
 PLAIN_LINE_SECONDS = 5.0
 NUM_BINS = 64
@@ -37,7 +37,9 @@ class Metrics:
 
     def __init__(self, log: LogConfig, wandb: WandbConfig, run_dir: RunDir, *, is_main: bool) -> None:
         self.wandb, self.run_dir, self.is_main, self.total_steps = wandb, run_dir, is_main, 0
-        self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        # $FORCE_COLOR and the like would draw a bar into a file
+        is_terminal = sys.stdout.isatty()
+        self.console = Console(quiet=not is_main, force_terminal=is_terminal, highlight=False, soft_wrap=True)
         self.should_show_progress = log.progress and is_main
         self.file: Any = None
         self.unwritten = b""  # rows for which a full disk had no room yet
@@ -64,7 +66,7 @@ class Metrics:
         self.total_steps = total_steps
         rows = self.run_dir.remove_rows_after(step, staging)
         self.file = open(self.run_dir.metrics, "ab", buffering=0)  # noqa: SIM115
-        if self.should_show_progress and self.console.is_terminal:
+        if self.should_show_progress and self.console.is_terminal and not self.console.is_dumb_terminal:
             columns = ("step", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", TimeRemainingColumn())
             self.progress = Progress(*columns, console=self.console)
             self.task = self.progress.add_task("train", total=total_steps, completed=step, text="")
@@ -94,7 +96,7 @@ class Metrics:
         self.unwritten += (json.dumps(row) + "\n").encode()
         with contextlib.suppress(OSError):  # the next row tries again, and a checkpoint requires it
             self.flush()
-        if event == "start" and mode_of(self.wandb) != "disabled":
+        if event == "start" and self.wandb.mode != "disabled":
             self.follower = Follower(self.wandb, self.run_dir.path, self.say)
         if event == "eval":
             split = f"{'averaged weights, ' if values.get('ema') else ''}{values['split']}"

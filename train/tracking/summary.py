@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from train.state import Plan, State, why_not_recordable
 from train.storage import checkpoint
 from train.tracking import fingerprint
 from train.world.clock import PHASES
+from train.world.cores import why_slow
 from train.world.environment import environment, git_commit, versions
 from train.world.world import World
 
@@ -30,6 +32,19 @@ def describe_batch(plan: Plan) -> str:
         f"{size} examples per step = {num_parts} micro-batch(es) of {size / num_parts:.4g}, on {world_size} rank(s); "
         f"{sampler.num_examples:,} examples = {sampler.steps_per_epoch} steps per epoch; {plan.total_steps} steps"
     )
+
+
+def remarks(plan: Plan, argv: list[str]) -> Iterator[str]:
+    """Yield what is unusual about a run, a line each."""
+    config, world, size = plan.config, plan.world, plan.sampler.global_batch_size
+    if size > plan.sampler.num_examples:
+        yield f"warning: train.global_batch_size {size} exceeds the training split: each step is a whole epoch."
+    if config.train.max_steps and any(arg.partition("=")[0] == "--train.epochs" for arg in argv):
+        yield f"warning: train.epochs has no effect, because train.max_steps is {config.train.max_steps}."
+    if config.train.exact and (found := environment(world)["variables"]):
+        yield f"warning: other bits than without {', '.join(found)}, which choose other kernels."
+    if world.device.type == "cpu" and (reason := why_slow(world.num_threads, world.local_world_size)):
+        yield f"warning: training will be slow: {reason}."
 
 
 def headline(plan: Plan, state: State, run_dir: Path, resumed_from: str | None) -> str:

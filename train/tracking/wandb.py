@@ -15,11 +15,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from train.config import WandbConfig
-from train.errors import CRASHED, FINISHED, PREEMPTED, UserError, one_line
+from train.errors import CRASHED, FINISHED, PREEMPTED, UserError, did_you_mean, one_line
 from train.rundir import Row, RunDir, Summary, Tail
 from train.world import signals
 from train.world.process import die_with_parent
@@ -28,17 +29,35 @@ SHOWN = ("train", "eval", "weights")  # events whose rows W&B shows
 MAX_CLASSES = 100  # of a confusion matrix with all its zeros
 POLL_SECONDS, SYNC_SECONDS, FINISH_SECONDS = 0.5, 10, 120
 MAX_MISTAKES = 24  # each is a file to upload
+ON = ("true", "1", "yes", "on")
+MODES: dict[str, Any] = {"online": "online", "offline": "offline", "disabled": "disabled"}
+MODES |= {"run": "online", "dryrun": "offline", **dict.fromkeys(("false", "0", "off", "no"), "disabled")}
 
 
-def mode_of(config: WandbConfig) -> str:
-    """Return wandb.mode, or in mode auto that of $WANDB_MODE."""
-    return os.environ.get("WANDB_MODE") or "auto" if config.mode == "auto" else config.mode
+def resolve(config: WandbConfig) -> WandbConfig:
+    """Fill in mode and project from $WANDB_MODE, $WANDB_DISABLED, $WANDB_PROJECT and $WANDB_ENTITY where unset.
+
+    Raises UserError for a mode that does not exist.
+    """
+    asked, is_disabled = os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_DISABLED", "").lower() in ON
+    mode: Any = {**MODES, "": "disabled" if is_disabled else "online"}.get(asked.lower())
+    if config.mode == "auto" and mode is None:
+        hint = did_you_mean(asked, list(MODES), "Use online, offline or disabled.")
+        raise UserError(f"WANDB_MODE is {asked}. {hint}")
+    project, entity = config.project or os.environ.get("WANDB_PROJECT") or "lockstep", os.environ.get("WANDB_ENTITY")
+    project = f"{entity}/{project}" if entity and "/" not in project else project
+    return replace(config, mode=mode if config.mode == "auto" else config.mode, project=project)
 
 
 def wandb_id(run_dir: RunDir) -> str:
-    """Return the run's id in W&B, from its file. The first call draws it, or takes it from a sweep's agent."""
+    """Return the run's id in W&B, from its file. The first call draws it, or takes it from a sweep's agent.
+
+    A second training of the same trial gets one of its own.
+    """
     if not run_dir.wandb_id.exists():
-        run_dir.wandb_id.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+        taken = {path.read_text().strip() for path in run_dir.path.parent.glob(f"*/{run_dir.wandb_id.name}")}
+        given = os.environ.get("WANDB_RUN_ID")
+        run_dir.wandb_id.write_text(given if given and given not in taken else secrets.token_hex(4))
     return run_dir.wandb_id.read_text().strip()
 
 
@@ -54,7 +73,7 @@ class Follower:
         """Start it. metrics.jsonl must have the `start` row of this attempt."""
         self.seconds, self.run_dir, self.say = config.timeout, run_dir, say
         self.process = subprocess.Popen(
-            (sys.executable, "-m", "train.tracking.wandb", str(run_dir.resolve()), mode_of(config)),
+            (sys.executable, "-m", "train.tracking.wandb", str(run_dir.resolve()), config.mode),
             cwd=Path(__file__).parents[2],  # W&B stores the state of git in the working directory
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -123,7 +142,7 @@ class Mirror:
         import wandb
 
         data = self.start.get("data", {})
-        entity, _, project = self.options.project.rpartition("/")
+        entity, _, project = (self.options.project or "").rpartition("/")
         run_id = wandb_id(self.run_dir)
         settings = wandb.Settings(
             init_timeout=SYNC_SECONDS if mode == "sync" else self.options.timeout,

@@ -64,7 +64,7 @@ def set_arithmetic(*, is_exact: bool, is_tf32: bool) -> None:
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = is_tf32
     if is_exact:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the user's may be one that has other bits, or none
         torch.backends.cudnn.benchmark = False
     if is_exact or torch.are_deterministic_algorithms_enabled():  # the call imports Inductor's config, which takes time
         torch.use_deterministic_algorithms(is_exact)  # Inductor's too: it then tunes nothing by timing

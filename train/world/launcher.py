@@ -6,11 +6,14 @@ This is the only home of RANK and WORLD_SIZE.
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from train.config import TrainConfig
+from train.cli import run_name
+from train.config import Config, TrainConfig
 from train.errors import UserError
+from train.rundir import reserve
 
 SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # without a launcher
 STEP = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"]
@@ -19,15 +22,21 @@ MPI = (  # Open MPI; MPICH and Intel MPI; in the order of SINGLE
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-# What accelerate would do in addition: {variable: (its value for nothing, what to use instead)}
-MULTI_GPU = ("false", "distributed_type: MULTI_GPU")
-ACCELERATE_OPTIONS = {
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "--train.compile true"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--train.max_micro_batch_size N"),
-    "ACCELERATE_USE_FSDP": MULTI_GPU,
-    "ACCELERATE_USE_DEEPSPEED": MULTI_GPU,
-    "ACCELERATE_USE_MEGATRON_LM": MULTI_GPU,
-    "ACCELERATE_USE_PARALLELISM_CONFIG": MULTI_GPU,
+# What would change the result behind the config's back: {variable: (its values for nothing, what to use instead)}
+OFF, MULTI_GPU = ("", "0", "false", "no", "off"), "accelerate's distributed_type: MULTI_GPU"
+BENDING = {
+    "ACCELERATE_DYNAMO_BACKEND": (OFF, "--train.compile true"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "--train.max_micro_batch_size N"),
+    "ACCELERATE_USE_FSDP": (OFF, MULTI_GPU),
+    "ACCELERATE_USE_DEEPSPEED": (OFF, MULTI_GPU),
+    "ACCELERATE_USE_MEGATRON_LM": (OFF, MULTI_GPU),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (OFF, MULTI_GPU),
+    "ACCELERATE_TORCH_DEVICE": (("",), "--train.device"),
+    "NVIDIA_TF32_OVERRIDE": (("", "0"), "--train.precision tf32"),
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (("", "0"), "--train.precision tf32"),
+    "ONEDNN_DEFAULT_FPMATH_MODE": (("", "strict"), "--train.precision bf16"),
+    "DNNL_DEFAULT_FPMATH_MODE": (("", "strict"), "--train.precision bf16"),
+    "PYTORCH_TUNABLEOP_ENABLED": (("", "0"), "the kernels that torch chooses"),
 }
 RESTART_COUNTS = ("LOCKSTEP_RESTART", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -63,6 +72,18 @@ def read_placement() -> Placement:
     return place
 
 
+def check_world_size(config: TrainConfig, world_size: int) -> None:
+    """Raise UserError if so many ranks cannot share a step."""
+    count, size = config.num_micro_batches, config.global_batch_size
+    if 0 < count < world_size:
+        raise UserError(
+            f"{world_size} processes cannot share train.num_micro_batches {count}. Use at most {count} processes, or "
+            f"--train.num_micro_batches {2 ** (world_size - 1).bit_length()} (another run: it changes the result)."
+        )
+    if size < world_size:
+        raise UserError(f"train.global_batch_size is {size}, fewer than {world_size} ranks. Use {world_size} or more.")
+
+
 def is_local_rank_given() -> bool:
     """Return whether the launcher told this rank which ones share its machine."""
     return "LOCAL_WORLD_SIZE" in os.environ
@@ -79,16 +100,16 @@ def store_address() -> tuple[str, int]:
     return host, int(port)
 
 
-def check_accelerate(precision: str, env: Mapping[str, str]) -> str | None:
+def check_environment(precision: str, env: Mapping[str, str]) -> str | None:
     """Return a warning if accelerate's variables ask for another precision, which they do not change.
 
-    Raises UserError if they ask for anything else that would change the result.
+    Raises UserError if a variable asks for anything else that would change the result.
     """
-    for name, (nothing, instead) in ACCELERATE_OPTIONS.items():
-        if (value := env.get(name, nothing)).lower() != nothing:
+    for name, (nothing, instead) in BENDING.items():
+        if (value := env.get(name, "")).lower() not in nothing:
             raise UserError(
-                f"{name} is {value}, expected {nothing}: it would change the result. Remove it from accelerate's "
-                f"config file or the environment, and use {instead}."
+                f"{name} is {value}: it would change the result. Remove it from the environment or accelerate's "
+                f"config file, and use {instead}."
             )
     asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", "bf16", "fp16"):
@@ -115,9 +136,11 @@ def accept_placement(config: TrainConfig) -> Placement:
             "or `torchrun --nproc-per-node N`."
         )
     placement = read_placement()
-    warning = check_accelerate(config.precision, env)
+    warning = check_environment(config.precision, env)
     if warning and placement.rank == 0:
         print(warning, flush=True)
+    for name in [name for name in env if name.startswith("ACCELERATE_") and name != "ACCELERATE_USE_CPU"]:
+        del env[name]  # what is left has no effect
     if placement.world_size == 1:  # else accelerate wraps the model in DDP, which gives other gradients
         for name in SINGLE:
             env.pop(name, None)
@@ -229,20 +252,27 @@ def is_restart() -> bool:
     return any(read_count(name) for name in RESTART_COUNTS)
 
 
-def run_suffix() -> str:
-    """Return what tells this run from others of its recipe.
+def choose_name(config: Config, argv: Sequence[str]) -> str:
+    """Return run.name, or an automatic name: one that a launcher's restart finds again, but no other start.
 
-    It is the id of a sweep, torchrun or Slurm, which all attempts of a run share, or else the time.
+    The suffix is an id of a sweep, torchrun or Slurm, or the time. Only torchrun's is given by the user, to name a run.
+    Any other may be older than this start, for example that of a Slurm step in which a notebook runs. A new directory
+    is then made.
     """
-    if "WANDB_SWEEP_ID" in os.environ:
-        return os.environ["WANDB_RUN_ID"]
+    if config.run.name:
+        return config.run.name
     identity = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if identity != "none":
-        return identity
-    if "SLURM_STEP_ID" in os.environ and not is_at_prompt(os.environ):
-        return f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"  # the same after a requeue
-    if read_count("TORCHELASTIC_MAX_RESTARTS") > 0:
+    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
+        suffix = os.environ["WANDB_RUN_ID"]
+    elif identity != "none":
+        return run_name(config, argv, identity)
+    elif "SLURM_STEP_ID" in os.environ and not is_at_prompt(os.environ):
+        suffix = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ['SLURM_STEP_ID']}"  # the same after a requeue
+    elif read_count("TORCHELASTIC_MAX_RESTARTS") > 0:
         raise UserError(
             "torchrun --max-restarts needs --run.name (or its --rdzv-id): a restart must find the same run."
         )
-    return time.strftime("%Y%m%d-%H%M%S")
+    else:
+        suffix = time.strftime("%Y%m%d-%H%M%S")
+    name = run_name(config, argv, suffix)
+    return name if is_restart() else reserve(Path(config.run.dir), name)

@@ -1,14 +1,22 @@
-"""This process as a process of the operating system: how it ends, its memory, and who may write to its files."""
+"""This process as a process of the operating system: its output, how it ends, its memory, and who may write its files.
+
+Invariant: nothing that is printed decides what becomes of a run. Its record is metrics.jsonl.
+"""
 
 import contextlib
 import ctypes
+import errno
+import io
 import os
 import re
+import select
 import signal
 import stat
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from train.errors import READER_LEFT, RunError
 
 # mallopt(3). M_MMAP_MAX 0: no tensor gets pages of its own. M_TRIM_THRESHOLD -1: none are given back. M_TOP_PAD: bytes
 # that are requested at once.
@@ -20,15 +28,60 @@ def keep_others_from_writing() -> None:
     os.umask(os.umask(0o002) | stat.S_IWOTH)
 
 
+class _Output(io.FileIO):
+    """A descriptor to print to. What it refuses, because of a full disk or a reader that has left, is dropped."""
+
+    is_required = False  # whether that ends the process
+
+    def write(self, content: Any) -> int:
+        """Write bytes. Raises SystemExit or RunError, once, if they are required and were refused."""
+        try:
+            while (written := super().write(content)) is None:  # a full pipe that does not block
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            if self.is_required:
+                self.is_required = False
+                if error.errno == errno.EPIPE:
+                    raise SystemExit(READER_LEFT) from None
+                raise RunError(f"The output cannot be written: {error.strerror}.") from error
+            return len(content)
+
+
+def protect_output(*, is_required: bool = False) -> None:
+    """Let print and rich survive closed streams, full disks, readers that have left, and characters without a code.
+
+    Call it first of all. With `is_required`, for a command that does nothing but print, what standard output refuses
+    ends the process: silently if the reader has left.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed; the next file to be opened would get this number, and our lines
+            os.open(os.devnull, os.O_RDWR)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        before = getattr(sys, name)
+        raw = _Output(descriptor, "w", closefd=False)
+        raw.is_required = is_required and name == "stdout"
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=before.encoding if before else "utf-8",
+            errors="backslashreplace",
+            line_buffering=raw.isatty() or name == "stderr",
+            write_through=bool(before and before.write_through),
+        )
+        setattr(sys, name, stream)
+
+
 def leave(code: int) -> NoReturn:
     """End this process at once, without the interpreter's clean-up. Call it when everything is closed and written.
 
     During the clean-up a thread of gloo still releases tensors. With it, about one of thirty runs on two ranks ended in
     SIGABRT after correct work, although the process group had been destroyed.
     """
-    with contextlib.suppress(OSError):  # the reader of a pipe may be gone
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):
+            stream.flush()
     os._exit(code)
 
 

@@ -1,36 +1,118 @@
 """Signals that ask for a stop: a handler sets a flag, which the ranks share in the step's reduction. All stop together.
 
+Before training there is nothing to save, so a signal ends the process at once. That must also work while the main
+thread waits in C++ for other ranks, where it runs no handler: a thread reads the signals' numbers from a pipe.
+
 Deliberately not here: saving. A handler that saves could interrupt a collective and then deadlock in another one.
 """
 
+import math
+import os
 import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+from train.errors import PREEMPTED
 
-_received: list[int] = []
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR2)
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
-    _received.append(number)
+class _State:
+    """What this process does about signals, and what it has received."""
+
+    def __init__(self) -> None:
+        self.replaced: dict[signal.Signals, Any] = {}  # the handlers before ours
+        self.received: list[str] = []
+        self.say: Callable[[str], None] = lambda text: None
+        self.is_deferred = False  # whether a stop waits for the end of a step
+        self.deadline = math.inf  # on time.monotonic()
+
+
+_state = _State()
+
+
+def wanted() -> list[signal.Signals]:
+    """Return the signals to handle. SIGHUP is not one of them if it is ignored, as under nohup.
+
+    torchrun handles SIGHUP even then, and kills its ranks half a minute later: they must save.
+    """
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
+    return [number for number in SIGNALS if number != signal.SIGHUP or not is_ignored]
 
 
 def install() -> None:
-    """Handle SIGTERM, SIGINT and SIGUSR2 from now on. Repeated signals and calls change nothing.
+    """Handle signals from now on. Do nothing if they are handled, or outside of the main thread, which alone can.
 
     A launcher starts its ranks with these signals blocked, so that none is lost before. They arrive here.
     """
-    for number in SIGNALS:
-        signal.signal(number, _handle)
+    if _state.replaced or threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+    _state.replaced = {number: signal.signal(number, _handle) for number in wanted()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+@contextmanager
+def handling() -> Iterator[None]:
+    """Handle signals inside, and give the handlers back at the end unless they were installed before."""
+    global _state
+    is_ours = not _state.replaced
+    install()
+    try:
+        yield
+    finally:
+        if is_ours:
+            for number, handler in _state.replaced.items():
+                signal.signal(number, handler)
+            if _state.replaced:
+                os.close(signal.set_wakeup_fd(-1))  # ends the thread
+            _state = _State()
+
+
+def announce(say: Callable[[str], None]) -> None:
+    """Let `say` print what a signal does. It is called in another thread."""
+    _state.say = say
+
+
+def defer() -> None:
+    """From now on let a signal wait for the end of a step: there is something to save."""
+    _state.is_deferred = True
+
+
 def leave_after(minutes: float) -> None:
-    """Let an alarm ask this process to stop after some minutes; 0: never."""
-    signal.signal(signal.SIGALRM, _handle)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    """Ask this process to stop after some minutes; 0: never."""
+    _state.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
 
 
 def requested() -> str | None:
-    """Return the name of the first signal that this rank received, or None. SIGALRM means that its time is up."""
-    return signal.Signals(_received[0]).name if _received else None
+    """Return the name of the first signal that this rank received, `run.time_limit` if its time is up, or None."""
+    if _state.received:
+        return _state.received[0]
+    return "run.time_limit" if time.monotonic() >= _state.deadline else None
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    _state.received.append(signal.Signals(number).name)
+
+
+def _watch(reader: int) -> None:
+    """Act on each signal at once, in a thread of its own, until the pipe is closed."""
+    is_announced = False
+    while number := os.read(reader, 1):
+        if number[0] not in _state.replaced:
+            continue
+        name = signal.Signals(number[0]).name
+        if not _state.is_deferred:
+            _state.say(f"{name}: stopped before the first step, nothing to save")
+            os._exit(PREEMPTED)
+        if not is_announced:
+            _state.say(f"{name}: stopping after this step, to save")
+        is_announced = True
+    os.close(reader)

@@ -24,6 +24,7 @@ from types import TracebackType
 import psutil
 
 from train.errors import RunError, UserError
+from train.rundir import replacing
 from train.world.clock import SIZE, Clock, Record
 
 TICK_SECONDS = 0.25
@@ -132,11 +133,9 @@ class Watchdog:
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             (self.directory / "verdict").unlink(missing_ok=True)
-        path = self.directory / f"rank-{self.rank}"
-        with open(path.with_suffix(".new"), "w+b") as file:
+        with replacing(self.directory / f"rank-{self.rank}") as temporary, open(temporary, "w+b") as file:
             file.truncate(SIZE)
             self.clock.attach(memoryview(mmap.mmap(file.fileno(), SIZE)))
-        os.replace(path.with_suffix(".new"), path)
 
     def records(self) -> list[Record]:
         """Return the records of all ranks that can be read, in the order of the ranks."""

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from train.config import TrainConfig
 from train.errors import RunError, UserError, one_line
 from train.world.clock import START_TIMEOUT_SECONDS, Clock, DeviceMeter
+from train.world.cores import choose_num_threads
 from train.world.device import choose_backend, choose_device, set_arithmetic
-from train.world.launcher import Placement, accept_placement, is_local_rank_given, is_slurm_task, store_address
+from train.world.launcher import Placement, accept_placement, is_local_rank_given, store_address
 from train.world.process import tune_malloc
 
 T = TypeVar("T")
@@ -87,18 +88,6 @@ def make_accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
             step_scheduler_with_optimizer=False,
         )
-
-
-def choose_num_threads(config: TrainConfig, place: Placement) -> int:
-    """Return the CPU threads of this process. By default: an equal share of the cores, or 1 in exact mode.
-
-    Slurm may bind each task to its own `--cpus-per-task`.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // place.local_world_size)
-    if is_slurm_task(os.environ, place.local_rank, place.local_world_size):
-        share = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or share))
-    return config.num_threads or (1 if config.exact else share)
 
 
 @dataclasses.dataclass(frozen=True)
