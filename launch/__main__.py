@@ -43,8 +43,8 @@ SUBCOMMANDS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Dispatch to a subcommand; return its exit code."""
+def dispatch(argv: list[str]) -> int:
+    """Call a subcommand; return its exit code."""
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print("usage: python -m launch SUBCOMMAND ... (each has --help)\n")
@@ -53,15 +53,21 @@ def main(argv: list[str]) -> int:
     if name == "--version":
         print(f"lockstep {__version__}")
         return FINISHED
+    if name not in SUBCOMMANDS:
+        hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
+        raise UserError(f"There is no subcommand {name}. {hint}")
+    module, _, function = ROOMS.get(name, f"launch.{name}").partition(":")
+    return getattr(importlib.import_module(module), function or "main")(argv[1:])
+
+
+def main(argv: list[str]) -> int:
+    """Call a subcommand and print its error, if it has one, as a line; return the exit code."""
+    keep_others_from_writing()
     try:
-        keep_others_from_writing()
-        if name not in SUBCOMMANDS:
-            hint = did_you_mean(name, list(SUBCOMMANDS), f"Use one of: {', '.join(SUBCOMMANDS)}.")
-            raise UserError(f"There is no subcommand {name}. {hint}")
-        module, _, function = ROOMS.get(name, f"launch.{name}").partition(":")
-        code = getattr(importlib.import_module(module), function or "main")(argv[1:])
-        sys.stdout.flush()
-        return code
+        try:
+            return dispatch(argv)
+        finally:
+            sys.stdout.flush()  # here, where a full disk is an error in one line
     except KeyboardInterrupt:
         return INTERRUPTED
     except (UserError, RunError) as error:

@@ -146,7 +146,7 @@ def read_pictures(folder: Path, size: Size | None, should_skip_broken: bool) -> 
     names, files = find_pictures(folder)
     examples: list[Example] = []
     is_grey = True
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=sys.stderr.isatty())
     for path, label, split in track(files, "decoding", console=console, disable=not console.is_terminal):
         try:
             content = read_bytes(str(path))

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m launch watch", description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run; may be created later")
     run = parser.parse_args(argv).run
-    console, record = Console(highlight=False), read(run)
+    console, record = Console(highlight=False, force_terminal=sys.stdout.isatty()), read(run)
     if not console.is_terminal:
         if record is None:
             raise UserError(f"{run} has no rows in metrics.jsonl. Expected a run, such as {EXAMPLE}.")

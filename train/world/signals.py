@@ -110,9 +110,9 @@ def _watch(reader: int) -> None:
             continue
         name = signal.Signals(number[0]).name
         if not _state.is_deferred:
-            _state.say(f"{name}: stopped before the first step, nothing to save")
+            _state.say(f"{name} received: stopped before the first step, nothing to save")
             os._exit(PREEMPTED)
         if not is_announced:
-            _state.say(f"{name}: stopping after this step, to save")
+            _state.say(f"{name} received: saving after this step, then stopping")
         is_announced = True
     os.close(reader)
