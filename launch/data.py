@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     name = options.file or options.name or "mnist"
     config = DataConfig(name=name, root=options.root, download=not options.no_download)
     found = data.prepare(config)[0]
-    describe(f"{name} ({built_in.find_folder(config)})" if name in built_in.PUBLISHED else name, found)
+    describe(built_in.title(config), found)
     return FINISHED
 
 

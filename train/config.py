@@ -105,7 +105,7 @@ class DataConfig(Section):
     """Built-in data set (mnist, fashion_mnist, kmnist, cifar10, cifar100, digits: 1,797 real digits of scikit-learn,
     random: noise, for measuring throughput), or the path of a .npz or .safetensors file (docs/your-own.md)."""
     root: str | None = None
-    """Directory of a built-in data set (ROOT/MNIST/raw/*.gz, as torchvision). Default: $MNIST_ROOT, else a cache."""
+    """Directory of a built-in data set, in torchvision's layout or flat. Default: $MNIST_ROOT, else a cache."""
     download: bool = True
     """Download the files if root does not hold them."""
     fallback: bool = False

@@ -183,19 +183,20 @@ def deterministic(config: Config) -> Iterator[Finding]:
 def data(config: Config) -> Iterator[Finding]:
     """Check that the config's data set is on this machine and whole."""
     from train.storage import data
-    from train.storage.built_in import DataMissing
+    from train.storage.built_in import DataMissing, title
 
     remedy = f"python -m launch data {config.data.path or f'--name {config.data.name}'}"
     remedy += f" --root {config.data.root}" if config.data.root else ""
+    source = dataclasses.replace(config.data, download=False)
     try:
-        found, sha256 = data.prepare(dataclasses.replace(config.data, download=False))
+        found, sha256 = data.prepare(source)
     except DataMissing as error:
         yield Finding("data", "fail", str(error).split(". ")[0], remedy)
     except UserError as error:
-        yield Finding("data", "fail", str(error), remedy if config.data.path else f"delete it, then {remedy}")
+        yield Finding("data", "fail", str(error), remedy if config.data.path else f"move it away, then {remedy}")
     else:
-        text = f"{Path(config.data.name).name}, {len(found.tensors['train_labels']):,} images, sha256 {sha256[:12]}"
-        yield Finding("data", "OK", text)
+        images = f"{len(found.tensors['train_labels']):,} images"
+        yield Finding("data", "OK", f"{title(source)}, {images}, sha256 {sha256[:12]}")
 
 
 def disk(config: Config) -> Iterator[Finding]:

@@ -152,12 +152,21 @@ def read_idx(content: bytes, name: str) -> NDArray[Any]:
         file: Any = io.BytesIO(content)
         if content[:2] == b"\x1f\x8b":
             file = gzip.GzipFile(fileobj=file)
-        header = file.read(4)
-        if header[:3] not in IDX_TYPES or len(header) < 4:
-            raise ValueError(f"it begins with {list(header)}, expected [0, 0, 8, 3] or [0, 0, 8, 1] or alike")
-        dtype = np.dtype(IDX_TYPES[header[:3]])
-        shape = struct.unpack(f">{header[3]}I", file.read(4 * header[3]))
-        size = math.prod(shape) * dtype.itemsize
-        check_fits(size, psutil.virtual_memory().available, name, "memory")
-        body = np.frombuffer(file.read(size + 1), dtype)  # one byte too many is an error
-        return body.reshape(shape).astype(dtype.newbyteorder("="))
+        try:
+            header = file.read(4)
+            if not header:
+                raise ValueError("it is empty")
+            if header.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+                raise ValueError("it is a web page")
+            if header[:3] not in IDX_TYPES:
+                raise ValueError(f"it begins with {list(header)}, expected [0, 0, 8, 3] or [0, 0, 8, 1] or alike")
+            dtype = np.dtype(IDX_TYPES[header[:3]])
+            shape = struct.unpack(f">{header[3]}I", file.read(4 * header[3]))
+            size = math.prod(shape) * dtype.itemsize
+            check_fits(size, psutil.virtual_memory().available, name, "memory")
+            body = file.read(size + 1)
+        except (EOFError, IndexError, struct.error):
+            raise ValueError("it is cut off") from None
+        if len(body) != size:
+            raise ValueError(f"it is {'cut off' if len(body) < size else 'too long'}, expected {size:,} bytes of data")
+        return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))

@@ -1,13 +1,19 @@
 """The data sets that have a name: five downloaded by torchvision in two formats, scikit-learn's digits, and noise.
 
-Invariant: files are those that were published. Their MD5 is compared before anything is parsed, so that a damaged or
-forged file is an error, with or without `data.fallback`. torchvision and scikit-learn are imported in functions.
+Invariant: data are those that were published. Checksums decide, not names, so that damaged, forged or other data are an
+error, with or without `data.fallback`. Those of MNIST are of the unpacked files: it may be packed again, unpacked or
+renamed. For the other data sets only checksums of the published files are known, so nothing else can be verified.
+torchvision and scikit-learn are imported in functions.
 """
 
+import contextlib
 import gzip
 import hashlib
+import io
 import os
+import re
 import socket
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +46,26 @@ class Published:
     num_train: int = 60_000
     num_test: int = 10_000
 
+    def folders(self, root: Path) -> list[Path]:
+        """Return where to look for the files: below a root, in torchvision's layout or flat, or in the root itself."""
+        root, (name, _, rest) = root.absolute(), self.folder.partition("/")
+        folders = [root / self.folder]
+        if root.name in (name, name.lower()):
+            folders.append(root / rest)
+        return [*folders, root / name, root] if self.files == IDX_FILES else folders
+
     def missing_files(self, folder: Path) -> list[str]:
         """Return those of the files that a folder lacks."""
-        return [file for file in self.files if not (folder / file).exists()]
+        return [file for file in self.files if not os.path.exists(find_file(folder, file))]
 
 
 IDX_FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+MNIST_MD5 = (  # of IDX_FILES, unpacked
+    "6bbc9ace898e44ae57da46a324031adb",
+    "a25bea736e30d166cdddb491f175f624",
+    "2646ac647ad5339dbf082846283269ea",
+    "27ae3e4e09519cfbb04c329615203637",
+)
 CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
 PUBLISHED = {
     "mnist": Published("MNIST", "MNIST/raw", IDX_FILES),
@@ -61,33 +81,56 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
 
 
+def find_file(folder: Path, file: str) -> Path:
+    """Return the path of a file in a folder. A packed IDX file may be unpacked there, and named as Kaggle and 7-Zip do.
+
+    They write train-images.idx3-ubyte, and also put a file into a folder of the same name.
+    """
+    plain, names = file.removesuffix(".gz"), [file]
+    if file in IDX_FILES:
+        names = [name + suffix for suffix in (".gz", "") for name in (plain, plain.replace("-idx", ".idx"))]
+    paths = [folder / name for name in names]
+    paths += [path / name for path in paths for name in names]
+    return next(filter(os.path.isfile, paths), folder / file)  # Path.is_file raises where a folder may not be read
+
+
 def find_folder(config: DataConfig) -> Path:
     """Return the folder with the data set's files, downloading them if allowed. Raises DataMissing if there is none.
 
-    Looks in data.root if given, else in $MNIST_ROOT and then in the cache, in torchvision's layout. IDX files may also
-    lie flat.
+    Looks in data.root if given, else in $MNIST_ROOT and then in the cache.
     """
     published = PUBLISHED[config.name]
-    layouts = (published.folder, ".") if published.files == IDX_FILES else (published.folder,)
     roots = [Path(config.root)] if config.root else [cache_dir() / "data"]
     if not config.root and os.environ.get("MNIST_ROOT"):
         roots.insert(0, Path(os.environ["MNIST_ROOT"]))
-    for folder in (root / layout for root in roots for layout in layouts):
+    for folder in (folder for root in roots for folder in published.folders(root)):
         if not published.missing_files(folder):
             return folder
-    folders = [root / published.folder for root in roots]
-    places = " or ".join(f"{folder} (no {published.missing_files(folder)[0]})" for folder in folders)
-    reason = "--data.download is false"
+    nearest = [min(published.folders(root), key=lambda folder: len(published.missing_files(folder))) for root in roots]
+    places = " or ".join(f"{folder} (no {published.missing_files(folder)[0]})" for folder in nearest)
+    reason, failure = "--data.download is false", ""
     if config.download:
         try:
             return download(published, roots[-1])
         except Exception as error:  # torchvision and urllib raise many types
-            reason = f"downloading failed: {one_line(error, 80)}"
+            reason, failure = "downloading failed", f" The download's error: {cause(error)}"
     raise DataMissing(
         f"{config.name} not found in {places}, and {reason}. Set MNIST_ROOT or --data.root to a folder with its "
         f"files (`python -m launch data --name {config.name} --root DIR` downloads them), or pass "
-        "--data.fallback true to train on digits."
+        f"--data.fallback true to train on digits.{failure}"
     )
+
+
+def title(config: DataConfig) -> str:
+    """Return a data set's name, and the folder of its files if it has any. Raises DataMissing."""
+    return f"{config.name} ({find_folder(config)})" if config.name in PUBLISHED else config.name
+
+
+def cause(error: Exception) -> str:
+    """Return why a download failed, once for all mirrors that agree, without what torchvision and urllib add."""
+    lines = re.findall(r"got:\n(.+)", str(error)) or [one_line(error, 400)]
+    causes = [re.sub(r"<urlopen error (?:\[Errno [^]]+\] )?(.+)>", r"\1", line).rstrip(".") for line in lines]
+    return "; ".join(dict.fromkeys(causes))
 
 
 def download(published: Published, root: Path) -> Path:
@@ -103,17 +146,45 @@ def download(published: Published, root: Path) -> Path:
     return root / published.folder
 
 
-def read_file(path: Path, md5: str) -> bytes:
-    """Return the content of a file. Raises UserError unless it has this MD5."""
+def known_files() -> dict[str, tuple[str, str]]:
+    """Return the data set and the name of each IDX file whose MD5 is known, by that MD5."""
+    import torchvision.datasets
+
+    known = {md5: ("mnist", file) for file, md5 in zip(IDX_FILES, MNIST_MD5, strict=True)}
+    for name in (name for name, published in PUBLISHED.items() if published.files == IDX_FILES):
+        resources = getattr(torchvision.datasets, PUBLISHED[name].dataset).resources
+        known |= {md5: (name, file) for file, md5 in resources}
+    return known
+
+
+def read_file(path: Path, name: str, file: str) -> bytes:
+    """Return the unpacked content of an IDX file. Raises UserError unless it is this file of the data set `name`."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:  # reading a pipe or a device would never end
             raise UserError(f"{path} is not a file of at most {MAX_FILE_BYTES:,} bytes. Get it again.")
-        content = path.read_bytes()
+        packed = content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}. Get it again.") from error
-    if (found := hashlib.md5(content).hexdigest()) != md5:
-        raise UserError(f"{path} has MD5 {found}, expected {md5}. Delete it and get it again.")
-    return content
+    with contextlib.suppress(OSError, EOFError, zlib.error):  # not packed, or damaged
+        content = gzip.GzipFile(fileobj=io.BytesIO(packed)).read(MAX_FILE_BYTES)
+    known, sums = known_files(), [hashlib.md5(data, usedforsecurity=False).hexdigest() for data in (packed, content)]
+    found = [known[md5] for md5 in sums if md5 in known]
+    if (name, file) in found:
+        return content
+    try:
+        read_idx(packed, str(path))  # refuses what is empty, cut off, a web page or no IDX file for another reason
+    except UserError as error:
+        raise UserError(f"{error} Delete it and get it again.") from None
+    if found:
+        problem = f"holds {found[0][1]} of {found[0][0]}, expected {file} of {name}"
+    elif name == "mnist":
+        problem = f"holds other data than {file} of mnist"
+    else:
+        problem = f"cannot be verified: expected the published {file} of {name}, the only one with a known checksum"
+    raise UserError(
+        f"{path} {problem}. Put the published file there, or use another --data.root. For data of your own, use "
+        "`python -m launch data --from DIR` (docs/your-own.md)."
+    )
 
 
 def read_published(config: DataConfig) -> Arrays:
@@ -125,10 +196,10 @@ def read_published(config: DataConfig) -> Arrays:
     if issubclass(dataset, torchvision.datasets.CIFAR10):
         return read_cifar(dataset, folder)
     tensors = {}
-    for file, md5 in dataset.resources:
-        content = gzip.decompress(read_file(folder / file, md5))
+    for file in IDX_FILES:
+        path = find_file(folder, file)
         part, kind = file.replace("t10k", "test").split("-")[:2]
-        values = torch.from_numpy(read_idx(content, file))
+        values = torch.from_numpy(read_idx(read_file(path, config.name, file), str(path)))
         tensors[f"{part}_{kind}"] = values.long() if kind == "labels" else values
     return Arrays(tensors, [name.partition(" - ")[0] for name in dataset.classes])  # MNIST's are "0 - zero" and so on
 

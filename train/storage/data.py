@@ -10,6 +10,7 @@ refused.
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import tempfile
@@ -23,7 +24,6 @@ import psutil
 import safetensors
 import safetensors.torch
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from train.config import DataConfig
@@ -35,11 +35,13 @@ from train.storage.built_in import (
     PUBLISHED,
     DataMissing,
     cache_dir,
+    find_file,
     find_folder,
     read_digits,
     read_published,
     read_random,
 )
+from train.storage.lease import flock
 from train.world.world import World
 
 CACHE_SCHEMA = 3  # increase it when the same files are parsed to other tensors
@@ -109,7 +111,7 @@ def cache_file(config: DataConfig) -> Path:
     paths = [config.path] if config.path else []
     if config.name in PUBLISHED:
         folder = find_folder(config)
-        paths = [folder / file for file in PUBLISHED[config.name].files]
+        paths = [find_file(folder, file) for file in PUBLISHED[config.name].files]
     for path in paths:
         status = path.stat()
         source += [str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
@@ -154,7 +156,9 @@ def prepare(config: DataConfig) -> Prepared:
             return cached
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir() / f"{short(config.name)}.lock").acquire()
+        path = cache_dir() / f"{short(config.name)}.lock"
+        lock = path.open("w")
+        flock(lock.fileno(), fcntl.LOCK_EX, path, "Each process may prepare the data.")
     except OSError as error:
         raise UserError(
             f"The cache {cache_dir()} cannot be written: {error.strerror}. Set XDG_CACHE_HOME to a writable directory."

@@ -39,6 +39,16 @@ class Fenced(RuntimeError):
     """Another attempt has taken over this run. This process can no longer write to it."""
 
 
+def flock(descriptor: int, flags: int, path: Path, risk: str) -> None:
+    """Lock an open file. On a file system without locks, print a warning with the risk instead."""
+    try:
+        fcntl.flock(descriptor, flags)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {path} cannot be locked: {error.strerror}. {risk}", file=sys.stderr)
+
+
 def identity() -> dict[str, Any]:
     """Return the content of the lock file, which identifies this process to others."""
     return {
@@ -118,7 +128,8 @@ class Lease:
         for _ in range(MAX_TRIES):
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                risk = "A second run in this directory would not be noticed."
+                flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, self.lock, risk)
             except BlockingIOError:
                 os.close(descriptor)
                 if not is_later_attempt(own, self._read()):
@@ -126,11 +137,6 @@ class Lease:
                     raise UserError(f"{refusal} Wait, stop it, or use another run.name.") from None
                 self.lock.unlink(missing_ok=True)  # the old attempt then holds the lock of a file without a name
                 continue
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                problem = f"{self.lock} cannot be locked: {error.strerror}"
-                print(f"warning: {problem}. A second run in this directory would not be noticed.", file=sys.stderr)
             if self._is_lock_file(descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(own).encode())
