@@ -1,0 +1,130 @@
+"""A signal loses nothing: before training it ends a process at once, and main() gives back what it changed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from ranks.processes import arguments, free_port, rows, wait_for_step
+
+from train.__main__ import main
+
+TRAIN, RUN = (sys.executable, "-m", "train"), (sys.executable, "-m", "launch", "run", "--nproc", "2", "--")
+LONG = "--train.max_steps 100000 --checkpoint.every_steps 100000 --eval.every_steps 100000 --log.every_steps 10"
+
+
+def start(*command: str, **env: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, text=True, **pipes  # type: ignore[call-overload]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [TRAIN, RUN], ids=["train", "launch run"])
+def test_closed_terminal_saves_as_any_other_signal(command: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(*command, *arguments(run, LONG))
+    wait_for_step(run, 20)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, output
+    assert "SIGHUP received: saving after this step" in output
+    assert output.count("received") == 1
+    assert [row["step"] for row in rows(run, "saved")] == [rows(run, "preempted")[-1]["step"]]
+
+
+@pytest.mark.parametrize("command", [TRAIN, RUN], ids=["train", "launch run"])
+def test_ignored_hangup_stays_ignored(command: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("nohup", *command, *arguments(run, "--train.max_steps 2000 --log.every_steps 10"))
+    wait_for_step(run, 20)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_waits_for_others_ends_at_once(number: signal.Signals, rank: int, tmp_path: Path) -> None:
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    port = str(free_port())
+    process = start(*TRAIN, *arguments(tmp_path / "run"), **place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    deadline = time.monotonic() + 60
+    while "torch_python" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2.0)  # torch is imported; the rank is in the rendezvous
+    began = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 75
+    expected = f"{number.name} received: stopped before the first step, nothing to save\n"
+    assert output == (expected if rank == 0 else "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_main_gives_handlers_back_and_forgets_what_it_received(tmp_path: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR2, signal.SIGALRM)
+    before, timer = [signal.getsignal(number) for number in numbers], signal.getitimer(signal.ITIMER_REAL)
+    limit = "--run.time_limit 0.0001 --train.max_steps 1000"
+    assert main(arguments(tmp_path / "a", limit)) == 75
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == timer
+    assert (
+        "signals" not in {thread.name for thread in threading.enumerate() if thread.is_alive()} or time.sleep(1) is None
+    )
+    assert main(arguments(tmp_path / "b", "--train.max_steps 10")) == 0
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_main_trains_in_another_thread(tmp_path: Path) -> None:
+    codes: list[int] = []
+    argv = arguments(tmp_path / "run", "--train.max_steps 10 --run.time_limit 100")
+    thread = threading.Thread(target=lambda: codes.append(main(argv)))
+    thread.start()
+    thread.join(100)
+    assert codes == [0]
+
+
+@pytest.mark.parametrize("nproc", [3, 8])
+def test_launcher_refuses_too_many_ranks_before_it_starts_one(
+    nproc: int, tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    argv = arguments(tmp_path / "run", "--train.num_micro_batches 2")
+    done = python("-m", "launch", "run", "--nproc", str(nproc), "--max-restarts", "3", "--", *argv)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {nproc} processes cannot share train.num_micro_batches 2.")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("at", ["0", "2"])
+def test_bad_input_of_one_rank_is_the_code_of_all_and_is_not_restarted(at: str, tmp_path: Path) -> None:
+    """The others are killed, or crash because it is gone."""
+    from launch.run import Ranks
+
+    script = tmp_path / "rank.py"
+    script.write_text(
+        f"import os, sys, time\nif os.environ['RANK'] != '{at}': time.sleep(.3); sys.exit(1)\nsys.exit(2)"
+    )
+    crash = tmp_path / "crash.py"
+    crash.write_text(f"import os, sys, time\nif os.environ['RANK'] == '{at}': time.sleep(.3); sys.exit(2)\nsys.exit(1)")
+    for file in (script, crash):
+        assert Ranks(3, [], program=(sys.executable, str(file))).wait() == 2
+
+
+def test_interrupted_command_ends_without_a_traceback(tmp_path: Path) -> None:
+    process = start(sys.executable, "-m", "launch", "selftest")
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
