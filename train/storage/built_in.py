@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from train.cli import expand_path
 from train.config import DataConfig
 from train.errors import UserError, one_line
 from train.functional.hashing import GOLDEN, mix64
@@ -58,7 +59,7 @@ PUBLISHED = {
 
 def cache_dir() -> Path:
     """Return the directory for parsed and downloaded data: $XDG_CACHE_HOME/lockstep or ~/.cache/lockstep."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
+    return Path(expand_path("$XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lockstep"
 
 
 def find_folder(config: DataConfig) -> Path:
@@ -71,7 +72,7 @@ def find_folder(config: DataConfig) -> Path:
     layouts = (published.folder, ".") if published.files == IDX_FILES else (published.folder,)
     roots = [Path(config.root)] if config.root else [cache_dir() / "data"]
     if not config.root and os.environ.get("MNIST_ROOT"):
-        roots.insert(0, Path(os.environ["MNIST_ROOT"]))
+        roots.insert(0, Path(expand_path("$MNIST_ROOT", os.environ["MNIST_ROOT"])))
     for folder in (root / layout for root in roots for layout in layouts):
         if not published.missing_files(folder):
             return folder
