@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import folder
-from train.cli import Parser
+from train.cli import Parser, expand_path
 from train.config import DATA_NAMES, DataConfig
 from train.errors import FINISHED, UserError
 
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
     from train.storage import built_in, data
 
     name = options.file or options.name or "mnist"
-    config = DataConfig(name=name, root=options.root, download=not options.no_download)
+    root = options.root and expand_path("--root", options.root)
+    config = DataConfig(name=name, root=root, download=not options.no_download)
     found = data.prepare(config)[0]
     describe(built_in.title(config), found)
     return FINISHED

@@ -1,7 +1,9 @@
 """Any bytes and values give a config, an IDX file or one line with the reason. Each format has one safe reader."""
 
 import ast
+import contextlib
 import dataclasses
+import io
 import re
 from typing import Any
 
@@ -84,6 +86,12 @@ def test_any_flag_is_a_config_or_refused(name: str, value: str) -> None:
             | st.sampled_from(["#", "~", "null", "1e3"]),
             "wandb.group": st.text(max_size=9),
             "wandb.tags": st.lists(st.text(max_size=9), max_size=4),
+            "data.root": st.text("ab/. '#:,[{0-", max_size=9),
+            "model.weights_skip": st.none() | st.text(max_size=9).filter(lambda text: text.strip() != "null"),
+            "train.profile_steps": st.sampled_from([None, "0:10", "20:30"]),
+            "train.cuda_graphs": st.sampled_from(["auto", "on", "off"]),
+            "train.exact": st.just(False),
+            "run.time_limit": st.floats(0, 1e6),
             "optim.lr": st.floats(1e-12, 999),
             "optim.momentum": st.floats(0, 0.999),
             "train.epochs": st.integers(1, 10**7),
@@ -102,6 +110,10 @@ def test_any_config_that_was_written_is_read_back(
     config = Config(seed=seed, **{name: SECTIONS[name](**fields) for name, fields in sections.items()})  # type: ignore[operator]
     file = tmp_path_factory.getbasetemp() / "written.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
+    assert parse(["--config", str(file)]) == config
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
+        parse(["--config", str(file), "--print_config"])
+    file.write_text(printed.getvalue(), encoding="utf-8")
     assert parse(["--config", str(file)]) == config
 
 

@@ -85,7 +85,8 @@ class RunConfig(Section):
     resume: str = "auto"
     """auto: continue from the newest good checkpoint; never: refuse a used directory; or the path of a checkpoint."""
     time_limit: float = number(0.0, 0, 1e6, "minutes", zero="off")
-    """Minutes after which the run saves and exits with code 75, as on a signal; 0: off. The next start continues it."""
+    """Minutes, or a time such as 12:00:00 or 1-12:00:00, after which the run saves and exits with code 75, as on a
+    signal; 0: off. The next start continues it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,7 +235,7 @@ class TrainConfig(Section):
     """Precision of forward and backward. Weights and update stay fp32. tf32 and fp16 need a GPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    cuda_graphs: Literal["auto", "on", "off", True, False] = "auto"  # in YAML on and off are booleans
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Replay the step as one CUDA graph: faster, same bits. On one GPU, not in fp16. auto: on where possible."""
     channels_last: bool = True
     """Lay images out with the channel innermost, which convolutions prefer."""
@@ -249,8 +250,6 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.cuda_graphs, bool):
-            object.__setattr__(self, "cuda_graphs", "on" if self.cuda_graphs else "off")
         if self.profile_steps is not None:
             read_steps("train.profile_steps", self.profile_steps)
         size, count, limit = self.global_batch_size, self.num_micro_batches, self.max_micro_batch_size

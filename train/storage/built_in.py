@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from train.cli import expand_path
 from train.config import DataConfig
 from train.errors import UserError, one_line
 from train.functional.hashing import GOLDEN, mix64
@@ -78,7 +79,7 @@ PUBLISHED = {
 
 def cache_dir() -> Path:
     """Return the directory for parsed and downloaded data: $XDG_CACHE_HOME/lockstep or ~/.cache/lockstep."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
+    return Path(expand_path("$XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "lockstep"
 
 
 def find_file(folder: Path, file: str) -> Path:
@@ -102,7 +103,7 @@ def find_folder(config: DataConfig) -> Path:
     published = PUBLISHED[config.name]
     roots = [Path(config.root)] if config.root else [cache_dir() / "data"]
     if not config.root and os.environ.get("MNIST_ROOT"):
-        roots.insert(0, Path(os.environ["MNIST_ROOT"]))
+        roots.insert(0, Path(expand_path("$MNIST_ROOT", os.environ["MNIST_ROOT"])))
     for folder in (folder for root in roots for folder in published.folders(root)):
         if not published.missing_files(folder):
             return folder
