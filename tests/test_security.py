@@ -43,7 +43,7 @@ def run_everything(place: Path, **env: str) -> Path:
 def test_no_file_of_a_run_holds_a_secret_or_can_be_changed_by_others(tmp_path: Path) -> None:
     """No file holds a secret of the environment, W&B's own included. None is writable by others, whatever the mask."""
     run = run_everything(tmp_path, **SECRETS, WANDB_MODE="offline")
-    assert rows(run, "preempted")[0]["signal"] == "SIGALRM"
+    assert rows(run, "preempted")[0]["signal"] == "run.time_limit"
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert {"summary.json", "report.html", "model.safetensors", "printed"} <= {path.name for path in files}
     assert [path for path in files if path.suffix == ".wandb"]

@@ -94,7 +94,10 @@ def test_more_threads_than_cores_are_named(
     assert "warning: training will be slow: 1 process(es) of 99 thread(s) share " in done.stdout
 
 
-def test_waiting_threads_sleep(python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_waiting_threads_sleep(
+    python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)  # a training in this process has set it
     show = (
         "from train.world.cores import let_threads_sleep as f; f(); import os; print(os.environ.get('OMP_WAIT_POLICY'))"
     )

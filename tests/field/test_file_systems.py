@@ -35,7 +35,7 @@ LACKS = {
     "rename over a file": "os.replace = os.rename = refusing(os.rename, exists, errno.EEXIST)",
     "rename over a file, EPERM": "os.replace = refusing(os.replace, exists, errno.EPERM)",
     "hard links": "os.link = refusing(os.link, always, errno.EPERM)",
-    "unlink of open files": "os.unlink = refusing(os.unlink, lambda path, *_: str(path).endswith('.lock'), errno.EBUSY)",
+    "unlink of open files": "os.unlink = refusing(os.unlink, lambda path, *_: '.lock' in str(path), errno.EBUSY)",
     "chmod": "os.chmod = os.fchmod = refusing(os.chmod, always, errno.EPERM)",
     "mmap": "import mmap; mmap.mmap = refusing(mmap.mmap, always, errno.ENODEV)",
 }

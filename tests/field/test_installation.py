@@ -32,8 +32,6 @@ def test_checkout_that_is_not_installed_trains_to_its_summary(missing: tuple[str
     versions = json.loads((tmp_path / "run" / "summary.json").read_text())["versions"]
     assert "lockstep" in versions
     assert not versions.keys() & set(missing[1:])
-    if "wandb" in missing:
-        assert "wandb: stopped (No module named 'wandb')" in done.stdout
 
 
 @pytest.mark.parametrize("other", ["train.py", "train/__init__.py"])

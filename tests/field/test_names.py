@@ -25,10 +25,12 @@ def names(directory: Path) -> list[str]:
 
 def test_runs_started_in_the_same_second_have_directories_of_their_own(tmp_path: Path) -> None:
     argv = arguments(tmp_path / "x", "--train.max_steps 1")
-    del argv[argv.index("--run.name") :][:2]
+    argv.remove("--run.name")
+    argv.remove("x")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    frozen = "import time, sys; time.strftime = lambda *_: 'now'; from train.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    started = [subprocess.Popen((sys.executable, "-c", frozen, *argv), cwd=ROOT, env=env) for _ in range(3)]
+    frozen = "import sys, time; time.strftime = lambda *_: 'now'; from train.__main__ import main; "
+    command = (sys.executable, "-c", f"{frozen} sys.exit(main(sys.argv[1:]))", *argv)
+    started = [subprocess.Popen(command, cwd=ROOT, env=env) for _ in range(3)]
     assert [process.wait(100) for process in started] == [0, 0, 0]
     assert names(tmp_path) == ["digits-now", "digits-now-2", "digits-now-3"]
 

@@ -228,9 +228,9 @@ def test_command_line_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixt
     env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=checks.ROOT, env=env, capture_output=True, text=True, timeout=580)
     found = {line[5:19].strip(): line[:5].strip() for line in done.stdout.splitlines()[:-1]}
-    expected = ["packages", "gpus", "precision", "all-reduce", "deterministic", "data", "disk", "wandb"]
+    expected = ["packages", "gpus", "cores", "precision", "all-reduce", "deterministic", "data", "disk", "wandb"]
     assert [*found] == expected, done.stdout + done.stderr
-    assert {found[name] for name in expected[2:]} == {"OK"}, done.stdout
+    assert {found[name] for name in expected[3:]} == {"OK"}, done.stdout
     assert done.returncode == ("fail" in found.values())
     assert not list(tmp_path.iterdir())
     for options in (["--nodes", "0"], ["--slrum"], ["--", "--optim.lrr", "1"]):

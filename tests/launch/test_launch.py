@@ -65,7 +65,7 @@ def launch_run(nproc: int, *options: str) -> tuple[str, ...]:
 
 def ranks_of(run: Path) -> list[int]:
     """Return the process ids of the ranks that train this run now."""
-    pattern = f"-m train .*--run.dir {re.escape(str(run.parent))} .*--run.name {run.name}( |$)"
+    pattern = f"train.* --run.dir {re.escape(str(run.parent))} .*--run.name {run.name}( |$)"
     found = subprocess.run(["pgrep", "-f", "--", pattern], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
@@ -218,8 +218,8 @@ def test_rank_that_hangs_at_exit_after_all_have_saved_is_no_crash(monkeypatch: p
     assert [process.returncode for process in ranks.processes] == [-signal.SIGKILL, 75]
 
 
-@pytest.mark.parametrize(("first", "second", "expected"), [(2, 1, 2), (1, 2, 1), (75, -9, 75), (-9, 75, 1)])
-def test_the_rank_that_leaves_first_decides_the_exit_code(first: int, second: int, expected: int) -> None:
+@pytest.mark.parametrize(("first", "second", "expected"), [(2, 1, 2), (1, 2, 2), (75, -9, 75), (-9, 75, 1)])
+def test_bad_input_or_else_the_rank_that_leaves_first_decides_the_code(first: int, second: int, expected: int) -> None:
     polls = [iter([None, second, second]), iter([first, first, first])]
     ranks = object.__new__(launch.run.Ranks)
     ranks.output = None

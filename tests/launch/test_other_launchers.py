@@ -39,10 +39,10 @@ def test_accelerates_precision_does_not_change_the_bits(tmp_path: Path, alone: s
     [
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "use --train.compile true"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", "use --train.max_micro_batch_size N"),
-        ("ACCELERATE_USE_FSDP", "true", "use distributed_type: MULTI_GPU"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "use distributed_type: MULTI_GPU"),
-        ("ACCELERATE_USE_MEGATRON_LM", "true", "use distributed_type: MULTI_GPU"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "use distributed_type: MULTI_GPU"),
+        ("ACCELERATE_USE_FSDP", "true", "use accelerate's distributed_type: MULTI_GPU"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "use accelerate's distributed_type: MULTI_GPU"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "use accelerate's distributed_type: MULTI_GPU"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "use accelerate's distributed_type: MULTI_GPU"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "Use no, bf16 or fp16"),
     ],
 )

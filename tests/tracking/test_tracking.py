@@ -21,7 +21,7 @@ from wandb_server import PATIENT, SHORT, Server, expected, is_end, numbers, sync
 
 from train.config import WandbConfig
 from train.rundir import Evaluation, RunDir, Summary, Tail
-from train.tracking.wandb import Follower, Mirror, mode_of, wandb_id
+from train.tracking.wandb import Follower, Mirror, wandb_id
 
 MEDIUM = "--train.max_steps 1000 --log.every_steps 10 --eval.every_steps 500 --checkpoint.every_steps 500"
 LONG = "--train.max_steps 100000 --log.every_steps 5 --eval.every_steps 1000 --checkpoint.every_steps 50"
@@ -180,17 +180,6 @@ def test_disabled_starts_nothing(tmp_path: Path) -> None:
     train(1, run, SHORT, "--wandb.mode disabled", WANDB_MODE="online")
     assert not list(run.glob("wandb*"))
     assert rows(run, "weights") == []
-
-
-@pytest.mark.parametrize(
-    ("config", "environment", "mode"),
-    [("auto", None, "auto"), ("auto", "", "auto"), ("auto", "offline", "offline"), ("offline", "online", "offline")],
-)
-def test_mode(config: Any, environment: str | None, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_MODE")
-    if environment is not None:
-        monkeypatch.setenv("WANDB_MODE", environment)
-    assert mode_of(WandbConfig(mode=config)) == mode
 
 
 def test_wandb_id_is_made_once_or_by_the_agent_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,5 +267,5 @@ def test_packages_without_metadata_are_left_out(world: World, monkeypatch: pytes
         return found(name)
 
     monkeypatch.setattr("train.world.environment.version", version)
-    assert versions(*PACKAGES, "lockstep").keys() == {"torch", "torchvision", "numpy", "safetensors"}
+    assert versions(*PACKAGES, "lockstep").keys() == {"torch", "torchvision", "numpy", "safetensors", "lockstep"}
     assert environment(world)["versions"].keys() == {"torch", "torchvision"}

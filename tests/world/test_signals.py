@@ -17,7 +17,7 @@ FLAGS = (
     "--model.name tiny_bn --train.num_micro_batches 2 --model.dropout 0.2 --optim.ema 0.9 --train.max_steps 60 "
     "--log.every_steps 1 --eval.every_steps 20 --checkpoint.every_steps 20 --checkpoint.keep 9"
 )
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR2]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -42,7 +42,7 @@ def check_preempted(run: Path, ranks: Ranks, undisturbed: dict[str, Any], step: 
     assert not [path for path in run.rglob("*") if "writing" in path.name or path.name == ".ranks"]
 
 
-MOMENTS = {"start": 1, "evaluate": 21, "save": 21}  # and the step after which all leave
+MOMENTS = {"evaluate": 21, "save": 21}  # and the step after which all leave
 CASES = [(moment, number, 1) for moment in MOMENTS for number in SIGNALS]
 CASES += [("evaluate", signal.SIGTERM, 2), ("save", signal.SIGTERM, 2), ("save", signal.SIGINT, 2)]
 
@@ -64,6 +64,24 @@ def test_signal_at_a_bad_moment_loses_nothing(
         time.sleep(0.05)
     marker.unlink()
     check_preempted(run, ranks, undisturbed, MOMENTS[moment])
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_before_the_first_step_ends_all_at_once(
+    tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals
+) -> None:
+    run, marker, world_size = tmp_path / "run", tmp_path / "marker", undisturbed["world_size"]
+    accident = {"MUTANT": "accidents.waits_in_start", "MARKER": str(marker)}
+    ranks = Ranks(world_size, arguments(run, FLAGS), tmp_path / "logs", **accident)
+    deadline = time.monotonic() + 100
+    while not marker.exists():
+        assert time.monotonic() < deadline, ranks.output()
+        time.sleep(0.002)
+    ranks.signal(number)
+    assert ranks.wait(5) == [75] * world_size
+    assert ranks.output() == f"{number.name} received: stopped before the first step, nothing to save\n"
+    assert train(world_size, run, FLAGS)["weights_sha256"] == undisturbed["weights_sha256"]
 
 
 @pytest.mark.sample(3)
@@ -88,7 +106,7 @@ def test_time_limit_acts_like_a_signal(tmp_path: Path, undisturbed: dict[str, An
     ranks = Ranks(undisturbed["world_size"], arguments(run, FLAGS, limit), tmp_path / "logs", MUTANT="slow_steps")
     check_preempted(run, ranks, undisturbed)
     # either rank's time may be up first
-    assert rows(run, "preempted")[-1]["signal"] in ("SIGALRM", "a signal to another rank")
+    assert rows(run, "preempted")[-1]["signal"] in ("run.time_limit", "a signal to another rank")
 
 
 STARTED: list[subprocess.Popen] = []
@@ -126,7 +144,7 @@ def has_handlers(pid: int) -> bool:
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_while_torch_is_being_imported_loses_nothing(
+def test_signal_while_torch_is_being_imported_ends_all_at_once(
     tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals
 ) -> None:
     """The signal comes as soon as `python -m train` or `launch run` has handlers, 0.1 s after its start."""
@@ -147,7 +165,7 @@ def test_signal_while_torch_is_being_imported_loses_nothing(
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 75, output
     assert "Traceback" not in output
-    assert json.loads((run / "summary.json").read_text())["step"] == 1
+    assert not (run / "summary.json").exists()
     assert train(world_size, run, FLAGS)["weights_sha256"] == undisturbed["weights_sha256"]
 
 

@@ -10,14 +10,15 @@ import pytest
 from conftest import refusal
 
 from train.__main__ import main
+from train.cli import parse
 from train.errors import UserError
 from train.world.launcher import (
     SINGLE,
     Placement,
+    choose_name,
     is_restart,
     rank_variables,
     read_placement,
-    run_suffix,
     slurm_variables,
 )
 
@@ -102,13 +103,16 @@ def test_mpi_that_does_not_place_its_ranks_on_machines_is_refused() -> None:
     assert rank_variables(cray | SINGLE) == {}
 
 
-def test_run_has_the_same_name_after_a_requeue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_has_the_same_name_after_a_requeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--run.dir", str(tmp_path)]
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     assert read_placement().rank == 6
-    assert run_suffix() == "1234567.0"
+    assert choose_name(parse(argv), argv) == "mnist-1234567.0"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert choose_name(parse(argv), argv) == "mnist-1234567.0"
     monkeypatch.setenv("SLURM_PTY_PORT", "1")  # srun --pty bash: two commands at one prompt are two runs
-    assert run_suffix() != "1234567.0"
+    assert "1234567" not in choose_name(parse(argv), argv)
 
 
 @pytest.mark.parametrize(("local_rank", "line"), [("0", f"error: rank 8 on {socket.gethostname()}: "), ("1", "")])
