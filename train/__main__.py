@@ -75,7 +75,7 @@ def run_directory(config: Config, argv: list[str], world: "World") -> RunDir:
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; return the exit code. In another thread than the main one, without signals."""
-    with signals.handling():
+    with signals.restoring():
         return _main(argv)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+from train.world import signals
+
 _context = multiprocessing.get_context("forkserver")
 # torch._dynamo: the first optimizer step imports it, for more than a second
 _context.set_forkserver_preload(["torch", "torch._dynamo", "accelerate", "train.loop"])
@@ -37,6 +39,8 @@ def _rank_main(env: dict[str, str | None], argv: list[str], log: str, program: s
     if mutant := env.get("MUTANT"):
         module, _, name = mutant.rpartition(".")
         getattr(importlib.import_module(f"ranks.{module or 'mutants'}"), name)()
+    if program == "train.__main__":
+        signals.install()
     code = importlib.import_module(program).main(argv)
     sys.stdout.flush()
     sys.exit(code)

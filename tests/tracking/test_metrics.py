@@ -16,7 +16,7 @@ EVAL = {"split": "test", "ema": False, "accuracy": 0.9912, "loss": 0.03, "correc
 
 
 def opened(run_dir: Path, *, is_main: bool = True, progress: bool = True) -> Metrics:
-    return Metrics(LogConfig(progress=progress), WandbConfig(), RunDir(run_dir), is_main=is_main)
+    return Metrics(LogConfig(progress=progress), WandbConfig(mode="disabled"), RunDir(run_dir), is_main=is_main)
 
 
 def rows_of(steps: list[tuple[str, int]]) -> list[dict[str, Any]]:

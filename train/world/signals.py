@@ -26,6 +26,7 @@ class _State:
 
     def __init__(self) -> None:
         self.replaced: dict[signal.Signals, Any] = {}  # the handlers before ours
+        self.replaced_fd = -1  # the file descriptor that was told of signals before
         self.received: list[str] = []
         self.say: Callable[[str], None] = lambda text: None
         self.is_deferred = False  # whether a stop waits for the end of a step
@@ -53,18 +54,17 @@ def install() -> None:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _state.replaced_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     _state.replaced = {number: signal.signal(number, _handle) for number in wanted()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager
-def handling() -> Iterator[None]:
-    """Handle signals inside, and give the handlers back at the end unless they were installed before."""
+def restoring() -> Iterator[None]:
+    """Give back, after the block, the handlers that it has installed, and forget what it has received."""
     global _state
     is_ours = not _state.replaced
-    install()
     try:
         yield
     finally:
@@ -72,7 +72,7 @@ def handling() -> Iterator[None]:
             for number, handler in _state.replaced.items():
                 signal.signal(number, handler)
             if _state.replaced:
-                os.close(signal.set_wakeup_fd(-1))  # ends the thread
+                os.close(signal.set_wakeup_fd(_state.replaced_fd))  # ends the thread
             _state = _State()
 
 
@@ -82,8 +82,12 @@ def announce(say: Callable[[str], None]) -> None:
 
 
 def defer() -> None:
-    """From now on let a signal wait for the end of a step: there is something to save."""
+    """From now on let a signal wait for the end of a step: there is something to save.
+
+    Until then, a program that calls `main` itself has its own handlers.
+    """
     _state.is_deferred = True
+    install()
 
 
 def leave_after(minutes: float) -> None:
