@@ -72,9 +72,15 @@ def load_data(run: RunDir, config: DataConfig) -> "Data":
 
 
 def card(
-    path: Path, size: int, deployed: Deployed, run: RunDir, source: "Data", predictions: "Tensor", recorded: int | None
+    path: Path,
+    written: Path,
+    deployed: Deployed,
+    run: RunDir,
+    source: "Data",
+    predictions: "Tensor",
+    recorded: int | None,
 ) -> str:
-    """Return the model card, Markdown, of a verified file of `size` bytes that will be at `path`."""
+    """Return the model card, Markdown, of a verified file, `written`, that will be at `path`."""
     import torch
     import yaml
 
@@ -86,7 +92,8 @@ def card(
     correct = int((predictions == source.test.labels).sum())
     return Path(__file__).with_name("card.md").read_text(encoding="utf-8").format(
         name=path.name,
-        size=size,
+        size=written.stat().st_size,
+        kind=formats.describe(written),
         facts=facts,
         run=run,
         source=source,
@@ -122,7 +129,7 @@ def export(run: RunDir, config: Config, options: argparse.Namespace, path: Path)
         with replacing(path) as temporary:
             formats.write(original, temporary)
             predictions = verify(temporary, original, source.test.images, config.model.name)
-            text = card(path, temporary.stat().st_size, original, run, source, predictions, recorded)
+            text = card(path, temporary, original, run, source, predictions, recorded)
         path.with_name(f"{path.name}.md").write_text(text)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}. Choose another --output.") from None

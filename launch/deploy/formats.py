@@ -4,6 +4,7 @@ Invariant: a file holds, with the weights, what its inputs need (mean, std) and 
 is verified against its SHA-256 before use, and nothing is unpickled. torch is imported in functions.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx"}
 BATCH = 500  # images per pass
+EXPORTED_OPSET, LOWEST_OPSET = 18, 15  # the lowest of torch's exporter; of our operators
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,27 @@ def graph_sha256(proto: Any) -> str:
     return hashlib.sha256(proto.graph.SerializeToString(deterministic=True)).hexdigest()
 
 
+def for_old_runtimes(proto: Any) -> Any:
+    """Return an ONNX model with a lower opset if its operators have one, and the lowest IR version of its opset."""
+    import onnx.version_converter
+    import onnxruntime
+
+    with contextlib.suppress(Exception):  # both refuse operators that are newer, in errors of many types
+        lower = onnx.version_converter.convert_version(proto, LOWEST_OPSET)
+        onnxruntime.InferenceSession(lower.SerializeToString(), providers=["CPUExecutionProvider"])
+        proto = lower
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
+    return proto
+
+
+def describe(path: Path) -> str:
+    """Return what a runtime must support to read a file; "" for safetensors."""
+    if path.suffix != SUFFIXES["onnx"]:
+        return ""
+    proto = require_onnx()[0].load(path, load_external_data=False)
+    return f", ONNX opset {proto.opset_import[0].version}, IR version {proto.ir_version}"
+
+
 def write(deployed: Deployed, path: Path) -> None:
     """Write a model taken by `from_run` to a file, in the format of its suffix."""
     import safetensors.torch
@@ -202,13 +225,13 @@ def write(deployed: Deployed, path: Path) -> None:
         path.write_bytes(safetensors.torch.save(checkpoint.model_tensors(module), facts.encode()))
         return
     onnx, _ = require_onnx()
-    options: Any = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+    options: Any = {"dynamic_shapes": ({0: torch.export.Dim("batch")},), "opset_version": EXPORTED_OPSET}
     options |= {"input_names": ["inputs"], "output_names": ["logits"]}
     example = (torch.zeros(2, *facts.shape),)  # 2: a batch of 1 would be fixed
     with refused(f"{facts.model} cannot be exported to ONNX"):
         graph = torch.onnx.export(module, example, dynamo=True, verbose=False, **options)
     assert graph is not None
-    proto = graph.model_proto
+    proto = for_old_runtimes(graph.model_proto)
     onnx.helper.set_model_props(proto, facts.encode() | {"graph_sha256": graph_sha256(proto)})
     path.write_bytes(proto.SerializeToString())
 

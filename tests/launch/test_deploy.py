@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import pytest
 import safetensors
@@ -63,6 +64,15 @@ def test_exported_files_work_without_this_project(exported: dict[str, Path], dig
         )
     weights = load_file(exported["safetensors"])
     assert checkpoint.tensors_sha256(weights) == facts["weights_sha256"]
+
+
+def test_onnx_file_needs_no_newer_runtime_than_its_operators(exported: dict[str, Path]) -> None:
+    """onnxruntime 1.16 of 2023 takes opset 19 and IR version 9 at most."""
+    proto = onnx.load(exported["onnx"])
+    assert (proto.opset_import[0].version, proto.ir_version) == (15, 8)
+    card = exported["onnx"].with_name(f"{exported['onnx'].name}.md").read_text()
+    assert "ONNX opset 15, IR version 8" in card
+    assert "ONNX" not in exported["safetensors"].with_name(f"{exported['safetensors'].name}.md").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
