@@ -37,6 +37,7 @@ LACKS = {
     "hard links": "os.link = refusing(os.link, always, errno.EPERM)",
     "unlink of open files": "os.unlink = refusing(os.unlink, lambda path, *_: '.lock' in str(path), errno.EBUSY)",
     "chmod": "os.chmod = os.fchmod = refusing(os.chmod, always, errno.EPERM)",
+    "a steady clock": "import time; inner = time.time; time.time = lambda: inner() - 9e6 * (os.getpid() % 3)",
     "mmap": "import mmap; mmap.mmap = refusing(mmap.mmap, always, errno.ENODEV)",
 }
 
