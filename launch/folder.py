@@ -8,6 +8,7 @@ numpy, torch, Pillow and rich are imported in functions.
 
 import hashlib
 import io
+import itertools
 import re
 import sys
 import warnings
@@ -27,6 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 SPLIT_FOLDERS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val"), "validation")}
 # What LeCun, Kaggle, EMNIST and QMNIST call their files: train-images-idx3-ubyte.gz, t10k-labels.idx1-ubyte, ...
 IDX_NAME = re.compile(r".*(?P<split>train|test|t10k).*-idx(?P<ndim>\d)-(ubyte|int)")
+MAX_EMPTY_FRAMES = 10  # of an animation
 LAYOUTS = "DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, DIR/CLASS/*.png, or MNIST's four files"
 
 
@@ -95,10 +97,14 @@ def read_bytes(name: str) -> bytes:
         return Path(name).read_bytes()
 
 
-def decode(content: bytes, name: str) -> "Image":
-    """Decode PNG or JPEG into RGBA, upright, 8 bits per channel. Raises UserError, naming the image."""
+def decode(content: bytes, name: str, side: int = 0) -> "Image":
+    """Decode PNG or JPEG into RGBA, upright, 8 bits per channel. Raises UserError, naming the image.
+
+    With `side`, a photo of a shape: a JPEG is reduced while it is decoded, to no less than that many pixels; the
+    brightest of 16 bits becomes white, as a camera may use 12 of them; and empty frames of an animation are skipped.
+    """
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
     with refused(f"{name} cannot be decoded"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd but readable files
@@ -106,9 +112,17 @@ def decode(content: bytes, name: str) -> "Image":
             image: Any = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
         except UnidentifiedImageError:
             raise UserError(f"{name} is neither PNG nor JPEG. Convert it to one of them.") from None
+        if side:
+            image.draft(image.mode, (side, side))
+            frames: Any = ImageSequence.Iterator(image) if getattr(image, "is_animated", False) else []
+            for frame in itertools.islice(frames, MAX_EMPTY_FRAMES):
+                if frame.convert("RGBA").getcolors(1) is None:  # more than one colour
+                    break
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bit; convert() would cut off at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            levels = np.asarray(image).astype(np.int64)
+            brightest = int(levels.max()) if side else 0xFFFF
+            image = Image.fromarray((levels * 256 // (brightest + 1)).clip(0, 255).astype(np.uint8))
         return image.convert("RGBA")
 
 

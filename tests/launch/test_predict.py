@@ -283,15 +283,19 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_predict_refuses_before_it_prints(
+def test_predict_refuses_each_bad_image_in_one_line_and_answers_the_others(
     case: str, folder: Path, digits_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
     names, words = REFUSALS[case]
     assert main(["predict", str(digits_run), *names]) == 2
     printed = capsys.readouterr()
-    assert printed.out == ""
-    assert len(printed.err.splitlines()) == 1
+    is_usage = case in ("none", "option")
+    good = [] if is_usage else [name for name in names if name in ("0.png", "1.png", "2.png")]
+    assert [line.split(":")[0] for line in printed.out.splitlines()] == good
+    lines = printed.err.splitlines()
+    assert len(lines) == (1 if is_usage else len(names) - len(good))
+    assert all(line.startswith("error: ") for line in lines)
     assert words in printed.err
 
 
