@@ -24,10 +24,7 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 SIDE = 28
-WORK_SIDES = (
-    256,
-    1024,
-)  # pixels; smaller images are enlarged to about the first, larger ones averaged down to the second
+WORK_SIDES = (256, 1024)  # pixels; smaller images are enlarged, larger ones averaged down
 IN_BOX = 0.2  # share of the strongest ink from which a pixel is in the digit's box; the paper's texture is below it
 # Longer side of the ink's box in pixels. MNIST's "fit in a 20x20 pixel box", and "the center of mass" is in the middle
 # (LeCun, Cortes and Burges, The MNIST database of handwritten digits). The other data sets fill their frame.
