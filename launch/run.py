@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 from train.cli import Parser, parse, split_arguments
-from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, UserError
+from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, UserError
 from train.world import signals
 from train.world.launcher import check_world_size, choose_name
 from train.world.process import die_with_parent
@@ -44,7 +44,11 @@ def count_gpus() -> int:
     if not nvidia_nodes() and not any((DEV / name).exists() for name in ("kfd", "dxg")):  # AMD's GPUs, or those of WSL
         return 0
     command = (sys.executable, "-c", "import torch; print(torch.cuda.device_count())")
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # in a session of its own: a signal to this process's group must not end it
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    if done.returncode:
+        raise RunError(f"torch cannot count the GPUs: {done.stderr.strip().splitlines()[-1:]}. Try `launch doctor`.")
+    return int(done.stdout)
 
 
 class Ranks:
@@ -121,14 +125,15 @@ class Ranks:
         """Return the exit code of an attempt whose first rank to leave with an error had this one; print a crash."""
         if code == PREEMPTED:  # it holds for all ranks; one that was killed since hung during its exit
             return code
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        named = {number.value: number.name for number in signal.Signals}
+        how = named.get(-code, f"signal {-code}") if code < 0 else f"exit code {code}"
         print(f"launch: rank {rank} ended by {how}", file=self.output or sys.stderr, flush=True)
         return CRASHED
 
 
 def read_command_line(argv: list[str]) -> tuple[list[str], int, int, int]:
     """Return the training's arguments, with a run name for all restarts, --nproc, --min-nproc and --max-restarts."""
-    usage, description = "%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", __doc__.split("\n")[0]
+    usage, description = "%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", (__doc__ or "").split("\n")[0]
     parser = Parser(prog="python -m launch run", usage=usage, description=description)
     parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, one on a machine without GPU")
     restarts = "how often a training whose rank died is resumed (default 0)"

@@ -7,27 +7,33 @@ import sys
 from pathlib import Path
 
 if not __package__:  # started as a file, so that a train.py in the current directory does not matter
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    own = Path(__file__).resolve().parent
+    if Path(sys.path[0]).resolve() == own:  # not with PYTHONSAFEPATH
+        del sys.path[0]
+    sys.path.insert(0, str(own.parent))
 
 from train.world import signals
 from train.world.process import protect_output
 
 if __name__ == "__main__":
     signals.install()  # first: a signal must find its handler during the imports below
-    protect_output()
+    protect_output(is_required=not {"-h", "--help", "--version", "--print_config"}.isdisjoint(sys.argv))
 
 import contextlib
 import faulthandler
 import io
 import socket
+import threading
 import time
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from train.cli import parse
 from train.config import Config
 from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, UserError, one_line
 from train.rundir import RunDir, Summary
+from train.tracking.wandb import resolve
 from train.world.cores import let_threads_sleep
 from train.world.launcher import choose_name, read_placement
 from train.world.process import die_with_launcher, keep_others_from_writing, leave
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
     from train.world.world import World
 
 OTHER_RANKS_WAIT_SECONDS = 2.0
+_one_at_a_time = threading.Lock()  # torch's random numbers, threads and process group are of the whole process
 
 
 def complain(error: UserError | RunError, world: "World | None") -> int:
@@ -75,8 +82,13 @@ def run_directory(config: Config, argv: list[str], world: "World") -> RunDir:
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; return the exit code. In another thread than the main one, without signals."""
-    with signals.restoring():
-        return _main(argv)
+    if not _one_at_a_time.acquire(blocking=False):
+        return complain(UserError("Another training runs in this process. Use a process for each."), None)
+    try:
+        with signals.restoring():
+            return _main(argv)
+    finally:
+        _one_at_a_time.release()
 
 
 def _main(argv: list[str]) -> int:
@@ -86,7 +98,11 @@ def _main(argv: list[str]) -> int:
     with contextlib.suppress(io.UnsupportedOperation):  # stderr may have been replaced
         faulthandler.enable()
     try:
-        config = parse(argv)
+        try:
+            config = parse(argv)
+        finally:
+            sys.stdout.flush()  # of --help and --print_config, whose reader may be gone
+        config = replace(config, wandb=resolve(config.wandb))
         signals.leave_after(config.run.time_limit)
         let_threads_sleep()
         from train.world.world import World  # with torch, which takes seconds: after a bad config is refused
@@ -137,7 +153,7 @@ def report(run_dir: RunDir, summary: Summary, *, write_page: bool) -> None:
         f" in {summary.train_seconds:.1f} s of training{speed}"
     )
     if summary.final.correct <= max(map(sum, summary.final.confusion)):
-        print("warning: no better than always answering one class: diverged (try a smaller optim.lr), or too short")
+        print("warning: no better than always answering one class: the run diverged or was too short")
     if summary.data["is_fallback"]:
         print("!!! THIS IS NOT MNIST: trained on the fallback data set digits !!!")
     print(f"weights {summary.weights_sha256[:16]}...")

@@ -31,7 +31,7 @@ INTEGER = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,3000}"
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 VARIABLE = re.compile(r"\$(\w+|\{[^}]*\}?)", re.ASCII)
 CLOCK = re.compile(r"(?:([0-9]{1,9})-)?([0-9]{1,9}(?::[0-5]?[0-9]){0,2})")
-NULL = re.compile(r"(null|Null|NULL)\Z")
+NULL = re.compile(r"(null|Null|NULL|~)\Z")
 EXPECTED = {int: "an int", float: "a float", bool: "true or false", list[str]: "a list, such as [a, b]"}
 DECIMALS = "Write decimals with a point, not a comma."
 Field = dataclasses.Field[Any]
@@ -131,7 +131,7 @@ class _Loader(yaml.SafeLoader):
 class _Texts(_Loader):
     """Reads every scalar as a text, except null: its field decides what it means."""
 
-    yaml_implicit_resolvers = {letter: [("tag:yaml.org,2002:null", NULL)] for letter in "nN"}  # noqa: RUF012
+    yaml_implicit_resolvers = {letter: [("tag:yaml.org,2002:null", NULL)] for letter in "nN~"}  # noqa: RUF012
 
 
 def load_yaml(text: str, loader: type[_Loader] = _Loader) -> Any:
@@ -150,6 +150,8 @@ def expand_path(name: str, text: str) -> str:
     """Return a path with its ~, ~USER, $VARIABLE and ${VARIABLE} filled in. Raises UserError if one is unknown."""
     if any(unicodedata.category(letter) == "Cc" and letter != "\n" for letter in text):
         raise UserError(f"{name} is {text[:200]!r}. Remove the control character.")
+    if re.match(r"[a-z0-9]+://", text):
+        raise UserError(f"{name} is {text[:200]}. Expected a path in a file system, not an address.")
     path = os.path.expanduser(os.path.expandvars(text))
     found = VARIABLE.findall(text)
     if unset := [variable for variable in found if not os.environ.get(variable.strip("{}"))] or VARIABLE.findall(path):
@@ -275,6 +277,8 @@ def _plain_arguments(argv: Sequence[str]) -> Iterator[str]:
     for argument in rest:
         flag, equals, text = argument.partition("=")
         name = flag.removeprefix("--")
+        if name != flag and "." in name and name not in FIELDS:
+            raise _no_field(name)
         if name == flag or name not in (*FIELDS, *SECTIONS, "config"):
             yield argument
             continue

@@ -42,5 +42,6 @@ def refused(message: str) -> Iterator[None]:
 
 def did_you_mean(wrong: str, names: Sequence[str], otherwise: str) -> str:
     """Return `Did you mean NAME?` for the nearest of the valid names, or `otherwise`."""
-    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]}?" if near else otherwise
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(wrong.lower(), lower, n=1, cutoff=0.5)
+    return f"Did you mean {lower[near[0]]}?" if near else otherwise

@@ -5,7 +5,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +25,6 @@ from train.tracking.journal import Journal
 from train.tracking.metrics import Metrics
 from train.tracking.summary import collect_samples, describe_batch, headline, read_finished, remarks, summarize
 from train.tracking.tracer import Tracer
-from train.tracking.wandb import resolve
 from train.warmup import warm_up
 from train.world import signals
 from train.world.launcher import is_restart
@@ -43,7 +41,6 @@ def train(config: Config, world: World, run_dir: RunDir, argv: list[str]) -> Sum
     """
     began = time.perf_counter()
     with world.raising_together():
-        config = replace(config, wandb=resolve(config.wandb))
         lease = Lease(run_dir.path, is_main=world.is_main)
     with (
         lease,

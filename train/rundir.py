@@ -10,7 +10,7 @@ import errno
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,15 +154,30 @@ def reserve(parent: Path, name: str) -> str:
 
     Raises UserError if it cannot be made.
     """
-    for candidate in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
-        try:
-            (parent / candidate).mkdir(parents=True)
-            return candidate
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{parent / name} cannot be made: {error.strerror}. Use another run.dir.") from error
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for candidate in _numbered(name):
+            with contextlib.suppress(FileExistsError):
+                (parent / candidate).mkdir()
+                return candidate
+    except OSError as error:
+        raise UserError(f"{parent / name} cannot be made: {error.strerror}. Use another run.dir.") from error
     raise AssertionError("the numbers do not end")
+
+
+def find_started(parent: Path, name: str, command: Sequence[str]) -> str | None:
+    """Return the newest run among `name`, `name`-2 ... that this command has started; None if there is none."""
+    found = None
+    for candidate in itertools.takewhile(lambda candidate: (parent / candidate).exists(), _numbered(name)):
+        rows = RunDir(parent / candidate).read_rows()
+        if any(row["event"] == "start" and row.get("command") == list(command) for row in rows):
+            found = candidate
+    return found
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """Yield NAME, NAME-2, NAME-3 and so on."""
+    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
 
 
 def parse_rows(text: str) -> list[Row]:
@@ -201,20 +216,30 @@ def write_atomically(path: Path, content: bytes, staging: Path | None = None, *,
         file.write(content)
         if should_sync:
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
+
+
+def sync(descriptor: int) -> None:
+    """Put an open file on the disk, where the file system can. Raises OSError if the disk fails or is full."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
 
 
 def sync_directory(path: Path) -> None:
     """Put the names in a directory on the disk, where the file system can: many network and FUSE ones cannot."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         if error.errno not in CANNOT_SYNC:
             raise
+        return
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ LINES = {
     "--train.max_steps 2 --train.global_batch_size 2048": "train.global_batch_size 2048 exceeds the training split",
     "--train.max_steps 2 --train.num_threads 64": "training will be slow: 1 process(es) of 64 thread(s) share",
     "--train.max_steps 2 --train.epochs 9": "train.epochs has no effect, because train.max_steps is 2",
-    "--train.max_steps 30 --optim.lr 50": "no better than always answering one class: diverged",
+    "--train.max_steps 30 --optim.lr 50": "no better than always answering one class: the run diverged",
 }
 
 

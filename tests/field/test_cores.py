@@ -87,6 +87,16 @@ def test_busy_cores_are_named(busy_core: None, monkeypatch: pytest.MonkeyPatch) 
     assert cores.why_slow(1, 1).startswith("other processes keep ")
 
 
+def test_container_that_hides_its_load_trains_without_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_percent", refuse)
+    assert cores.why_slow(1, 1) == ""
+
+
 def test_more_threads_than_cores_are_named(
     tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

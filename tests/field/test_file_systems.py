@@ -28,6 +28,7 @@ exists = lambda source, target, *_: os.path.exists(target)
 LACKS = {
     "flock, ENOLCK": "fcntl.flock = refusing(fcntl.flock, always, errno.ENOLCK)",
     "flock, ENOSYS": "fcntl.flock = refusing(fcntl.flock, always, errno.ENOSYS)",
+    "fsync, EINVAL": "os.fsync = refusing(os.fsync, always, errno.EINVAL)",
     "flock, EOPNOTSUPP": "fcntl.flock = refusing(fcntl.flock, always, errno.EOPNOTSUPP)",
     "fsync of directories, EINVAL": "os.fsync = refusing(os.fsync, is_directory, errno.EINVAL)",
     "fsync of directories, EACCES": "os.fsync = refusing(os.fsync, is_directory, errno.EACCES)",
@@ -42,6 +43,7 @@ LACKS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("ability", LACKS)
 def test_missing_ability_costs_a_warning_at_most(ability: str, tmp_path: Path, python: Python) -> None:
     (tmp_path / "sitecustomize.py").write_text(REFUSE + LACKS[ability])

@@ -44,6 +44,19 @@ def test_launcher_finds_its_own_package_next_to_another_train(other: str, tmp_pa
     assert "the other program" not in done.stderr
 
 
+@pytest.mark.parametrize("variables", [{"PYTHONOPTIMIZE": "2"}, {"PYTHONSAFEPATH": "1"}, {}], ids=str)
+def test_launcher_starts_ranks_that_find_what_the_user_imports(variables: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "libs").mkdir()
+    (tmp_path / "libs" / "mine.py").write_text("from train.functional.models import build\n")
+    (tmp_path / "net.py").write_text(
+        "import mine\nfrom torch import nn\n\n\ndef net(shape: tuple[int, int, int], num_classes: int) -> nn.Module:\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    argv = [sys.executable, "-m", "launch", "run", "--", *arguments(tmp_path / "run", SMALL, "--model.name net.py:net")]
+    done = run(argv, tmp_path, PYTHONPATH=f"{tmp_path}/libs:{ROOT}", **variables)
+    assert done.returncode == 0, done.stderr
+
+
 def test_commit_is_recorded_in_a_repository_of_another_user(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "init", "-q", clone], check=True)

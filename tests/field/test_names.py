@@ -1,5 +1,6 @@
 """An automatic name is of one start: no id that is older than it, or that others have, joins two runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -62,10 +63,38 @@ def test_second_training_under_an_older_id_does_not_join_the_first(
 )
 def test_restart_finds_its_run(restart: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["--run.dir", str(tmp_path), "--data.name", "digits"]
-    reserve(tmp_path, "digits-7.0")
+    row = {"event": "start", "step": 0, "command": argv}
+    (tmp_path / reserve(tmp_path, "digits-7.0") / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     for name, value in restart.items():
         monkeypatch.setenv(name, value)
     assert choose_name(parse(argv), argv) == "digits-7.0"
+
+
+@pytest.mark.parametrize(
+    "restart", [{"SLURM_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}]
+)
+def test_restart_finds_its_own_run_among_those_of_an_id(
+    restart: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that trains two seeds in one Slurm step, and is requeued."""
+    for name, value in STARTS["a notebook in a Slurm step"].items():
+        monkeypatch.setenv(name, value)
+    commands = [["--run.dir", str(tmp_path), "--data.name", "digits", "--seed", seed] for seed in "123"]
+    for argv in commands[:2]:
+        row = {"event": "start", "step": 0, "command": argv}
+        (tmp_path / choose_name(parse(argv), argv) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    for name, value in restart.items():
+        monkeypatch.setenv(name, value)
+    names = [choose_name(parse(argv), argv) for argv in commands]
+    assert names == ["digits-7.0", "digits-7.0-2", "digits-7.0-3"]
+
+
+@pytest.mark.parametrize("place", ["link", "link/runs", "file", "file/runs"])
+def test_directory_that_cannot_be_made_is_refused(place: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/purged/runs")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        reserve(tmp_path / place, "x")
 
 
 @pytest.mark.parametrize("identity", ["../../../out", "a/b", "a b", "\n", "x" * 250])

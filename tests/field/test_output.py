@@ -99,10 +99,10 @@ def test_command_that_only_prints_ends_silently_without_a_reader(argv: str, unbu
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("argv", ["--help", "plan -- --train.device cpu"])
+@pytest.mark.parametrize("argv", ["launch --help", "launch plan -- --train.device cpu", "train --print_config"])
 def test_command_that_only_prints_reports_a_full_disk_in_one_line(argv: str) -> None:
     with open("/dev/full", "w") as full:
-        process = start((sys.executable, "-m", "launch", *argv.split()), stdout=full, stderr=subprocess.PIPE)
+        process = start((sys.executable, "-m", *argv.split()), stdout=full, stderr=subprocess.PIPE)
     assert process.communicate(timeout=60)[1] == "error: The output cannot be written: No space left on device.\n"
     assert process.returncode == 1
 

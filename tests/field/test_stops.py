@@ -14,16 +14,21 @@ from conftest import ROOT
 from ranks.processes import arguments, free_port, rows, wait_for_step
 
 from train.__main__ import main
+from train.world import signals
 
 TRAIN, RUN = (sys.executable, "-m", "train"), (sys.executable, "-m", "launch", "run", "--nproc", "2", "--")
 LONG = "--train.max_steps 100000 --checkpoint.every_steps 100000 --eval.every_steps 100000 --log.every_steps 10"
 
 
 def start(*command: str, **env: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background ignores it
+
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | env, text=True, **pipes  # type: ignore[call-overload]
-    )  # fmt: skip
+        command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=subprocess.STDOUT, preexec_fn=hear
+    )
 
 
 @pytest.mark.parametrize("command", [TRAIN, RUN], ids=["train", "launch run"])
@@ -42,14 +47,15 @@ def test_closed_terminal_saves_as_any_other_signal(command: tuple[str, ...], tmp
 @pytest.mark.parametrize("command", [TRAIN, RUN], ids=["train", "launch run"])
 def test_ignored_hangup_stays_ignored(command: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start("nohup", *command, *arguments(run, "--train.max_steps 2000 --log.every_steps 10"))
+    process = start("nohup", *command, *arguments(run, "--train.max_steps 500 --log.every_steps 10"))
     wait_for_step(run, 20)
     process.send_signal(signal.SIGHUP)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_waits_for_others_ends_at_once(number: signal.Signals, rank: int, tmp_path: Path) -> None:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -71,7 +77,7 @@ def test_rank_that_waits_for_others_ends_at_once(number: signal.Signals, rank: i
 
 
 def test_main_gives_handlers_back_and_forgets_what_it_received(tmp_path: Path) -> None:
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR2, signal.SIGALRM)
+    numbers = (*signals.SIGNALS, signal.SIGALRM)
     before, timer = [signal.getsignal(number) for number in numbers], signal.getitimer(signal.ITIMER_REAL)
     limit = "--run.time_limit 0.0001 --train.max_steps 1000"
     assert main(arguments(tmp_path / "a", limit)) == 75
@@ -81,8 +87,30 @@ def test_main_gives_handlers_back_and_forgets_what_it_received(tmp_path: Path) -
         "signals" not in {thread.name for thread in threading.enumerate() if thread.is_alive()} or time.sleep(1) is None
     )
     assert main(arguments(tmp_path / "b", "--train.max_steps 10")) == 0
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+
+
+def test_program_that_calls_main_keeps_its_handlers_until_there_is_something_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a notebook that loads data must not end the notebook."""
+    import train.loop
+
+    load, before, found = train.loop.data.load, signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(
+        train.loop.data, "load", lambda *arguments: found.append(signal.getsignal(signal.SIGTERM)) or load(*arguments)
+    )
+    assert main(arguments(tmp_path / "run", "--train.max_steps 1")) == 0
+    assert found == [before]
+
+
+def test_second_training_at_the_same_time_in_a_process_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train import __main__
+
+    with __main__._one_at_a_time:
+        assert main(arguments(tmp_path / "run")) == 2
+    assert capsys.readouterr().err.startswith("error: Another training runs in this process.")
 
 
 def test_main_trains_in_another_thread(tmp_path: Path) -> None:
@@ -117,6 +145,31 @@ def test_bad_input_of_one_rank_is_the_code_of_all_and_is_not_restarted(at: str, 
             f"sys.exit(2 if os.environ['RANK'] == '{at}' else 1)\n"
         )
         assert Ranks(3, [], program=(sys.executable, str(script))).wait() == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGRTMIN + 3])
+def test_rank_ended_by_any_signal_is_a_crash_that_is_restarted(number: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = "--train.max_steps 400 --log.every_steps 5 --checkpoint.every_steps 20"
+    process = start(*RUN[:-1], "--max-restarts", "1", "--", *arguments(run, flags))
+    wait_for_step(run, 20)
+    os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]), number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert len(rows(run, "start")) == 2
+
+
+def test_run_outlives_a_shell_that_is_no_launcher(tmp_path: Path) -> None:
+    """A variable that torchrun has left behind does not tie a run to its parent."""
+    run, flags = tmp_path / "run", "--train.max_steps 400 --log.every_steps 5"
+    shell = start(
+        "sh", "-c", '"$@" >/dev/null 2>&1 & sleep 0.1', "sh", *TRAIN, *arguments(run, flags), TORCHELASTIC_RUN_ID="old"
+    )
+    shell.communicate(timeout=60)
+    deadline = time.monotonic() + 100
+    while not (run / "summary.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_interrupted_command_ends_without_a_traceback(tmp_path: Path) -> None:

@@ -96,6 +96,8 @@ WITHOUT_EFFECT = [
     {"CUBLAS_WORKSPACE_CONFIG": "nonsense", "OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "3", "OMP_WAIT_POLICY": "x"},
     {"PYTHONHASHSEED": "9", "LC_ALL": "C", "LANG": "tr_TR", "TZ": "Asia/Kathmandu", "COLUMNS": "3", "TERM": "nonsense"},
     {"http_proxy": "http://127.0.0.1:9", "PIP_INDEX_URL": "x", "SLURM_JOB_ID": "1", "SLURM_GPUS_ON_NODE": "x"},
+    {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", "ACCELERATE_USE_CPU": "junk", "ACCELERATE_MIXED_PRECISION": ""},
+    {"PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error", "PYTHONSAFEPATH": "1"},
     {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "NODE_RANK": "3", "CUDA_VISIBLE_DEVICES": "7", "NCCL_DEBUG": "INFO"},
 ]
 

@@ -12,7 +12,6 @@ broadcasts what it loads, so the run directory need not be shared. The world siz
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from train import __version__
 from train.errors import UserError
-from train.rundir import sync_directory
+from train.rundir import sync, sync_directory
 
 SCHEMA = 3
 PARTS = ("model", "optimizer", "ema")  # of a Snapshot, a safetensors file each
@@ -201,7 +200,7 @@ def write(checkpoints: Path, step: int, files: Files, staging: Path) -> Path:
             with open(temporary / name, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file.fileno())
         sync_directory(temporary)
     except OSError:  # on a full disk, half a checkpoint would take up space
         shutil.rmtree(temporary, ignore_errors=True)

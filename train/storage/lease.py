@@ -31,7 +31,15 @@ from train.rundir import RunDir, write_atomically
 from train.world.launcher import read_count
 
 PREFIX = ".writing-"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # a file system without flock
+# What a file system without flock answers.
+NO_LOCKS = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.ENOTTY,
+    errno.EPERM,
+)  # a file system without flock
 MAX_TRIES = 100  # to lock a file that others keep removing
 
 

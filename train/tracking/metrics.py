@@ -6,7 +6,6 @@ computed again, so no row is doubled or missing. W&B follows the file (`wandb.py
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from torch import Tensor, nn
 
 from train.config import LogConfig, WandbConfig
-from train.rundir import Row, RunDir
+from train.rundir import Row, RunDir, sync
 from train.tracking.wandb import Follower
 
 PLAIN_LINE_SECONDS = 5.0
@@ -82,7 +81,7 @@ class Metrics:
         """Put all rows on the disk. Raises OSError if it has no room."""
         self.flush()
         if self.file:
-            os.fsync(self.file.fileno())
+            sync(self.file.fileno())
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

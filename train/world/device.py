@@ -9,7 +9,7 @@ import torch
 
 from train.config import TrainConfig
 from train.errors import UserError
-from train.world.launcher import is_slurm_task
+from train.world.launcher import is_cpu_required, is_slurm_task
 
 SHARE_GPU = "LOCKSTEP_SHARE_GPU"  # for tests: ranks share one GPU and exchange by gloo or nccl (2.30 or newer)
 NATIVE_CAPABILITY = (8, 0)  # of the first GPUs with bf16 and TF32; older ones emulate bf16 or fail
@@ -29,7 +29,7 @@ def num_gpus_for(num_visible: int, local_rank: int, local_world_size: int) -> in
 
 def choose_device(config: TrainConfig, local_rank: int, local_world_size: int) -> torch.device:
     """Return this rank's device. Raises UserError if the machine lacks what the config asks for."""
-    use_cpu = config.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    use_cpu = config.device == "cpu" or is_cpu_required(os.environ)
     num_visible = 0 if use_cpu else torch.cuda.device_count()
     if not num_visible:
         if config.device == "cuda":

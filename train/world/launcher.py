@@ -13,7 +13,7 @@ from pathlib import Path
 from train.cli import run_name
 from train.config import Config, TrainConfig
 from train.errors import UserError
-from train.rundir import reserve
+from train.rundir import find_started, reserve
 
 SINGLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # without a launcher
 STEP = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"]
@@ -22,6 +22,7 @@ MPI = (  # Open MPI; MPICH and Intel MPI; in the order of SINGLE
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
+USE_CPU = "ACCELERATE_USE_CPU"
 # What would change the result behind the config's back: {variable: (its values for nothing, what to use instead)}
 OFF, MULTI_GPU = ("", "0", "false", "no", "off"), "accelerate's distributed_type: MULTI_GPU"
 BENDING = {
@@ -57,7 +58,7 @@ def read_placement() -> Placement:
     A launcher that sets neither LOCAL_RANK nor LOCAL_WORLD_SIZE starts one rank per machine. Raises UserError if the
     variables are incomplete or contradict each other.
     """
-    env = os.environ | rank_variables(os.environ)
+    env = {name: value for name, value in (os.environ | rank_variables(os.environ)).items() if value}
     numbers = [env.get(name, SINGLE[name]) for name in SINGLE]
     place = Placement(*(int(number) if number.isdecimal() else -1 for number in numbers))
     is_whole = ("RANK" in env) == ("WORLD_SIZE" in env)
@@ -100,6 +101,11 @@ def store_address() -> tuple[str, int]:
     return host, int(port)
 
 
+def is_cpu_required(env: Mapping[str, str]) -> bool:
+    """Return whether accelerate's variables ask for the CPU."""
+    return env.get(USE_CPU, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
 def check_environment(precision: str, env: Mapping[str, str]) -> str | None:
     """Return a warning if accelerate's variables ask for another precision, which they do not change.
 
@@ -111,7 +117,7 @@ def check_environment(precision: str, env: Mapping[str, str]) -> str | None:
                 f"{name} is {value}: it would change the result. Remove it from the environment or accelerate's "
                 f"config file, and use {instead}."
             )
-    asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked = env.get("ACCELERATE_MIXED_PRECISION") or "no"
     if asked not in ("no", "bf16", "fp16"):
         raise UserError(f"accelerate launch asks for mixed precision {asked}. Use no, bf16 or fp16.")
     if asked in ("no", precision):
@@ -139,8 +145,10 @@ def accept_placement(config: TrainConfig) -> Placement:
     warning = check_environment(config.precision, env)
     if warning and placement.rank == 0:
         print(warning, flush=True)
-    for name in [name for name in env if name.startswith("ACCELERATE_") and name != "ACCELERATE_USE_CPU"]:
+    for name in [name for name in env if name.startswith("ACCELERATE_") and name != USE_CPU]:
         del env[name]  # what is left has no effect
+    if USE_CPU in env:
+        env[USE_CPU] = str(is_cpu_required(env)).lower()  # accelerate refuses other words
     if placement.world_size == 1:  # else accelerate wraps the model in DDP, which gives other gradients
         for name in SINGLE:
             env.pop(name, None)
@@ -274,5 +282,5 @@ def choose_name(config: Config, argv: Sequence[str]) -> str:
         )
     else:
         suffix = time.strftime("%Y%m%d-%H%M%S")
-    name = run_name(config, argv, suffix)
-    return name if is_restart() else reserve(Path(config.run.dir), name)
+    place, name = Path(config.run.dir), run_name(config, argv, suffix)
+    return (is_restart() and find_started(place, name, argv)) or reserve(place, name)

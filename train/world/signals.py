@@ -18,7 +18,7 @@ from typing import Any
 
 from train.errors import PREEMPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2)
 
 
 class _State:
@@ -70,7 +70,7 @@ def restoring() -> Iterator[None]:
     finally:
         if is_ours:
             for number, handler in _state.replaced.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
             if _state.replaced:
                 os.close(signal.set_wakeup_fd(_state.replaced_fd))  # ends the thread
             _state = _State()
