@@ -59,7 +59,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "own tag": (b"seed: !seed 1\n", "tag"),
     "list as key": (b"? [a]\n: 4\n", "not YAML"),
     "number as key": (b"3: 4\n", "no config field 3"),
-    "null as key": (b"~: 4\n", "no config field ~"),
+    "null as key": (b"~: 4\n", "no config field None"),
     "section is a number": (b"train: 3\n", "train is 3"),
     "section is a list": (b"train: [epochs]\n", "train is ['epochs']"),
     "section is null": (b"train:\n", "train is empty"),

@@ -166,11 +166,11 @@ def reserve(parent: Path, name: str) -> str:
 
 
 def find_started(parent: Path, name: str, command: Sequence[str]) -> str | None:
-    """Return the newest run among `name`, `name`-2 ... that this command has started; None if there is none."""
+    """Return the newest run among `name`, `name`-2 ... that this command has started, or nobody yet; None without."""
     found = None
     for candidate in itertools.takewhile(lambda candidate: (parent / candidate).exists(), _numbered(name)):
         rows = RunDir(parent / candidate).read_rows()
-        if any(row["event"] == "start" and row.get("command") == list(command) for row in rows):
+        if not rows or any(row["event"] == "start" and row.get("command") == list(command) for row in rows):
             found = candidate
     return found
 

@@ -103,7 +103,8 @@ def die_with_launcher() -> None:
     """Arrange to be killed when this rank's launcher dies. Linux only. A killed torchrun leaves its workers running."""
     if sys.platform != "linux" or not {"TORCHELASTIC_RUN_ID", "LOCKSTEP_RESTART"} & os.environ.keys():
         return
-    if re.search(rb"python|torchrun|accelerate", Path(f"/proc/{os.getppid()}/cmdline").read_bytes()):
+    program = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().partition(b"\0")[0]
+    if re.search(rb"python|torchrun|accelerate", program):
         _ask_to_be_killed()
     elif os.getppid() == 1:
         os.kill(os.getpid(), signal.SIGKILL)  # it died before we asked: init has adopted this process
