@@ -34,7 +34,7 @@ from train.config import Config
 from train.errors import BAD_INPUT, CRASHED, FINISHED, PREEMPTED, RunError, UserError, one_line
 from train.rundir import RunDir, Summary
 from train.tracking.wandb import resolve
-from train.world.cores import let_threads_sleep
+from train.world.cores import limit_spinning
 from train.world.launcher import choose_name, read_placement
 from train.world.process import die_with_launcher, keep_others_from_writing, leave
 
@@ -104,7 +104,7 @@ def _main(argv: list[str]) -> int:
             sys.stdout.flush()  # of --help and --print_config, whose reader may be gone
         config = replace(config, wandb=resolve(config.wandb))
         signals.leave_after(config.run.time_limit)
-        let_threads_sleep()
+        limit_spinning()
         from train.world.world import World  # with torch, which takes seconds: after a bad config is refused
 
         world = World.open(config.train)

@@ -104,13 +104,11 @@ def test_more_threads_than_cores_are_named(
     assert "warning: training will be slow: 1 process(es) of 99 thread(s) share " in done.stdout
 
 
-def test_waiting_threads_sleep(
+def test_waiting_threads_spin_for_a_short_time(
     python: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)  # a training in this process has set it
-    show = (
-        "from train.world.cores import let_threads_sleep as f; f(); import os; print(os.environ.get('OMP_WAIT_POLICY'))"
-    )
-    assert python("-c", show).stdout == "PASSIVE\n"
-    assert python("-c", show, GOMP_SPINCOUNT="100").stdout == "None\n"
-    assert python("-c", show, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n"
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # a training in this process has set it
+    show = "from train.world.cores import limit_spinning as f; f(); import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert python("-c", show).stdout == "2000\n"
+    assert python("-c", show, GOMP_SPINCOUNT="100").stdout == "100\n"
+    assert python("-c", show, OMP_WAIT_POLICY="ACTIVE").stdout == "None\n"

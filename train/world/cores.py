@@ -1,8 +1,8 @@
 """The cores that this process may use, and how its threads share them with others.
 
 Invariant: the number of threads depends on what this process was given, not on what others do at the moment: in most
-modes it decides the bits. Threads that wait for each other sleep instead of spinning, so a busy machine costs a run its
-share and no more (docs/benchmarks.md).
+modes it decides the bits. Others on the same cores cost a run its share, but not several times that (docs/benchmarks.md,
+"Two runs on the same cores").
 """
 
 import math
@@ -15,12 +15,16 @@ from train.world.launcher import Placement, is_slurm_task
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 WAIT_POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SPINS = "2000"  # enough for the gaps within a step: sleeping at once costs a run that is alone a quarter of its speed
 
 
-def let_threads_sleep() -> None:
-    """Let OpenMP's threads sleep while they wait. Call it before torch is imported; a user's choice stays."""
+def limit_spinning() -> None:
+    """Let OpenMP's threads sleep soon when they wait. Call it before torch is imported; a user's choice stays.
+
+    By default they spin for milliseconds, also when another process could use their core.
+    """
     if not any(name in os.environ for name in WAIT_POLICIES):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def _quotas() -> Iterator[float]:
@@ -72,7 +76,10 @@ def why_slow(num_threads: int, num_processes: int) -> str:
         return ""
     busy = sum(percents[core] for core in own_cores() if core < len(percents)) / 100
     if num_threads * num_processes + busy > len(own_cores()) + 0.5:
-        return f"other processes keep {busy:.1f} of {len(own_cores())} core(s) busy"
+        advice = (
+            ". Two threads that share cores wait for each other: try --train.num_threads 1" if num_threads > 1 else ""
+        )
+        return f"other processes keep {busy:.1f} of {len(own_cores())} core(s) busy{advice}"
     return ""
 
 
