@@ -49,7 +49,7 @@ def test_launcher_starts_ranks_that_find_what_the_user_imports(variables: dict[s
     (tmp_path / "libs").mkdir()
     (tmp_path / "libs" / "mine.py").write_text("from train.functional.models import build\n")
     (tmp_path / "net.py").write_text(
-        "import math\n\nimport mine\nfrom torch import nn\n\n\ndef net(shape: tuple[int, int, int], num_classes: int) -> nn.Module:\n"
+        "import math\nimport mine\nfrom torch import nn\n\n\ndef net(shape, num_classes):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), num_classes))\n"
     )
     argv = [sys.executable, "-m", "launch", "run", "--", *arguments(tmp_path / "run", SMALL, "--model.name net.py:net")]

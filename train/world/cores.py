@@ -1,8 +1,8 @@
 """The cores that this process may use, and how its threads share them with others.
 
 Invariant: the number of threads depends on what this process was given, not on what others do at the moment: in most
-modes it decides the bits. Others on the same cores cost a run its share, but not several times that (docs/benchmarks.md,
-"Two runs on the same cores").
+modes it decides the bits. Others on the same cores cost a run its share, but not several times that
+(docs/benchmarks.md, "Two runs on the same cores").
 """
 
 import math
@@ -76,9 +76,7 @@ def why_slow(num_threads: int, num_processes: int) -> str:
         return ""
     busy = sum(percents[core] for core in own_cores() if core < len(percents)) / 100
     if num_threads * num_processes + busy > len(own_cores()) + 0.5:
-        advice = (
-            ". Two threads that share cores wait for each other: try --train.num_threads 1" if num_threads > 1 else ""
-        )
+        advice = ". Threads wait for each other: try --train.num_threads 1" if num_threads > 1 else ""
         return f"other processes keep {busy:.1f} of {len(own_cores())} core(s) busy{advice}"
     return ""
 
