@@ -47,7 +47,8 @@ def count_gpus() -> int:
     # in a session of its own: a signal to this process's group must not end it
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     if done.returncode:
-        raise RunError(f"torch cannot count the GPUs: {done.stderr.strip().splitlines()[-1:]}. Try `launch doctor`.")
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RunError(f"torch cannot count the GPUs: {reason[:200]}. `python -m launch doctor` checks this machine.")
     return int(done.stdout)
 
 

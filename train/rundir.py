@@ -170,7 +170,9 @@ def find_started(parent: Path, name: str, command: Sequence[str]) -> str | None:
     found = None
     for candidate in itertools.takewhile(lambda candidate: (parent / candidate).exists(), _numbered(name)):
         rows = RunDir(parent / candidate).read_rows()
-        if not rows or any(row["event"] == "start" and row.get("command") == list(command) for row in rows):
+        commands = [row.get("command") for row in rows if row["event"] == "start"]
+        # `launch run` appends the name that it has found or made
+        if not rows or list(command) in commands or [*command, "--run.name", candidate] in commands:
             found = candidate
     return found
 

@@ -70,19 +70,22 @@ def test_restart_finds_its_run(restart: dict[str, str], tmp_path: Path, monkeypa
     assert choose_name(parse(argv), argv) == "digits-7.0"
 
 
+@pytest.mark.parametrize("launcher", ["srun", "launch run"])
 @pytest.mark.parametrize(
     "restart", [{"SLURM_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}]
 )
 def test_restart_finds_its_own_run_among_those_of_an_id(
-    restart: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    restart: dict[str, str], launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A script that trains two seeds in one Slurm step, and is requeued."""
     for name, value in STARTS["a notebook in a Slurm step"].items():
         monkeypatch.setenv(name, value)
     commands = [["--run.dir", str(tmp_path), "--data.name", "digits", "--seed", seed] for seed in "123"]
     for argv in commands[:2]:
-        row = {"event": "start", "step": 0, "command": argv}
-        (tmp_path / choose_name(parse(argv), argv) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        name = choose_name(parse(argv), argv)
+        command = [*argv, "--run.name", name] if launcher == "launch run" else argv
+        row = {"event": "start", "step": 0, "command": command}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     for name, value in restart.items():
         monkeypatch.setenv(name, value)
     names = [choose_name(parse(argv), argv) for argv in commands]

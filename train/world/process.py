@@ -103,11 +103,14 @@ def die_with_launcher() -> None:
     """Arrange to be killed when this rank's launcher dies. Linux only. A killed torchrun leaves its workers running."""
     if sys.platform != "linux" or not {"TORCHELASTIC_RUN_ID", "LOCKSTEP_RESTART"} & os.environ.keys():
         return
-    program = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().partition(b"\0")[0]
-    if re.search(rb"python|torchrun|accelerate", program):
+    parent, program = os.getppid(), b""
+    with contextlib.suppress(OSError):  # it may be ending
+        program = Path(f"/proc/{parent}/cmdline").read_bytes().partition(b"\0")[0]
+    is_launcher = re.search(rb"python|torchrun|accelerate", program) is not None
+    if is_launcher:  # or else the variables are left from an earlier one
         _ask_to_be_killed()
-    elif os.getppid() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)  # it died before we asked: init has adopted this process
+    if os.getppid() != parent or (parent == 1 and not is_launcher):
+        os.kill(os.getpid(), signal.SIGKILL)  # it died before we asked, and init has adopted this process
 
 
 def tune_malloc() -> None:
