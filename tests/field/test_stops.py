@@ -162,9 +162,8 @@ def test_rank_ended_by_any_signal_is_a_crash_that_is_restarted(number: int, tmp_
 def test_run_outlives_a_shell_that_is_no_launcher(tmp_path: Path) -> None:
     """A variable that torchrun has left behind does not tie a run to its parent."""
     run, flags = tmp_path / "run", "--train.max_steps 400 --log.every_steps 5"
-    shell = start(
-        "sh", "-c", '"$@" >/dev/null 2>&1 & sleep 0.1', "sh", *TRAIN, *arguments(run, flags), TORCHELASTIC_RUN_ID="old"
-    )
+    script = f'"$@" >/dev/null 2>&1 & until [ -e {run}/metrics.jsonl ]; do sleep 0.1; done'
+    shell = start("sh", "-c", script, "sh", *TRAIN, *arguments(run, flags), TORCHELASTIC_RUN_ID="old")
     shell.communicate(timeout=60)
     deadline = time.monotonic() + 100
     while not (run / "summary.json").exists():
