@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 
 FINISHED, CRASHED, BAD_INPUT = 0, 1, 2
-PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL. What there was to save is saved; the same command continues the run.
+PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL. A checkpoint was saved, or training had not begun; start it again.
 INTERRUPTED, READER_LEFT = 130, 141  # of commands that only print, as a shell reports SIGINT and SIGPIPE
 
 

@@ -21,7 +21,9 @@ from train.errors import UserError
 Row = dict[str, Any]
 SCHEMA = 3  # of summary.json
 ATTEMPT_EVENTS = ("start", "preempted", "save_failed")  # their rows stay when steps are computed again
-CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF, errno.ENOSYS)
+# of file systems that cannot sync: many network and FUSE ones
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+NO_DIRECTORY_SYNC = (*NO_SYNC, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
 EXAMPLE = "runs/mnist-20260101-120000"
 
 
@@ -222,26 +224,29 @@ def write_atomically(path: Path, content: bytes, staging: Path | None = None, *,
 
 
 def sync(descriptor: int) -> None:
-    """Put an open file on the disk, where the file system can. Raises OSError if the disk fails or is full."""
-    try:
+    """Put an open file on the disk, if the file system can. Raises OSError if the disk fails or is full."""
+    with ignoring(NO_SYNC):
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in CANNOT_SYNC:
-            raise
 
 
 def sync_directory(path: Path) -> None:
-    """Put the names in a directory on the disk, where the file system can: many network and FUSE ones cannot."""
-    try:
+    """Put the names in a directory on the disk, if the file system can. Raises OSError like `sync`."""
+    with ignoring(NO_DIRECTORY_SYNC):
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        if error.errno not in CANNOT_SYNC:
-            raise
-        return
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def ignoring(numbers: tuple[int, ...]) -> Iterator[None]:
+    """Ignore an OSError of the block that has one of these error numbers."""
     try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
 
 
 @contextlib.contextmanager

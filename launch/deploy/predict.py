@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
             continue
         if row["probability"] < 0.5:
             print(f"warning: {row['image']}: no class has 50 %. The label is a guess.", file=sys.stderr)
-        ranking = sorted(row["probabilities"].items(), key=lambda item: -item[1])
         if not options.json:
+            ranking = sorted(row["probabilities"].items(), key=lambda item: -item[1])
             print(f"{row['image']}: {row['label']}  ({', '.join(f'{name} {share:.2%}' for name, share in ranking)})")
     return BAD_INPUT if any("error" in row for row in found) else FINISHED

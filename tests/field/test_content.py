@@ -18,6 +18,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torchvision.datasets
 
 from launch.__main__ import main as launch
 from launch.check import checks
@@ -236,8 +237,6 @@ def failed_download(root: Path, name: str) -> str:
 def test_a_failed_download_ends_with_its_cause(
     name: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torchvision.datasets
-
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"

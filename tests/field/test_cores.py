@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from ranks.processes import arguments
 
@@ -88,8 +89,6 @@ def test_busy_cores_are_named(busy_core: None, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_container_that_hides_its_load_trains_without_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
-
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/proc/stat")
 

@@ -1,6 +1,7 @@
 """What a file system cannot do costs a warning at most: no lock, no sync of directories, no rename over a file."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,6 @@ def test_missing_ability_costs_a_warning_at_most(ability: str, tmp_path: Path, p
 
 
 def test_file_is_replaced_where_renaming_over_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     path, inner = tmp_path / "file", os.replace
 
     def replace(source: Path, target: Path) -> None:
@@ -81,8 +80,6 @@ def test_file_is_replaced_where_renaming_over_it_is_refused(tmp_path: Path, monk
 
 
 def test_file_in_a_directory_without_permission_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     path = tmp_path / "file"
     path.write_bytes(b"1")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from ranks.processes import arguments, rows
 
 from train.cli import parse
 from train.errors import UserError
-from train.rundir import reserve
+from train.rundir import RunDir, reserve
 from train.tracking import wandb
 from train.world.launcher import choose_name
 
@@ -134,8 +135,6 @@ def test_sweep_without_a_run_id_is_ignored(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_second_run_of_a_trial_has_a_wandb_id_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.rundir import RunDir
-
     monkeypatch.setenv("WANDB_RUN_ID", "trial")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -145,8 +144,6 @@ def test_second_run_of_a_trial_has_a_wandb_id_of_its_own(tmp_path: Path, monkeyp
 
 
 def test_run_whose_checkpoints_are_gone_is_refused_and_kept(tmp_path: Path, python: Python) -> None:
-    import shutil
-
     run = tmp_path / "run"
     argv = arguments(run, "--train.max_steps 5 --log.every_steps 1")
     assert python("-m", "train", *argv).returncode == 0

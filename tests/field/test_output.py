@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from ranks.processes import arguments, rows
+from ranks.processes import arguments, rows, wait_for_step
 
 FLAGS = "--train.max_steps 40 --log.every_steps 5 --log.progress true"
 TRAIN, RUN = (sys.executable, "-m", "train"), (sys.executable, "-m", "launch", "run", "--nproc", "2", "--")
@@ -74,12 +74,10 @@ def test_run_prints_characters_that_its_stream_lacks(tmp_path: Path) -> None:
 
 
 def test_launcher_restarts_ranks_although_it_cannot_print(tmp_path: Path) -> None:
-    flags = f"{FLAGS} --checkpoint.every_steps 5 --train.max_steps 1000"
+    flags = f"{FLAGS} --checkpoint.every_steps 5 --train.max_steps 300"
     command = (*RUN[:-1], "--max-restarts", "1", "--", *arguments(tmp_path / "run", flags))
     with open("/dev/full", "w") as full:
         process = start(command, stdout=full, stderr=full)
-    from ranks.processes import wait_for_step
-
     wait_for_step(tmp_path / "run", 10)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), 9)

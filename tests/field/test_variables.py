@@ -1,5 +1,6 @@
 """The caller's environment is read on purpose, refused in one line, or without effect; exact mode is never bent."""
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -106,8 +107,6 @@ WITHOUT_EFFECT = [
 def test_variable_without_effect_leaves_the_bits_alone(
     variables: dict[str, str], undisturbed: str, tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    import json
-
     done = python("-m", "train", *arguments(tmp_path / "run", EXACT), **variables)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["weights_sha256"] == undisturbed

@@ -31,15 +31,8 @@ from train.rundir import RunDir, write_atomically
 from train.world.launcher import read_count
 
 PREFIX = ".writing-"
-# What a file system without flock answers.
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-    errno.ENOTTY,
-    errno.EPERM,
-)  # a file system without flock
+# of file systems without flock
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM)
 MAX_TRIES = 100  # to lock a file that others keep removing
 
 

@@ -263,9 +263,9 @@ def is_restart() -> bool:
 def choose_name(config: Config, argv: Sequence[str]) -> str:
     """Return run.name, or an automatic name: one that a launcher's restart finds again, but no other start.
 
-    The suffix is an id of a sweep, torchrun or Slurm, or the time. Only torchrun's is given by the user, to name a run.
-    Any other may be older than this start, for example that of a Slurm step in which a notebook runs. A new directory
-    is then made.
+    The suffix is an id of a sweep, torchrun or Slurm, or the time. A user gives torchrun's id to name a run. The other
+    ids may be older than this start: a notebook may run in a Slurm step. So they get a new directory, unless a launcher
+    restarts the run.
     """
     if config.run.name:
         return config.run.name

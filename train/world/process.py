@@ -29,12 +29,12 @@ def keep_others_from_writing() -> None:
 
 
 class _Output(io.FileIO):
-    """A descriptor to print to. What it refuses, because of a full disk or a reader that has left, is dropped."""
+    """A descriptor to print to. What cannot be written, because a disk is full or a reader has left, is dropped."""
 
-    is_required = False  # whether that ends the process
+    is_required = False  # whether lost output ends the process
 
     def write(self, content: Any) -> int:
-        """Write bytes. Raises SystemExit or RunError, once, if they are required and were refused."""
+        """Write bytes. If output is required, raises SystemExit or RunError the first time that it is lost."""
         try:
             while (written := super().write(content)) is None:  # a full pipe that does not block
                 select.select([], [self], [])
@@ -51,8 +51,8 @@ class _Output(io.FileIO):
 def protect_output(*, is_required: bool = False) -> None:
     """Let print and rich survive closed streams, full disks, readers that have left, and characters without a code.
 
-    Call it first of all. With `is_required`, for a command that does nothing but print, what standard output refuses
-    ends the process: silently if the reader has left.
+    Call it first of all. With `is_required`, for a command that only prints, lost standard output ends the process:
+    silently if the reader has left, with an error if a disk is full.
     """
     for descriptor in range(3):
         try:

@@ -46,9 +46,10 @@ def wanted() -> list[signal.Signals]:
 
 
 def install() -> None:
-    """Handle signals from now on. Do nothing if they are handled, or outside of the main thread, which alone can.
+    """Handle signals from now on. Python allows that in the main thread only: do nothing in another one.
 
-    A launcher starts its ranks with these signals blocked, so that none is lost before. They arrive here.
+    Repeated calls change nothing. A launcher starts its ranks with these signals blocked, so that none is lost before.
+    They arrive here.
     """
     if _state.replaced or threading.current_thread() is not threading.main_thread():
         return
