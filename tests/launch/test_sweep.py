@@ -76,6 +76,27 @@ def test_only_a_range_of_nodes_lets_a_job_lose_some(
 
 
 @pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ("--time=5", "--signal=USR2@60"),  # 300 s, as in the script: it would come in the first second
+        ("-t1", "--signal=USR2@12"),
+        ("--time=0:50", "--signal=USR2@10"),
+        ("--time=0-0:10", "--signal=USR2@120"),
+        ("--time=10:01", ""),
+        ("--time=1:00:00", ""),
+        ("--time=5 --signal=B:USR2@30", ""),
+        ("--time=UNLIMITED", ""),
+        ("--time=0", ""),  # no limit
+    ],
+)
+def test_short_job_is_not_told_to_stop_when_it_starts(
+    capsys: pytest.CaptureFixture[str], given: str, added: str
+) -> None:
+    assert slurm.main([*given.split(), "--dry-run", "--", *SMALL]) == 0
+    assert f"{' '.join([given, *added.split()])} slurm/train.sbatch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
         *((["--nodes", nodes, "--", *SMALL], f"--nodes is {nodes}. Use") for nodes in ("0", "0-2", "3-2", "2-", "two")),
@@ -123,7 +144,8 @@ def test_follow_waits_for_a_silent_controller_and_then_leaves_the_job_alone(
 ) -> None:
     (tmp_path / "my log").write_text("step 1\n")
     job = f"JobState={{}} Reason=None ExitCode=0:0 StdOut={tmp_path}/my log"
-    answers = iter(["", job.format("RUNNING"), "", job.format("COMPLETED")])
+    states = ("RUNNING", "SIGNALING", "STAGE_OUT", "COMPLETED")  # a state that we do not know is no end
+    answers = iter(text for state in states for text in ("", job.format(state)))
 
     def run(*command: str) -> str:
         if answer := next(answers, ""):

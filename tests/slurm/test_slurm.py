@@ -179,7 +179,7 @@ def test_launch_slurm_passes_hostile_arguments_and_follows(cluster: Cluster, und
     arguments = ["--nodes=2", "--follow", "--time=5", "--", *TRAIN, "--run.name=followed", f"--wandb.notes={hostile}"]
     code, shown = cluster.launch("--dry-run", *arguments)
     assert code == 0
-    assert "--ntasks-per-node 1 --time=5 slurm/train.sbatch --data.name digits" in shown
+    assert "--ntasks-per-node 1 --time=5 --signal=USR2@60 slurm/train.sbatch --data.name digits" in shown
     assert shlex.split(shown)[-1] == f"--wandb.notes={hostile}"
     code, shown = cluster.launch(*arguments)
     assert code == 0, shown
