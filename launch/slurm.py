@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.cli import Parser, minutes, parse, run_name, split_arguments
+from train.cli import Parser, parse, run_name, split_arguments
 from train.config import Config
 from train.errors import CRASHED, FINISHED, UserError
 
@@ -33,8 +33,17 @@ SILENT = ("-Q", "--quiet", "-V", "--version", "--usage", "--test-only")
 POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
 LOST, INTERRUPTED = 3, 130  # exit codes: the job was submitted and can no longer be followed; Ctrl-C
 # Slurm's states of a job that has ended. Of the others there are many, and new versions add some.
-ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
-ENDED += ("REVOKED", "TIMEOUT")
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    *("REVOKED", "TIMEOUT"),
+)
 SHORT_MINUTES = 10  # of such a job, the 300 s between slurm/train.sbatch's signal and the end would be half or all
 
 
@@ -171,10 +180,13 @@ def check_lines(path: Path, array: str, arguments: list[str], world_size: int) -
 def early_signal(extra: list[str]) -> list[str]:
     """Return the option that has a short job save in the last fifth of its time, unless a signal is asked for."""
     given = [found[1] for word in extra if (found := re.fullmatch("(?:-t|--time=)(.*)", word))]
-    limit = minutes(given[-1]) if given else None
-    if not limit or limit > SHORT_MINUTES or any(word.startswith("--signal") for word in extra):
+    if not given or "SBATCH_SIGNAL" in os.environ or any(word.startswith("--signal") for word in extra):
         return []
-    return [f"--signal=USR2@{math.ceil(limit * 60 / 5)}"]
+    try:
+        minutes = parse([f"--run.time_limit={given[-1]}"]).run.time_limit  # it is written as Slurm's times are
+    except UserError:  # UNLIMITED, or nothing that sbatch takes
+        return []
+    return [f"--signal=USR2@{math.ceil(minutes * 60 / 5)}"] if 0 < minutes <= SHORT_MINUTES else []
 
 
 def command(options: argparse.Namespace, extra: list[str], arguments: list[str]) -> list[str]:

@@ -181,18 +181,13 @@ def _number(field: Field, text: str) -> int | float | None:
         return int(text, 0 if text[:2] in ("0o", "0x") else 10)
     if FLOAT.fullmatch(text) and field.type is float:
         return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
-    return minutes(text) if field.metadata["range"].unit == "minutes" else None
-
-
-def minutes(text: str) -> float | None:
-    """Return the minutes of a time as Slurm writes it (M, M:SS, H:MM:SS, D-H, D-H:MM, D-H:MM:SS), or None."""
-    if not (clock := CLOCK.fullmatch(text)):
-        return None
-    parts = [int(part) for part in clock[2].split(":")]
-    if clock[1] is None and len(parts) < 3:
-        parts = [0, *parts]  # M or M:SS
-    hours, minutes, seconds = [*parts, 0, 0][:3]
-    return (int(clock[1] or 0) * 24 + hours) * 60 + minutes + seconds / 60
+    if field.metadata["range"].unit == "minutes" and (clock := CLOCK.fullmatch(text)):
+        parts = [int(part) for part in clock[2].split(":")]
+        if clock[1] is None and len(parts) == 2:
+            parts = [0, *parts]  # M:SS
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return (int(clock[1] or 0) * 24 + hours) * 60 + minutes + seconds / 60
+    return None
 
 
 def _plain_value(name: str, given: Any) -> str:
