@@ -33,17 +33,7 @@ SILENT = ("-Q", "--quiet", "-V", "--version", "--usage", "--test-only")
 POLL_SECONDS, PATIENCE_SECONDS = 1.0, 120.0
 LOST, INTERRUPTED = 3, 130  # exit codes: the job was submitted and can no longer be followed; Ctrl-C
 # Slurm's states of a job that has ended. Of the others there are many, and new versions add some.
-ENDED = (
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    *("REVOKED", "TIMEOUT"),
-)
+ENDED = re.compile("BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|REVOKED|TIMEOUT")
 SHORT_MINUTES = 10  # of such a job, the 300 s between slurm/train.sbatch's signal and the end would be half or all
 
 
@@ -247,7 +237,7 @@ def follow(job: str) -> int:
         if now != shown:
             print(f"{time.strftime('%H:%M:%S')} job {job}: {now}", flush=True)
             shown = now
-        if state in ENDED or "held" in reason.lower():
+        if ENDED.fullmatch(state) or "held" in reason.lower():
             code = int(fields["ExitCode"].split(":")[0])
             return code or (FINISHED if state == "COMPLETED" else CRASHED)
         time.sleep(POLL_SECONDS)
