@@ -13,10 +13,10 @@ help:  ## print this list
 train: $(VENV)/.ready  ## train configs/quickstart.yaml on all GPUs of this machine, or on the CPU
 	$(BIN)/python -m launch run -- --config configs/quickstart.yaml
 
-test: $(VENV)/.ready-dev  ## test every law in its smallest form (10 minutes on 2 cores)
+test: $(VENV)/.ready-dev  ## test every law in its smallest form (20 minutes on 2 cores)
 	$(PYTEST) -m 'not slow'
 
-test-all: test  ## test the same, then everything else: larger worlds, longer runs, rehearsals (another 15 minutes)
+test-all: test  ## test the same, then everything else: larger worlds, longer runs, rehearsals (half an hour more)
 	$(PYTEST) -m slow
 
 exact-demo: $(VENV)/.ready  ## train on 1, 2 and 4 processes, kill one, compare the bits (under 2 minutes)

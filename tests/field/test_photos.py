@@ -154,6 +154,7 @@ def test_a_refused_image_costs_one_line_and_no_other_answer(
 
 @pytest.mark.slow
 @pytest.mark.mnist
+@pytest.mark.xdist_group("photos")  # one training serves them all
 def test_photos_are_read_as_a_person_would(model: formats.Deployed) -> None:
     ways = PENS | WAYS
     cases = [(way, (at + step) % 10, step % 3) for at, way in enumerate(ways) for step in (0, 3, 5, 8)]
@@ -170,6 +171,7 @@ def test_photos_are_read_as_a_person_would(model: formats.Deployed) -> None:
 
 @pytest.mark.slow
 @pytest.mark.mnist
+@pytest.mark.xdist_group("photos")  # one training serves them all
 @pytest.mark.parametrize("factor", [1, 4, 10])
 def test_enlarged_digits_of_mnist_are_read_as_they_are(factor: int, model: formats.Deployed, mnist_root: Path) -> None:
     tensors = data.prepare(DataConfig(root=str(mnist_root)))[0].tensors
