@@ -164,11 +164,7 @@ def describe(plan: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     """Print a plan and return the exit code."""
-    parser = Parser(
-        prog="python -m launch plan",
-        usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS",
-        description=(__doc__ or "").split("\n")[0],
-    )
+    parser = Parser(prog="python -m launch plan", usage="%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", description=__doc__)
     parser.add_argument("--nodes", type=int, default=1, help="machines (default 1)")
     gpus = "GPUs and ranks of each; 0: one rank on its CPU (default 1)"
     parser.add_argument("--gpus-per-node", type=int, default=1, help=gpus)

@@ -134,8 +134,8 @@ class Ranks:
 
 def read_command_line(argv: list[str]) -> tuple[list[str], int, int, int]:
     """Return the training's arguments, with a run name for all restarts, --nproc, --min-nproc and --max-restarts."""
-    usage, description = "%(prog)s [OPTIONS] -- TRAIN ARGUMENTS", (__doc__ or "").split("\n")[0]
-    parser = Parser(prog="python -m launch run", usage=usage, description=description)
+    usage = "%(prog)s [OPTIONS] -- TRAIN ARGUMENTS"
+    parser = Parser(prog="python -m launch run", usage=usage, description=__doc__)
     parser.add_argument("--nproc", type=int, help="processes; default: one per GPU, one on a machine without GPU")
     restarts = "how often a training whose rank died is resumed (default 0)"
     parser.add_argument("--max-restarts", type=int, default=0, help=restarts)

@@ -54,8 +54,9 @@ RENAMED = {
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose refusals are a UserError: one line, with the nearest valid name."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, *, description: str | None, **kwargs: Any) -> None:
+        """Show the description's first paragraph: it may be a module's docstring, None under `python -OO`."""
+        super().__init__(description=(description or "").partition("\n\n")[0], allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage and exiting."""

@@ -168,7 +168,10 @@ def reserve(parent: Path, name: str) -> str:
 
 
 def find_started(parent: Path, name: str, command: Sequence[str]) -> str | None:
-    """Return the newest run among `name`, `name`-2 ... that this command has started, or nobody yet; None without."""
+    """Return the newest of the runs `name`, `name`-2 ... that this command started, or None.
+
+    A run without rows counts: its start was interrupted.
+    """
     found = None
     for candidate in itertools.takewhile(lambda candidate: (parent / candidate).exists(), _numbered(name)):
         rows = RunDir(parent / candidate).read_rows()

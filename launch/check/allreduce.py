@@ -94,7 +94,7 @@ def run_local(program: Command, nproc: int, arguments: list[str], seconds: float
 
 def main(argv: list[str]) -> int:
     """Measure as one rank, and print what was found; `wrong` counts the wrong sums."""
-    parser = Parser(prog="python -m launch.check.allreduce", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m launch.check.allreduce", description=__doc__)
     parser.add_argument("--bytes", type=int, nargs="+", default=[4, 1 << 20, 25 << 20], help="sizes of the tensors")
     parser.add_argument("--repeats", type=int, default=10, help="all-reduces of each size (default 10)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds until a lost rank is an error (default 60)")

@@ -108,7 +108,7 @@ def compare(records: list[Record]) -> bool:
 
 def main(argv: list[str]) -> int:
     """Compare two runs; return the exit code: 0, or with --assert-equal 1 unless they are the same."""
-    parser = Parser(prog="python -m launch compare", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m launch compare", description=__doc__)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs=2, help="directory of a run, such as runs/mnist")
     strict = "exit 1 if anything computed differs, or if the final weights cannot be compared"
     parser.add_argument("--assert-equal", action="store_true", help=strict)

@@ -29,8 +29,8 @@ def examine(todo: Sequence[tuple[str, Check]], config: Config) -> Iterator[Findi
 
 def main(argv: list[str]) -> int:
     """Check, print, and return 1 if anything fails."""
-    usage, description = "%(prog)s [OPTIONS] [-- TRAIN ARGUMENTS]", (__doc__ or "").split("\n")[0]
-    parser = Parser(prog="python -m launch doctor", usage=usage, description=description)
+    usage = "%(prog)s [OPTIONS] [-- TRAIN ARGUMENTS]"
+    parser = Parser(prog="python -m launch doctor", usage=usage, description=__doc__)
     parser.add_argument("--slurm", action="store_true", help="check the Slurm cluster too, by a short job on its nodes")
     parser.add_argument("--nodes", type=int, default=2, help="nodes of that job (default 2)")
     parser.add_argument("--partition", help="partition of that job (default: the cluster's)")

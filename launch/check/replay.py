@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m launch replay",
         usage="%(prog)s RUN --steps A:B [-- TRAIN ARGUMENTS]",
-        description=(__doc__ or "").split("\n")[0],
+        description=__doc__,
         epilog="Train arguments fit the run to this machine, such as -- --data.root DIR --train.device cpu",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run with train.exact true")

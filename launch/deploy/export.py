@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="python -m launch export",
         usage="%(prog)s RUN [OPTIONS] [-- TRAIN ARGUMENTS]",
-        description=(__doc__ or "").split("\n")[0],
+        description=__doc__,
         epilog="Train arguments say where this machine has the run's data, and its network if it is not built in: "
         "-- --data.root DIR --model.name FILE.py:FUNCTION. With --data.eval_split test, the test split is evaluated.",
     )

@@ -43,7 +43,7 @@ def predict(deployed: formats.Deployed, names: list[str]) -> list[dict[str, Any]
 
 def main(argv: list[str]) -> int:
     """Predict as the command line says; return the exit code. Raises UserError."""
-    parser = Parser(prog="python -m launch predict", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m launch predict", description=__doc__)
     parser.add_argument("model", metavar="MODEL", type=Path, help="file of launch export, or directory of a run")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="PNG or JPEG file; - is standard input")
     source = "FILE.py:FUNCTION of a network that is not built in (default: the file that a run used)"

@@ -72,8 +72,8 @@ def why_slow(num_threads: int, num_processes: int) -> str:
         return f"{num_processes} process(es) of {num_threads} thread(s) share {cores} core(s)"
     try:
         percents = psutil.cpu_percent(0.1, percpu=True)
-    except (OSError, NotImplementedError, psutil.Error):  # some containers hide /proc/stat; then there is no warning
-        return ""
+    except (OSError, NotImplementedError, psutil.Error):
+        return ""  # some containers hide /proc/stat: how busy the cores are is unknown
     busy = sum(percents[core] for core in own_cores() if core < len(percents)) / 100
     if num_threads * num_processes + busy > len(own_cores()) + 0.5:
         advice = ". Threads wait for each other: try --train.num_threads 1" if num_threads > 1 else ""
