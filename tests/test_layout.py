@@ -216,3 +216,10 @@ def test_no_collective_lacks_its_warning() -> None:
             found += 1
             assert "Collective: every rank must call it" in (ast.get_docstring(method) or ""), method.name
     assert found >= 4
+
+
+@pytest.mark.xdist_group("layout")
+def test_group_of_tests_stays_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist sends tests by the group at the end of their ids; with a newer pytest it is silently missing."""
+    is_grouped = getattr(request.config.option, "loadgroup", False)
+    assert request.node.nodeid.endswith("@layout") == is_grouped
