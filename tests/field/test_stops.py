@@ -79,6 +79,27 @@ def test_rank_that_waits_for_others_ends_at_once(number: signal.Signals, rank: i
     assert not (tmp_path / "run").exists()
 
 
+def test_thread_that_waits_in_cpp_is_not_interrupted_and_the_signal_is_received() -> None:
+    """torch prints a stack trace where a signal interrupts its sockets."""
+    with signals.restoring():
+        signals.defer()
+        with signals.left_to_thread():
+            assert set(signals.SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 60
+            while signals.requested() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert signals.requested() == "SIGTERM"
+        assert not set(signals.SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_program_without_our_handlers_keeps_its_signals_while_it_waits() -> None:
+    """Ctrl-C in a notebook that waits for other ranks must interrupt it."""
+    with signals.left_to_thread():
+        assert not set(signals.SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_main_gives_handlers_back_and_forgets_what_it_received(tmp_path: Path) -> None:
     numbers = (*signals.SIGNALS, signal.SIGALRM)
     before, timer = [signal.getsignal(number) for number in numbers], signal.getitimer(signal.ITIMER_REAL)

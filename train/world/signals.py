@@ -56,9 +56,24 @@ def install() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     _state.replaced_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     _state.replaced = {number: signal.signal(number, _handle) for number in wanted()}
+    threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
+def left_to_thread() -> Iterator[None]:
+    """Keep the signals from this thread, which is to wait in C++: our other thread receives them.
+
+    torch prints a stack trace if a signal interrupts its connecting. Threads that it starts here block the signals.
+    """
+    if _state.replaced:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        if _state.replaced:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager
@@ -110,6 +125,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def _watch(reader: int) -> None:
     """Act on each signal at once, in a thread of its own, until the pipe is closed."""
     is_announced = False
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher starts its ranks with these blocked
     while number := os.read(reader, 1):
         if number[0] not in _state.replaced:
             continue

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from train.config import TrainConfig
 from train.errors import RunError, UserError, one_line
+from train.world import signals
 from train.world.clock import START_TIMEOUT_SECONDS, Clock, DeviceMeter
 from train.world.cores import choose_num_threads
 from train.world.device import choose_backend, choose_device, set_arithmetic
@@ -34,6 +35,7 @@ STORE_FD = "LOCKSTEP_STORE_FD"  # the listening socket that `launch run` hands t
 BACKSTOP_SECONDS = 60  # torch's own timeout comes at least that long after the watchdog's, which names the culprit
 
 
+@signals.left_to_thread()
 def join(device: torch.device, place: Placement, timeout: timedelta) -> None:
     """Join the process group. Collective: every rank must call it.
 
