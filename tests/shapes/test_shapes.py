@@ -124,7 +124,8 @@ def test_fast_mode_agrees_on_1_and_2_processes_to_round_off(runs: Runs, case: Ca
         train(world_size, tmp_path / f"{world_size}", runs.arguments(case))
         losses.append([row["loss"] for row in rows(tmp_path / f"{world_size}", "train")])
     assert len(losses[0]) == len(losses[1]) == case.num_steps
-    assert losses[1][:4] == pytest.approx(losses[0][:4], rel=1e-3)  # round-off grows from step to step
+    tolerance = 2**-8 if "bf16" in case.flags else 1e-3  # bf16 has 8 bits; with AMX 0.0013 was seen
+    assert losses[1][:4] == pytest.approx(losses[0][:4], rel=tolerance)  # round-off grows from step to step
 
 
 def test_a_changed_file_is_refused_at_resume(runs: Runs, tmp_path: Path) -> None:
