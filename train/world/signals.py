@@ -57,15 +57,16 @@ def install() -> None:
     os.set_blocking(writer, False)
     _state.replaced_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _state.replaced = {number: signal.signal(number, _handle) for number in wanted()}
+    # after the handlers: this thread unblocks the signals, and without a handler they would kill the process
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 @contextmanager
 def left_to_thread() -> Iterator[None]:
-    """Keep the signals from this thread, which is to wait in C++: our other thread receives them.
+    """Let the thread that reads the signals receive them too, while this thread waits in C++ inside the block.
 
-    torch prints a stack trace if a signal interrupts its connecting. Threads that it starts here block the signals.
+    torch prints a stack trace if a signal interrupts it while it connects. Threads started here block these signals.
     """
     if _state.replaced:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
