@@ -61,9 +61,10 @@ def count_cores() -> int:
 
 
 def why_slow(num_threads: int, num_processes: int) -> str:
-    """Return in a line why so many processes of so many threads are slow on this machine now, or "" if no reason is found.
+    """Return in a line why so many processes of so many threads are slow on this machine now, or "".
 
-    Takes a tenth of a second, in which this process sleeps and sees how busy others keep its cores.
+    Takes a tenth of a second, in which this process sleeps and measures how busy others keep its cores. Where the
+    system hides that, the answer is "".
     """
     import psutil
 
